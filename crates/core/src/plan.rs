@@ -1,0 +1,180 @@
+//! The boot plan: one value that says everything an engine needs to start a machine.
+//!
+//! The plan is made by pure code from spec, host facts and allocations, and carried out by an engine driver without further
+//! decisions.
+
+use std::path::PathBuf;
+
+use crate::host::Accel;
+use crate::id::MachineId;
+
+/// Units of the usual distributions that cost a short-lived machine seconds and give it nothing. Masked for the boot, in the
+/// guest's `/run`, never in the image.
+pub const MASKED_UNITS: &[&str] = &[
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "fstrim.timer",
+    "getty@tty1.service",
+    "man-db.timer",
+    "serial-getty@ttyS0.service",
+    "systemd-networkd-wait-online.service",
+    "systemd-remount-fs.service",
+    "systemd-update-utmp.service",
+];
+
+/// Everything an engine needs to start a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootPlan {
+    /// The machine.
+    pub id: MachineId,
+    /// How the guest's processor is run.
+    pub accel: Accel,
+    /// Virtual CPUs.
+    pub vcpu: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// ELF image of the kernel.
+    pub kernel: PathBuf,
+    /// Initial RAM file system with the agent.
+    pub initrd: PathBuf,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Disks in the order the guest sees them.
+    pub disks: Vec<Disk>,
+    /// Network of the first interface, if it has one.
+    pub network: Option<NetworkPlan>,
+    /// Where the machine's sockets, logs and handles live.
+    pub paths: MachinePaths,
+}
+
+/// A disk of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// Serial by which the agent finds it: `root` or `work`.
+    pub serial: DiskRole,
+    /// File on the host.
+    pub path: PathBuf,
+    /// Its format. Given to the engine explicitly: a guest that could write a header must not choose it.
+    pub format: DiskFormat,
+}
+
+/// What a disk is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskRole {
+    /// The root file system.
+    Root,
+    /// `/root`.
+    Work,
+}
+
+impl DiskRole {
+    /// The virtio-blk serial.
+    pub fn serial(self) -> &'static str {
+        match self {
+            Self::Root => "root",
+            Self::Work => "work",
+        }
+    }
+}
+
+/// Format of a disk file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskFormat {
+    /// Bytes as they are.
+    Raw,
+    /// QEMU copy-on-write over a read-only raw image.
+    Qcow2,
+}
+
+/// Network of the first interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkPlan {
+    /// Kind of back end.
+    pub kind: NetworkKind,
+    /// MAC address, `02:…`.
+    pub mac: String,
+}
+
+/// Kind of network back end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkKind {
+    /// The engine's own user-mode network.
+    User,
+}
+
+/// Files of one machine. All are derived from two directories and the id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachinePaths {
+    /// Lasting files: disks, console log, handles. `…/state/machines/<id>`.
+    pub state: PathBuf,
+    /// Sockets. `…/run/m/<id>`, short enough for the 108 bytes of a socket address.
+    pub run: PathBuf,
+}
+
+impl MachinePaths {
+    /// Root disk.
+    pub fn root_disk(&self) -> PathBuf {
+        self.state.join("root.qcow2")
+    }
+
+    /// Work disk.
+    pub fn work_disk(&self) -> PathBuf {
+        self.state.join("work.ext4")
+    }
+
+    /// Console of the guest and last words of the engine, bounded (see `banger-shim`).
+    pub fn console_log(&self) -> PathBuf {
+        self.state.join("console.log")
+    }
+
+    /// What is true now: pid, start time, sockets.
+    pub fn handles(&self) -> PathBuf {
+        self.state.join("handles.json")
+    }
+
+    /// How the engine ended, written by `banger-shim`.
+    pub fn exit_record(&self) -> PathBuf {
+        self.state.join("exit.json")
+    }
+
+    /// Control socket of the engine (QMP, or Firecracker's API).
+    pub fn control_socket(&self) -> PathBuf {
+        self.run.join("control.sock")
+    }
+
+    /// The guest channel.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.run.join("agent.sock")
+    }
+}
+
+/// The kernel command line.
+///
+/// `tsc_khz` is the host's TSC frequency; under TCG the guest's calibration against the PIT fails at random and hangs the
+/// boot, so there it is always given where it is known.
+pub fn cmdline(accel: Accel, tsc_khz: Option<u64>) -> String {
+    let mut words = vec![
+        "console=ttyS0".to_owned(),
+        "loglevel=4".to_owned(),
+        "panic=-1".to_owned(),
+        "reboot=t".to_owned(),
+        "rdinit=/init".to_owned(),
+        "random.trust_cpu=on".to_owned(),
+        "i8042.noaux".to_owned(),
+        "mitigations=auto".to_owned(),
+        "systemd.show_status=false".to_owned(),
+    ];
+    if accel == Accel::Tcg {
+        words.push("mitigations=off".to_owned());
+        if let Some(khz) = tsc_khz {
+            words.push(format!("tsc_early_khz={khz}"));
+        }
+    }
+    if accel == Accel::Tcg {
+        words.retain(|w| w != "mitigations=auto");
+    }
+    words.join(" ")
+}

@@ -1,0 +1,143 @@
+//! The guest agent: what it is asked and what it answers.
+//!
+//! HTTP/2 with prior knowledge over the guest channel, after the handshake of [`crate::hello`]. The host is the client. All
+//! bodies are JSON but for tar streams and the frames of [`crate::frame`].
+//!
+//! | Request | Body | Answer |
+//! |---|---|---|
+//! | `GET /v1/health` | | [`Health`] |
+//! | `POST /v1/personalize` | [`Personalize`] | [`Health`]; the image's init is started by the first one |
+//! | `GET /v1/system` | | [`Health`], once the image's init has finished its start-up |
+//! | `GET /v1/sessions` | | list of [`crate::api::Session`] |
+//! | `POST /v1/sessions/{id}` | frames, starting with `Open` | frames; see [`crate::frame`] |
+//! | `GET /v1/files?path=P` | | tar stream of `P` (its base name is the root entry) |
+//! | `PUT /v1/files?path=P` | tar stream | [`crate::api::FilesWritten`]; unpacked below directory `P`, which is made |
+//! | `GET /v1/stat?path=P` | | [`Stat`] |
+//! | `POST /v1/connect?target=T` | raw bytes | raw bytes; `T` is `tcp:PORT` (guest loopback) or `sshd` (`sshd -i`) |
+//! | `GET /v1/stats` | | [`GuestStats`] |
+//! | `POST /v1/shutdown` | [`Shutdown`] | 202, then the guest goes down |
+//!
+//! Errors are [`crate::error::ErrorBody`] with a fitting status.
+
+use serde::{Deserialize, Serialize};
+
+/// Version of this protocol, sent in the handshake. The daemon talks to any agent whose major part is its own.
+pub const AGENT_PROTOCOL: u16 = 1;
+
+/// Name of the virtio-serial port of the guest channel.
+pub const CHANNEL_NAME: &str = "banger.agent";
+
+/// Largest JSON body that either side accepts, in bytes.
+pub const MAX_JSON: usize = 256 * 1024;
+
+/// What the guest is and how it does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// Agent release.
+    pub agent_version: String,
+    /// Machine id as given by [`Personalize`]; empty before it.
+    pub machine_id: String,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+    /// `uname -r`.
+    pub kernel: String,
+    /// Milliseconds since the guest's kernel started.
+    pub uptime_ms: u64,
+    /// `none` without an init system, else what it says of its start-up: `starting`, `running`, `degraded`, …
+    pub system: String,
+}
+
+/// Everything that makes a machine itself. Sent once per start, before anything of the image runs.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Personalize {
+    /// Machine id: sixteen hexadecimal digits.
+    pub machine_id: String,
+    /// Host name.
+    pub hostname: String,
+    /// Wall clock in nanoseconds since the epoch.
+    pub time_ns: u64,
+    /// 64 fresh random bytes in hexadecimal, for the kernel's pool.
+    pub entropy: String,
+    /// Network to configure; none leaves only loopback.
+    #[serde(default)]
+    pub network: Option<GuestNetwork>,
+    /// Public keys for root's `authorized_keys`, one a line.
+    #[serde(default)]
+    pub authorized_keys: Vec<String>,
+    /// SSH host key of the machine: private part in OpenSSH format. Never logged.
+    #[serde(default)]
+    pub ssh_host_key: Option<String>,
+    /// What becomes the image's init.
+    #[serde(default)]
+    pub init: Init,
+    /// Units to mask for this boot only (in `/run`), by their full names.
+    #[serde(default)]
+    pub mask_units: Vec<String>,
+}
+
+impl std::fmt::Debug for Personalize {
+    /// Leaves out the private key and the entropy.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Personalize")
+            .field("machine_id", &self.machine_id)
+            .field("hostname", &self.hostname)
+            .field("network", &self.network)
+            .field("init", &self.init)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Static network configuration of the guest's first interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestNetwork {
+    /// IPv4 address.
+    pub address: String,
+    /// Prefix length.
+    pub prefix: u8,
+    /// Default gateway.
+    pub gateway: String,
+    /// Name servers.
+    pub dns: Vec<String>,
+}
+
+/// What becomes the image's init.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    /// `/sbin/init` or systemd where the image has one, else the agent itself.
+    #[default]
+    Auto,
+    /// The agent stays process 1 and reaps.
+    Agent,
+    /// This program.
+    Path(String),
+}
+
+/// What stands at a path in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stat {
+    /// `file`, `dir`, `symlink`, `other`, or `missing`.
+    pub kind: String,
+    /// Size in bytes for a file.
+    pub size: u64,
+}
+
+/// Figures from inside the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStats {
+    /// Memory in use (total less available), in bytes.
+    pub memory_used_bytes: u64,
+    /// Memory in all, in bytes.
+    pub memory_total_bytes: u64,
+    /// Milliseconds since the guest's kernel started.
+    pub uptime_ms: u64,
+    /// Load average over a minute, times 100.
+    pub load1_centi: u64,
+}
+
+/// Request to go down.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shutdown {
+    /// `true`: through the image's init; `false`: sync, unmount what can be, power off.
+    pub graceful: bool,
+}
