@@ -1,1 +1,291 @@
-//! placeholder
+//! The configuration file, `config.toml`. All keys are optional; an unknown key is an error with its place.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _};
+
+use crate::{size, spec};
+
+/// The whole file.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Log level of the daemon; `BANGER_LOG_LEVEL` wins over it.
+    pub log_level: LogLevel,
+    /// Image of a machine for which none is named; `debian` when absent.
+    pub default_image_name: Option<String>,
+    /// Engine: `auto` or `qemu`.
+    #[serde(deserialize_with = "engine")]
+    pub engine: Option<String>,
+    /// The QEMU binary, absolute; the first `qemu-system-*` on `PATH` when absent.
+    #[serde(deserialize_with = "absolute")]
+    pub qemu_bin: Option<String>,
+    /// Sizes of a machine for which none are given.
+    pub vm_defaults: VmDefaults,
+    /// The daemon itself.
+    pub daemon: DaemonConfig,
+}
+
+/// `[vm_defaults]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmDefaults {
+    /// Virtual CPUs.
+    #[serde(deserialize_with = "vcpu")]
+    pub vcpu: Option<u32>,
+    /// Memory in MiB.
+    #[serde(deserialize_with = "memory")]
+    pub memory_mib: Option<u64>,
+    /// Root disk, as a size with a unit.
+    #[serde(deserialize_with = "disk")]
+    pub disk_size: Option<Size>,
+}
+
+/// `[daemon]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DaemonConfig {
+    /// The daemon ends when it had nothing to do for this long; machines go on. 0, the default, is never.
+    pub idle_exit: Span,
+}
+
+/// How much the daemon logs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Everything.
+    Debug,
+    /// The course of operations.
+    #[default]
+    Info,
+    /// What is odd.
+    Warn,
+    /// What failed.
+    Error,
+}
+
+impl LogLevel {
+    /// The word in the file.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Debug => "debug",
+            Self::Info => "info",
+            Self::Warn => "warn",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// A size in the file: `"8G"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Size(pub u64);
+
+impl TryFrom<String> for Size {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        size::parse(&text).map(Self).map_err(|e| format!("{e}; {}", e.hint()))
+    }
+}
+
+/// A duration in the file: `"90s"`, `"10m"`, `"1h30m"`, `"0"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Span(pub Duration);
+
+impl TryFrom<String> for Span {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        parse_duration(&text).map(Self)
+    }
+}
+
+/// Reads a duration: whole numbers with `ms`, `s`, `m`, `h` or `d`, largest first, or `0`.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let fail = || {
+        format!(
+            "duration `{}` is not of the form 90s, 10m, 1h30m",
+            text.escape_default()
+        )
+    };
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let mut rest = text;
+    let mut total: u64 = 0;
+    let mut last = u64::MAX;
+    while !rest.is_empty() {
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, tail) = rest.split_at(digits);
+        let letters = tail.bytes().take_while(u8::is_ascii_alphabetic).count();
+        let (unit, tail) = tail.split_at(letters);
+        let factor: u64 = match unit {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return Err(fail()),
+        };
+        if factor >= last {
+            return Err(fail());
+        }
+        last = factor;
+        let number: u64 = number.parse().map_err(|_| fail())?;
+        total = number
+            .checked_mul(factor)
+            .and_then(|n| total.checked_add(n))
+            .ok_or_else(fail)?;
+        rest = tail;
+    }
+    if text.is_empty() {
+        Err(fail())
+    } else {
+        Ok(Duration::from_millis(total))
+    }
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}, column {column}: {message}")]
+pub struct ConfigError {
+    /// Line, from 1.
+    pub line: usize,
+    /// Column in characters, from 1.
+    pub column: usize,
+    /// What is wrong.
+    pub message: String,
+}
+
+impl Config {
+    /// Reads and checks a configuration.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|e| {
+            let (line, column) = place(text, e.span().map_or(0, |s| s.start));
+            ConfigError {
+                line,
+                column,
+                message: e.message().replace('\n', " "),
+            }
+        })
+    }
+}
+
+/// Reads an optional value that has to pass a check; the parser adds the place to what the check says.
+fn checked<'de, D, T, E>(deserializer: D, check: impl FnOnce(&T) -> Result<(), E>) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+    E: std::fmt::Display,
+{
+    let value = T::deserialize(deserializer)?;
+    check(&value).map_err(D::Error::custom)?;
+    Ok(Some(value))
+}
+
+fn vcpu<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
+    checked(deserializer, |&vcpu| spec::check_vcpu(vcpu))
+}
+
+fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    checked(deserializer, |&mib| spec::check_memory(mib))
+}
+
+fn disk<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Size>, D::Error> {
+    checked(deserializer, |size: &Size| spec::check_disk(size.0))
+}
+
+fn engine<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    checked(deserializer, |engine: &String| spec::check_engine(engine))
+}
+
+fn absolute<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    checked(deserializer, |path: &String| {
+        if path.starts_with('/') {
+            Ok(())
+        } else {
+            Err("the path is not absolute")
+        }
+    })
+}
+
+/// Line and column of a byte offset, both from 1.
+fn place(text: &str, offset: usize) -> (usize, usize) {
+    let before = text.get(..offset).unwrap_or(text);
+    let line_start = before.rfind('\n').map_or(0, |i| i + 1);
+    (
+        before.matches('\n').count() + 1,
+        before[line_start..].chars().count() + 1,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::size::GIB;
+
+    #[test]
+    fn nothing_is_a_configuration() {
+        assert_eq!(Config::parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let config = Config::parse(
+            "log_level = 'debug'\ndefault_image_name = 'debian-slim'\nengine = 'qemu'\nqemu_bin = '/opt/qemu'\n\
+             [vm_defaults]\nvcpu = 2\nmemory_mib = 1024\ndisk_size = '8G'\n[daemon]\nidle_exit = '1h30m'\n",
+        )
+        .unwrap();
+        assert_eq!(config.log_level, LogLevel::Debug);
+        assert_eq!(
+            config.vm_defaults,
+            VmDefaults {
+                vcpu: Some(2),
+                memory_mib: Some(1024),
+                disk_size: Some(Size(8 * GIB))
+            }
+        );
+        assert_eq!(config.daemon.idle_exit, Span(Duration::from_secs(5400)));
+    }
+
+    #[test]
+    fn errors_name_their_place() {
+        for (text, line, part) in [
+            ("\nlog_levle = 'info'\n", 2, "log_levle"),
+            ("[vm_defaults]\nvcpu = 0\n", 2, "virtual CPUs"),
+            ("[vm_defaults]\ndisk_size = '8'\n", 2, "unit"),
+            ("[vm_defaults]\nmemory_mib = 1\n", 2, "memory"),
+            ("[daemon]\n\nidle_exit = 'soon'\n", 3, "duration"),
+            ("engine = 'xen'\n", 1, "xen"),
+            ("qemu_bin = 'qemu'\n", 1, "absolute"),
+            ("log_level = \n", 1, ""),
+        ] {
+            let error = Config::parse(text).unwrap_err();
+            assert_eq!(error.line, line, "{text:?}: {error}");
+            assert!(error.message.contains(part), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(parse_duration("1h30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(parse_duration("0"), Ok(Duration::ZERO));
+        for bad in ["", "5", "m", "1m1h", "1s1s", "-1s", "1.5h", "99999999999999999d"] {
+            assert!(parse_duration(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(text in "\\PC{0,80}") {
+            let _ = Config::parse(&text);
+            let _ = parse_duration(&text);
+        }
+    }
+}

@@ -1,1 +1,138 @@
-//! placeholder
+//! References to machines: a name, an id, or a prefix of one that fits only one machine.
+
+/// Why a reference finds nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReferenceError {
+    /// Nothing fits.
+    #[error("no machine `{reference}`")]
+    NotFound {
+        /// What was looked for.
+        reference: String,
+        /// A name that is close to it.
+        similar: Option<String>,
+    },
+    /// Several fit.
+    #[error("`{reference}` fits {} machines: {}", .names.len(), .names.join(", "))]
+    Ambiguous {
+        /// What was looked for.
+        reference: String,
+        /// Names of those that fit, sorted.
+        names: Vec<String>,
+    },
+}
+
+/// The index of the machine that a reference means. An exact name wins over an exact id, and both over prefixes.
+pub fn find<'a>(
+    reference: &str,
+    machines: impl IntoIterator<Item = (&'a str, &'a str)>,
+) -> Result<usize, ReferenceError> {
+    let machines: Vec<(&str, &str)> = machines.into_iter().collect();
+    let shown = || reference.escape_default().to_string();
+    for exact in [
+        |m: &(&str, &str), r: &str| m.1 == r,
+        |m: &(&str, &str), r: &str| m.0 == r,
+    ] {
+        if let Some(index) = machines.iter().position(|m| exact(m, reference)) {
+            return Ok(index);
+        }
+    }
+    let fitting: Vec<usize> = (0..machines.len())
+        .filter(|&i| {
+            !reference.is_empty() && (machines[i].0.starts_with(reference) || machines[i].1.starts_with(reference))
+        })
+        .collect();
+    match fitting.as_slice() {
+        [one] => Ok(*one),
+        [] => Err(ReferenceError::NotFound {
+            reference: shown(),
+            similar: similar(reference, machines.iter().map(|m| m.1)),
+        }),
+        several => {
+            let mut names: Vec<String> = several.iter().map(|&i| machines[i].1.to_owned()).collect();
+            names.sort();
+            Err(ReferenceError::Ambiguous {
+                reference: shown(),
+                names,
+            })
+        }
+    }
+}
+
+/// The candidate that a mistyped word most likely meant: at most two edits away, and less than half its length.
+pub fn similar<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    candidates
+        .into_iter()
+        .map(|c| (distance(word, c), c))
+        .filter(|&(d, c)| d <= 2 && d * 2 < c.chars().count())
+        .min()
+        .map(|(_, c)| c.to_owned())
+}
+
+/// Levenshtein distance, over the first 64 characters.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().take(64).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().take(64).enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(ca != *cb);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MACHINES: &[(&str, &str)] = &[
+        ("aa01", "web"),
+        ("aa02", "web-2"),
+        ("bb03", "aa01"),
+        ("cc04", "database"),
+    ];
+
+    fn lookup(reference: &str) -> Result<&'static str, ReferenceError> {
+        find(reference, MACHINES.iter().copied()).map(|i| MACHINES[i].1)
+    }
+
+    #[test]
+    fn name_then_id_then_prefix() {
+        assert_eq!(
+            lookup("web"),
+            Ok("web"),
+            "an exact name wins over being a prefix of another"
+        );
+        assert_eq!(lookup("aa01"), Ok("aa01"), "an exact name wins over an exact id");
+        assert_eq!(lookup("cc"), Ok("database"));
+        assert_eq!(lookup("data"), Ok("database"));
+        assert!(matches!(lookup("we"), Err(ReferenceError::Ambiguous { names, .. }) if names == ["web", "web-2"]));
+        assert!(matches!(lookup(""), Err(ReferenceError::NotFound { .. })));
+        assert!(matches!(lookup("databse"), Err(ReferenceError::NotFound { similar: Some(s), .. }) if s == "database"));
+        assert!(matches!(
+            lookup("zzz"),
+            Err(ReferenceError::NotFound { similar: None, .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn a_whole_id_or_name_always_finds_its_machine(names in prop::collection::btree_set("[a-z]{1,6}", 1..8)) {
+            let machines: Vec<(String, String)> = names.iter().enumerate().map(|(i, n)| (format!("{i:016x}"), n.clone())).collect();
+            let view = || machines.iter().map(|(i, n)| (i.as_str(), n.as_str()));
+            for (index, (_, name)) in machines.iter().enumerate() {
+                prop_assert_eq!(find(name, view()), Ok(index));
+            }
+        }
+
+        #[test]
+        fn distance_is_symmetric(a in ".{0,12}", b in ".{0,12}") {
+            prop_assert_eq!(distance(&a, &b), distance(&b, &a));
+        }
+    }
+}

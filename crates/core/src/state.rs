@@ -1,1 +1,273 @@
-//! placeholder
+//! The life of a machine, and what may be asked of it when.
+//!
+//! ```text
+//!                 disks ready        start             agent answers
+//!   (row) ─▶ creating ──────▶ stopped ─────▶ starting ──────────────▶ running
+//!               │                ▲  ▲            │ failed, engine         │ │
+//!               │ failed         │  └────────────┘ gone                   │ │ engine gone
+//!               ▼                │                                   stop │ │ by itself
+//!            (no row)            ├──────────────── stopping ◀─────────────┘ │
+//!                                │   engine gone                            │
+//!                                └──────────────────────────────────────────┘
+//!   stopped, error ── delete ──▶ deleting ──▶ (no row)         damaged disks: ──▶ error
+//! ```
+//!
+//! A delete or a stop of a machine that is starting interrupts the start; a delete of a running one stops it first.
+
+use banger_proto::api::MachineState as State;
+
+/// What a client asks of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    /// Bring it up.
+    Start,
+    /// Shut it down.
+    Stop,
+    /// Shut it down and bring it up.
+    Restart,
+    /// End its engine at once.
+    Kill,
+    /// Remove it.
+    Delete,
+    /// Talk to its agent: exec, files, connections.
+    Agent,
+    /// Change its name.
+    Rename,
+    /// Change its CPUs or memory for the next start.
+    Resize,
+    /// Grow its disk.
+    GrowDisk,
+}
+
+/// What is done with a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Carry it out.
+    Do,
+    /// Nothing to do: it is so already.
+    Already,
+    /// Interrupt the start that is under way, then decide again.
+    Interrupt,
+    /// Refuse it.
+    Refuse(Refusal),
+}
+
+/// Why a request is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// It needs a running machine.
+    NotRunning,
+    /// It needs a stopped machine.
+    NotStopped,
+    /// Another change of the machine is under way.
+    Busy,
+    /// Its disks are damaged; only delete is left.
+    Broken,
+    /// It is being removed.
+    Gone,
+}
+
+impl Refusal {
+    /// In words, to follow "machine `x` is `state`: ".
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::NotRunning => "it is not running",
+            Self::NotStopped => "it has to be stopped for this",
+            Self::Busy => "another change of it is under way",
+            Self::Broken => "its disks are damaged",
+            Self::Gone => "it is being removed",
+        }
+    }
+}
+
+/// What is done with a request in a state.
+pub fn decide(state: State, request: Request) -> Decision {
+    use Decision::{Already, Do, Interrupt};
+    use Request as R;
+    let refuse = Decision::Refuse;
+    match (state, request) {
+        (State::Deleting, R::Delete) => Already,
+        (State::Deleting, _) => refuse(Refusal::Gone),
+        (State::Error, R::Delete | R::Rename) => Do,
+        (State::Error, _) => refuse(Refusal::Broken),
+        (State::Creating | State::Starting, R::Delete | R::Stop | R::Kill) => Interrupt,
+        (State::Creating, _) => refuse(Refusal::Busy),
+
+        (_, R::Rename | R::Resize) => Do,
+        (State::Stopped, R::Start | R::Restart | R::Delete | R::GrowDisk) => Do,
+        (State::Stopped, R::Stop | R::Kill) => Already,
+        (State::Stopped, R::Agent) => refuse(Refusal::NotRunning),
+
+        (State::Starting, R::Start) => Already,
+        // The agent may answer long before the image's init has finished its start-up.
+        (State::Starting, R::Agent) => Do,
+        (State::Starting, R::Restart) => refuse(Refusal::Busy),
+        (State::Starting, R::GrowDisk) => refuse(Refusal::NotStopped),
+
+        (State::Running, R::Start) => Already,
+        (State::Running, R::Stop | R::Restart | R::Kill | R::Delete | R::Agent) => Do,
+        (State::Running, R::GrowDisk) => refuse(Refusal::NotStopped),
+
+        (State::Stopping, R::Stop) => Already,
+        // A guest that does not go down may be killed, and a machine that goes down removed.
+        (State::Stopping, R::Kill | R::Delete) => Do,
+        (State::Stopping, R::Start | R::Restart) => refuse(Refusal::Busy),
+        (State::Stopping, R::Agent) => refuse(Refusal::NotRunning),
+        (State::Stopping, R::GrowDisk) => refuse(Refusal::NotStopped),
+    }
+}
+
+/// What happens to a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// Its disks are there.
+    DisksReady,
+    /// A start begins.
+    StartBegins,
+    /// The agent answered and took its identity.
+    AgentReady,
+    /// A stop begins.
+    StopBegins,
+    /// Its engine is gone.
+    EngineGone,
+    /// Its disks can't be used.
+    Damaged,
+    /// Its removal begins.
+    DeleteBegins,
+}
+
+/// The state after an event, `None` where the event can't happen.
+pub fn next(state: State, event: Event) -> Option<State> {
+    match (state, event) {
+        (State::Deleting, Event::EngineGone | Event::DeleteBegins) => Some(State::Deleting),
+        (State::Deleting, _) => None,
+        (_, Event::DeleteBegins) => Some(State::Deleting),
+        (State::Creating, Event::DisksReady) => Some(State::Stopped),
+        (State::Stopped, Event::StartBegins) => Some(State::Starting),
+        (State::Starting, Event::AgentReady) => Some(State::Running),
+        (State::Starting | State::Running, Event::StopBegins) => Some(State::Stopping),
+        (State::Starting | State::Running | State::Stopping, Event::EngineGone) => Some(State::Stopped),
+        (State::Creating | State::Starting | State::Stopped, Event::Damaged) => Some(State::Error),
+        _ => None,
+    }
+}
+
+/// Whether an engine process may exist in this state.
+pub fn may_have_engine(state: State) -> bool {
+    matches!(
+        state,
+        State::Starting | State::Running | State::Stopping | State::Deleting
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const STATES: [State; 7] = [
+        State::Creating,
+        State::Starting,
+        State::Running,
+        State::Stopping,
+        State::Stopped,
+        State::Error,
+        State::Deleting,
+    ];
+    const REQUESTS: [Request; 9] = [
+        Request::Start,
+        Request::Stop,
+        Request::Restart,
+        Request::Kill,
+        Request::Delete,
+        Request::Agent,
+        Request::Rename,
+        Request::Resize,
+        Request::GrowDisk,
+    ];
+    const EVENTS: [Event; 7] = [
+        Event::DisksReady,
+        Event::StartBegins,
+        Event::AgentReady,
+        Event::StopBegins,
+        Event::EngineGone,
+        Event::Damaged,
+        Event::DeleteBegins,
+    ];
+
+    /// The event that carrying out a request begins with.
+    fn begins(request: Request) -> Option<Event> {
+        match request {
+            Request::Start => Some(Event::StartBegins),
+            Request::Stop | Request::Restart | Request::Kill => Some(Event::StopBegins),
+            Request::Delete => Some(Event::DeleteBegins),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_delete_is_never_refused() {
+        for state in STATES {
+            assert!(
+                !matches!(decide(state, Request::Delete), Decision::Refuse(_)),
+                "{state:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn disks_grow_and_machines_start_only_while_stopped() {
+        for state in STATES {
+            for request in [Request::GrowDisk, Request::Start] {
+                assert_eq!(
+                    decide(state, request) == Decision::Do,
+                    state == State::Stopped,
+                    "{state:?} {request:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_agent_is_asked_only_where_an_engine_may_be() {
+        for state in STATES {
+            assert!(
+                decide(state, Request::Agent) != Decision::Do || may_have_engine(state),
+                "{state:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_allowed_can_begin() {
+        for state in STATES {
+            for request in REQUESTS {
+                // A restart of a stopped machine is a start; a kill of a stopping one only hurries it.
+                let other = matches!(
+                    (state, request),
+                    (State::Stopped, Request::Restart) | (State::Stopping, Request::Kill)
+                );
+                let event = begins(request).filter(|_| decide(state, request) == Decision::Do && !other);
+                assert!(event.is_none_or(|e| next(state, e).is_some()), "{state:?} {request:?}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_course_of_events_leaves_the_rules(events in prop::collection::vec(prop::sample::select(EVENTS.to_vec()), 0..40)) {
+            let mut state = State::Creating;
+            let mut deleting = false;
+            for event in events {
+                let Some(after) = next(state, event) else { continue };
+                // An engine appears only through a start, and a machine that is being removed never comes back.
+                prop_assert!(!may_have_engine(after) || may_have_engine(state) || matches!(event, Event::StartBegins | Event::DeleteBegins));
+                deleting |= after == State::Deleting;
+                prop_assert!(!deleting || after == State::Deleting);
+                prop_assert!(state != State::Error || after == State::Deleting);
+                state = after;
+            }
+        }
+    }
+}

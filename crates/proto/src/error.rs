@@ -59,7 +59,13 @@ pub struct ApiError {
 impl ApiError {
     /// An error without hint or details.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None, details: Vec::new(), operation: None }
+        Self {
+            code,
+            message: message.into(),
+            hint: None,
+            details: Vec::new(),
+            operation: None,
+        }
     }
 
     /// Adds what the user can do.

@@ -193,13 +193,19 @@ pub enum FrameError {
 impl Frame {
     /// A frame of bytes.
     pub fn new(kind: Kind, payload: impl Into<Vec<u8>>) -> Self {
-        Self { kind, payload: payload.into() }
+        Self {
+            kind,
+            payload: payload.into(),
+        }
     }
 
     /// A frame whose payload is JSON.
     pub fn json<T: Serialize>(kind: Kind, value: &T) -> Self {
         // The types of this module have string keys and no failing serializers.
-        Self { kind, payload: serde_json::to_vec(value).unwrap_or_default() }
+        Self {
+            kind,
+            payload: serde_json::to_vec(value).unwrap_or_default(),
+        }
     }
 
     /// The payload read as JSON.
@@ -236,7 +242,10 @@ impl Frame {
 
 /// The header of a frame on the guest channel.
 pub fn header(kind: Kind, length: usize) -> [u8; HEADER] {
-    debug_assert!(length <= MAX_PAYLOAD, "payloads are cut to MAX_PAYLOAD before they are framed");
+    debug_assert!(
+        length <= MAX_PAYLOAD,
+        "payloads are cut to MAX_PAYLOAD before they are framed"
+    );
     let length = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
     [kind as u8, length[0], length[1], length[2], length[3]]
 }
@@ -269,13 +278,17 @@ impl Decoder {
     /// The next whole frame, `None` when more bytes are needed. After an error the stream can't be used any more.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
         let rest = &self.buffer[self.start..];
-        let Some((head, rest)) = rest.split_at_checked(HEADER) else { return Ok(None) };
+        let Some((head, rest)) = rest.split_at_checked(HEADER) else {
+            return Ok(None);
+        };
         let kind = Kind::from_u8(head[0]).ok_or(FrameError::UnknownKind(head[0]))?;
         let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
         if length > MAX_PAYLOAD {
             return Err(FrameError::TooLong(length));
         }
-        let Some(payload) = rest.get(..length) else { return Ok(None) };
+        let Some(payload) = rest.get(..length) else {
+            return Ok(None);
+        };
         let frame = Frame::new(kind, payload);
         self.start += HEADER + length;
         Ok(Some(frame))

@@ -45,7 +45,11 @@ pub struct Greeting {
 impl Greeting {
     /// A greeting of this build.
     pub fn new(kind: GreetingKind, nonce: [u8; 16]) -> Self {
-        Self { kind, protocol: AGENT_PROTOCOL, nonce }
+        Self {
+            kind,
+            protocol: AGENT_PROTOCOL,
+            nonce,
+        }
     }
 
     /// Its bytes.
@@ -72,7 +76,11 @@ impl Greeting {
         let mut nonce = [0; 16];
         nonce.copy_from_slice(&bytes[16..]);
         let zero = bytes[9..12] == [0; 3] && bytes[14..16] == [0; 2];
-        (bytes[..8] == MAGIC && zero).then_some(Self { kind, protocol: u16::from_be_bytes([bytes[12], bytes[13]]), nonce })
+        (bytes[..8] == MAGIC && zero).then_some(Self {
+            kind,
+            protocol: u16::from_be_bytes([bytes[12], bytes[13]]),
+            nonce,
+        })
     }
 }
 
@@ -97,7 +105,10 @@ impl Scanner {
                 break;
             }
             // Not the beginning of a greeting: forget up to the next byte that could be.
-            let next = self.window[1..].iter().position(|&b| b == MAGIC[0]).map_or(self.window.len(), |p| p + 1);
+            let next = self.window[1..]
+                .iter()
+                .position(|&b| b == MAGIC[0])
+                .map_or(self.window.len(), |p| p + 1);
             self.window.drain(..next);
             if self.window.is_empty() {
                 break;
