@@ -3,7 +3,21 @@
 //! [`Engine`] is what the daemon sees. What a driver can do is data ([`Capabilities`]), so nothing above asks which engine it
 //! is. A launched engine is detached: its parent is `banger-shim`, which keeps a bounded console log and records how the
 //! engine ended; nothing that happens to the daemon reaches it.
+//!
+//! * [`engine`]: the interface,
+//! * [`host`]: what this host can do,
+//! * [`identity`]: whether a process is the one that was meant,
+//! * [`records`]: what a launched engine leaves behind: console log and exit record,
+//! * [`qmp`]: QEMU's control protocol,
+//! * [`qemu`]: the QEMU driver.
 
 pub mod engine;
+pub mod host;
+pub mod identity;
+pub mod qemu;
+pub mod qmp;
+pub mod records;
+mod sys;
 
 pub use engine::{Capabilities, Engine, EngineError, EngineExit, Handles, Liveness};
+pub use records::{ExitRecord, console_tail, exit_record};

@@ -1,0 +1,1 @@
+//! Whether a process is the one that was meant.
