@@ -6,7 +6,8 @@
 //! * [`agent`]: requests and answers of the guest agent (HTTP/2 over the guest channel),
 //! * [`hello`]: the handshake that brings the guest channel into a known state,
 //! * [`frame`]: the frames of an exec session, the same on the guest channel and on the daemon's WebSocket,
-//! * [`error`]: the error body and its codes.
+//! * [`error`]: the error body and its codes,
+//! * [`shim`]: the job that the daemon gives `banger-shim`, and its reports.
 //!
 //! No I/O happens in this crate. Changes are additive: fields may be added with a default, nothing is renamed or removed
 //! within one [`API_VERSION`].
@@ -17,6 +18,7 @@ pub mod api;
 pub mod error;
 pub mod frame;
 pub mod hello;
+pub mod shim;
 
 /// Version of the daemon API. Raised only for a change that an older client could not survive.
 pub const API_VERSION: u32 = 1;

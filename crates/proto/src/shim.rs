@@ -1,0 +1,71 @@
+//! What the daemon and `banger-shim` say to each other: one job on its standard input, reports as lines of JSON on its standard
+//! output, one record of the engine's end in a file.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// What to start and where to write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShimJob {
+    /// The engine's binary.
+    pub engine: PathBuf,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// Where the engine's output goes. When it is full it is renamed to `<name>.1`, in place of an earlier one.
+    pub console_log: PathBuf,
+    /// Size at which it is full.
+    pub log_limit: u64,
+    /// Where the engine's end is written down.
+    pub exit_record: PathBuf,
+}
+
+/// A line of the shim's standard output. After the last one it is closed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShimReport {
+    /// The engine's process was started.
+    Started {
+        /// Process.
+        pid: u32,
+        /// Its start time, field 22 of `/proc/PID/stat`.
+        start_time: u64,
+    },
+    /// It could not be started, and nothing was left behind.
+    Failed {
+        /// What failed.
+        message: String,
+    },
+    /// It has ended, and this was written down (or could not be).
+    Ended(ExitRecord),
+}
+
+/// How an engine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    /// Exit status, if it exited.
+    pub code: Option<i32>,
+    /// Signal, if one ended it.
+    pub signal: Option<i32>,
+    /// The engine's own last messages (not the guest's), bounded.
+    #[serde(default)]
+    pub last_words: Vec<String>,
+    /// When, in milliseconds since 1970.
+    #[serde(default)]
+    pub at_ms: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wire_form_is_what_older_shims_and_daemons_read() {
+        let started = ShimReport::Started { pid: 7, start_time: 9 };
+        assert_eq!(serde_json::to_string(&started).unwrap(), r#"{"started":{"pid":7,"start_time":9}}"#);
+        let record: ExitRecord = serde_json::from_str(r#"{"code":1,"signal":null,"later":true}"#).unwrap();
+        assert_eq!(record, ExitRecord { code: Some(1), signal: None, last_words: Vec::new(), at_ms: 0 });
+        let job = r#"{"engine":"/q","args":["-S"],"console_log":"/c","log_limit":1,"exit_record":"/e"}"#;
+        assert_eq!(serde_json::to_string(&serde_json::from_str::<ShimJob>(job).unwrap()).unwrap(), job);
+    }
+}
