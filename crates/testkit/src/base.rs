@@ -1,0 +1,146 @@
+//! Kernel and default images, made once through the real commands and shared with every environment.
+//!
+//! They stand in `target/tests/base`, made again when what makes them has changed, when they are missing, or when
+//! `BANGER_TEST_FRESH=1` asks for it. An environment gets the store as hard links, which is safe because machines open
+//! images and kernels read-only, and its own copy of the database.
+
+use std::hash::{DefaultHasher, Hasher};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::binaries;
+use crate::env::TestEnv;
+
+/// Images that every environment has.
+pub const IMAGES: [&str; 2] = ["debian-slim", "debian"];
+
+/// The shared state.
+#[derive(Debug)]
+pub struct Base {
+    state: PathBuf,
+}
+
+/// The base, made when it is not there. Fails when it could not be made; tests that need it are skipped then, or fail.
+pub fn get() -> Result<&'static Base, String> {
+    static BASE: OnceLock<Result<Base, String>> = OnceLock::new();
+    BASE.get_or_init(|| std::panic::catch_unwind(make).unwrap_or_else(|p| Err(format!("no base: {}", message(&*p)))))
+        .as_ref()
+        .map_err(Clone::clone)
+}
+
+fn message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no reason given").to_owned()
+}
+
+fn make() -> Result<Base, String> {
+    let tests = binaries::target().join("tests");
+    std::fs::create_dir_all(&tests).map_err(|e| format!("{}: {e}", tests.display()))?;
+    let lock = std::fs::File::create(tests.join("base.lock")).map_err(|e| format!("base.lock: {e}"))?;
+    flock(&lock, FlockOperation::LockExclusive).map_err(|e| format!("base.lock: {e}"))?;
+
+    let root = tests.join("base");
+    let marker = root.join("made-of");
+    let key = key();
+    let fresh = std::env::var_os("BANGER_TEST_FRESH").is_some_and(|v| v == "1");
+    let current = std::fs::read_to_string(&marker).is_ok_and(|k| k == key);
+    if fresh || !current {
+        let _ = std::fs::remove_dir_all(&root);
+        let runtime = PathBuf::from(format!("/tmp/btb{}", std::process::id()));
+        let env = TestEnv::at(root.clone(), runtime.clone()).keep();
+        eprintln!(
+            "preparing kernel and default images for the tests in {}",
+            root.display()
+        );
+        env.banger(["kernel", "import"]).deadline(600).ok();
+        for image in IMAGES {
+            env.banger(["image", "build", image]).deadline(1200).ok();
+        }
+        // A first start makes what is made per kernel and agent, which no test should have to wait for.
+        env.banger(["vm", "run", "--rm", "debian-slim", "--", "true"])
+            .deadline(300)
+            .ok();
+        env.run("daemon stop").code(0);
+        let _ = std::fs::remove_dir_all(runtime);
+        std::fs::write(&marker, &key).map_err(|e| format!("{}: {e}", marker.display()))?;
+    }
+    Ok(Base {
+        state: root.join("state/banger"),
+    })
+}
+
+/// Changes whenever what makes kernel and images does.
+fn key() -> String {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../image/src");
+    let mut files = Vec::new();
+    for part in [
+        "recipe.rs",
+        "build.rs",
+        "build",
+        "ext4.rs",
+        "ext4",
+        "kernel.rs",
+        "kernel",
+    ] {
+        collect(&source.join(part), &mut files);
+    }
+    files.sort();
+    let mut hasher = DefaultHasher::new();
+    for file in files {
+        hasher.write(file.as_os_str().as_encoded_bytes());
+        hasher.write(&std::fs::read(&file).unwrap_or_default());
+    }
+    format!("{:016x}\n", hasher.finish())
+}
+
+fn collect(path: &Path, files: &mut Vec<PathBuf>) {
+    if path.is_file() {
+        files.push(path.to_owned());
+    }
+    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+        collect(&entry.path(), files);
+    }
+}
+
+impl Base {
+    /// Gives an environment, in which no daemon has run yet, kernel and images.
+    pub fn share_with(&self, env: &TestEnv) {
+        let state = env.state();
+        std::fs::create_dir_all(&state).expect("the state directory");
+        std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o700)).expect("the state directory's mode");
+        for entry in std::fs::read_dir(&self.state).expect("the base").flatten() {
+            let name = entry.file_name();
+            let target = state.join(&name);
+            match name.to_str().unwrap_or_default() {
+                // Of each daemon's own.
+                "machines" | "ssh" => {}
+                name if name.ends_with(".log") || name.ends_with(".lock") => {}
+                // Written in place: a copy of its own.
+                name if name.contains(".db") => {
+                    std::fs::copy(entry.path(), &target).expect("a copy of the database");
+                }
+                _ => link_tree(&entry.path(), &target),
+            }
+        }
+    }
+}
+
+/// The same tree, its files being hard links.
+fn link_tree(from: &Path, to: &Path) {
+    let meta = std::fs::symlink_metadata(from).unwrap_or_else(|e| panic!("{}: {e}", from.display()));
+    if meta.is_dir() {
+        std::fs::create_dir_all(to).unwrap_or_else(|e| panic!("{}: {e}", to.display()));
+        std::fs::set_permissions(to, meta.permissions()).expect("a directory's mode");
+        for entry in std::fs::read_dir(from).expect("a directory of the base").flatten() {
+            link_tree(&entry.path(), &to.join(entry.file_name()));
+        }
+    } else {
+        std::fs::hard_link(from, to).unwrap_or_else(|e| panic!("{} to {}: {e}", from.display(), to.display()));
+    }
+}
