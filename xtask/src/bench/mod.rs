@@ -1,0 +1,131 @@
+//! Benchmarks: programs that print figures and ratios. Nothing is asserted.
+//!
+//! Each benchmark gets an environment of its own (`banger_testkit`), runs the real programs and returns figures. A figure
+//! holds all its samples; the table shows median, least, most, and how the median stands to the target or to a baseline
+//! that was measured beside it.
+#![allow(
+    clippy::expect_used,
+    reason = "a benchmark that cannot be set up has nothing to report"
+)]
+
+mod channel;
+mod figures;
+mod measure;
+
+use banger_testkit::{Need, need};
+
+use figures::Report;
+
+/// How much is measured.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Effort {
+    /// Few samples: to see that the benchmarks run.
+    quick: bool,
+}
+
+impl Effort {
+    fn samples(self, full: usize, quick: usize) -> usize {
+        if self.quick { quick } else { full }
+    }
+}
+
+/// A benchmark.
+struct Bench {
+    name: &'static str,
+    what: &'static str,
+    needs: &'static [Need],
+    run: fn(Effort, &mut Report),
+}
+
+const BENCHES: &[Bench] = &[
+    Bench {
+        name: "cli",
+        what: "`banger --version`; a program that does nothing as baseline",
+        needs: &[Need::Programs],
+        run: measure::cli,
+    },
+    Bench {
+        name: "list",
+        what: "`vm list` with 20 machines",
+        needs: &[Need::Base],
+        run: measure::list,
+    },
+    Bench {
+        name: "memory",
+        what: "resident memory of the daemon, idle and per running machine",
+        needs: &[Need::Base],
+        run: measure::memory,
+    },
+    Bench {
+        name: "start",
+        what: "cold start to exec-ready",
+        needs: &[Need::Base],
+        run: measure::start,
+    },
+    Bench {
+        name: "exec",
+        what: "`vm exec NAME -- true`, whole process",
+        needs: &[Need::Base],
+        run: measure::exec,
+    },
+    Bench {
+        name: "throughput",
+        what: "standard output and input of a guest's command",
+        needs: &[Need::Base],
+        run: measure::throughput,
+    },
+    Bench {
+        name: "channel",
+        what: "the bare guest channel, as baseline of throughput",
+        needs: &[Need::Base],
+        run: channel::run,
+    },
+    Bench {
+        name: "upload",
+        what: "100 MB of workspace",
+        needs: &[Need::Base, Need::Git],
+        run: measure::upload,
+    },
+    Bench {
+        name: "build",
+        what: "kernel import and image build",
+        needs: &[Need::Programs, Need::ImageTools],
+        run: measure::build,
+    },
+];
+
+/// `cargo xtask bench`
+pub(crate) fn run(args: &[&str]) -> Result<(), String> {
+    let mut json = false;
+    let mut effort = Effort { quick: false };
+    let mut only: Vec<&str> = Vec::new();
+    let mut args = args.iter();
+    while let Some(&arg) = args.next() {
+        match arg {
+            "--json" => json = true,
+            "--quick" => effort.quick = true,
+            "--only" => only.push(args.next().copied().ok_or("--only needs a name")?),
+            "--list" => {
+                for bench in BENCHES {
+                    println!("{:<12}{}", bench.name, bench.what);
+                }
+                return Ok(());
+            }
+            other => return Err(format!("bench does not know `{other}`")),
+        }
+    }
+    if let Some(unknown) = only.iter().find(|n| !BENCHES.iter().any(|b| b.name == **n)) {
+        return Err(format!("there is no benchmark `{unknown}`; --list names them"));
+    }
+    let mut report = Report::new();
+    for bench in BENCHES.iter().filter(|b| only.is_empty() || only.contains(&b.name)) {
+        if let Some(reason) = need::missing(bench.needs) {
+            eprintln!("skipped: {}: {reason}", bench.name);
+            continue;
+        }
+        eprintln!("{}: {}", bench.name, bench.what);
+        (bench.run)(effort, &mut report);
+    }
+    print!("{}", if json { report.json() } else { report.table() });
+    Ok(())
+}
