@@ -146,7 +146,12 @@ pub trait Engine: Send + Sync {
     fn launch<'a>(&'a self, plan: &'a BootPlan) -> BoxFuture<'a, Result<Handles, EngineError>>;
 
     /// Finds the engine of a machine again. `handles` are those that were kept, if they could be read.
-    fn find<'a>(&'a self, id: &'a banger_core::id::MachineId, paths: &'a MachinePaths, handles: Option<&'a Handles>) -> BoxFuture<'a, Liveness>;
+    fn find<'a>(
+        &'a self,
+        id: &'a banger_core::id::MachineId,
+        paths: &'a MachinePaths,
+        handles: Option<&'a Handles>,
+    ) -> BoxFuture<'a, Liveness>;
 
     /// Opens the guest channel.
     fn connect_agent<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<UnixStream, EngineError>>;

@@ -26,14 +26,18 @@ pub struct Roots {
 
 impl Default for Roots {
     fn default() -> Self {
-        Self { proc: "/proc".into(), dev: "/dev".into(), sys: "/sys".into() }
+        Self {
+            proc: "/proc".into(),
+            dev: "/dev".into(),
+            sys: "/sys".into(),
+        }
     }
 }
 
 /// Where the frequency of the time stamp counter comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TscSource {
-    /// The processor states it and a measurement agrees.
+    /// The processor states it; it could not be measured.
     Stated,
     /// Measured against the monotonic clock.
     Measured,
@@ -120,17 +124,24 @@ pub fn boot_id(proc: &Path) -> Result<String, String> {
     let text = read_bounded(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
     let id = text.trim();
     let fits = id.len() == 36 && id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
-    if fits { Ok(id.to_owned()) } else { Err(format!("{} is not a boot id", path.display())) }
+    if fits {
+        Ok(id.to_owned())
+    } else {
+        Err(format!("{} is not a boot id", path.display()))
+    }
 }
 
 /// Frequency of the time stamp counter. Blocks for some 25 ms, longer where the first readings disagree.
+///
+/// It is measured, because a guest's clock goes by it for days: a reading is good to a few millionths, what the processor
+/// states is a round figure, and in a virtual machine perhaps another processor's.
 pub fn tsc() -> Option<Tsc> {
-    let measured = [25, 50, 100].iter().find_map(|ms| steady(Duration::from_millis(*ms)))?;
-    let stated = sys::stated_tsc_khz().filter(|s| near(*s, measured, 1000));
-    Some(match stated {
-        Some(khz) => Tsc { khz, source: TscSource::Stated },
-        None => Tsc { khz: measured, source: TscSource::Measured },
-    })
+    let measured = [25, 50, 100].iter().find_map(|ms| steady(Duration::from_millis(*ms)));
+    let (khz, source) = match measured {
+        Some(khz) => (khz, TscSource::Measured),
+        None => (sys::stated_tsc_khz()?, TscSource::Stated),
+    };
+    Some(Tsc { khz, source })
 }
 
 /// Two halves of a window that must agree within 1/2000.
@@ -197,7 +208,10 @@ fn field_values<'a>(text: &'a str, key: &'a str) -> impl Iterator<Item = &'a str
 }
 
 fn kib(meminfo: &str, key: &str) -> u64 {
-    field_values(meminfo, key).next().and_then(|v| v.split_ascii_whitespace().next()?.parse().ok()).unwrap_or(0)
+    field_values(meminfo, key)
+        .next()
+        .and_then(|v| v.split_ascii_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
 }
 
 fn slurp(path: &Path, doubts: &mut Vec<String>) -> String {
@@ -212,4 +226,3 @@ fn read_bounded(path: &Path) -> std::io::Result<String> {
     fs::File::open(path)?.take(8 << 20).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
-

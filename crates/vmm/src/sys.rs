@@ -1,9 +1,11 @@
 //! The few system and processor interfaces that no safe wrapper covers.
 #![allow(unsafe_code)]
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::ioctl;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// `KVM_GET_API_VERSION`: takes nothing, answers by its return value.
 struct KvmGetApiVersion;
@@ -78,4 +80,10 @@ pub(crate) fn stated_tsc_khz() -> Option<u64> {
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) fn stated_tsc_khz() -> Option<u64> {
     None
+}
+
+/// Watches a descriptor for readability.
+pub(crate) fn watch_readable(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the watch owns the descriptor, which so stays open and the same for as long as it is registered.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(std::io::Error::from)
 }

@@ -1,14 +1,29 @@
 //! The QEMU driver.
+//!
+//! * [`args`]: the command line for a plan, a pure function,
+//! * `detect`: which QEMU is there,
+//! * `launch`: starting it, detached, and undoing a failed start,
+//! * `find`: finding it again and being sure that it is the one.
+
+pub mod args;
+mod detect;
+mod find;
+mod launch;
+mod qcow2;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use banger_core::id::MachineId;
 use banger_core::plan::{BootPlan, MachinePaths};
+use serde_json::Value;
 use tokio::net::UnixStream;
+use tokio::time::{sleep, timeout};
 
 use crate::engine::{BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness};
 use crate::host::Roots;
+use crate::identity::Mismatch;
+use crate::qmp::QmpError;
 
 /// Name of the engine.
 pub const ENGINE: &str = "qemu";
@@ -50,18 +65,81 @@ pub struct Qemu {
     options: Options,
     binary: PathBuf,
     capabilities: Capabilities,
+    qboot: bool,
 }
 
 impl Qemu {
-    /// Finds the binary and asks it for its version. Blocks for some 30 ms.
+    /// Finds the binary and asks it for its version. Blocks for some 50 ms.
     pub fn detect(options: Options) -> Result<Self, EngineError> {
-        let _ = &options;
-        Err(EngineError::Missing { engine: ENGINE, binary: BINARY.to_owned() })
+        let found = detect::detect(options.binary.as_deref())?;
+        Ok(Self {
+            options,
+            binary: found.binary,
+            capabilities: Capabilities {
+                engine: ENGINE,
+                version: found.version,
+                pause: true,
+                // It can, but this driver does not ask it to yet.
+                snapshot: false,
+                user_network: true,
+                qcow2: true,
+            },
+            qboot: found.qboot,
+        })
     }
 
     /// The binary that is used.
     pub fn binary(&self) -> &Path {
         &self.binary
+    }
+
+    async fn command(&self, handles: &Handles, command: &'static str) -> Result<(), EngineError> {
+        let mut client = find::command_client(self, handles).await?;
+        match client.execute::<Value>(command, None).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(control_error(self, handles, error)),
+        }
+    }
+
+    async fn agent(&self, handles: &Handles) -> Result<UnixStream, EngineError> {
+        find::open_or_refuse(&self.options.roots.proc, handles)?;
+        let limit = self.options.answer_timeout;
+        let connected = timeout(limit, UnixStream::connect(&handles.agent)).await;
+        let stream = connected
+            .map_err(|_| EngineError::Timeout {
+                engine: ENGINE,
+                what: "take a connection on its guest channel",
+                after: limit,
+            })?
+            .map_err(|e| io_error(format!("connect to {}", handles.agent.display()), e))?;
+        let peer = stream
+            .peer_cred()
+            .ok()
+            .and_then(|c| c.pid())
+            .and_then(|p| u32::try_from(p).ok());
+        match peer.filter(|peer| *peer != 0 && *peer != handles.pid) {
+            Some(peer) => Err(EngineError::NotOurs {
+                pid: handles.pid,
+                why: format!("its guest channel belongs to process {peer}"),
+            }),
+            None => Ok(stream),
+        }
+    }
+
+    async fn exited(&self, handles: &Handles) {
+        loop {
+            match find::open(&self.options.roots.proc, handles) {
+                Ok(process) => {
+                    if process.ended().await.is_ok() {
+                        return;
+                    }
+                }
+                Err(Mismatch::Gone(_)) => return,
+                Err(Mismatch::Unclear(_)) => {}
+            }
+            // Only where a process cannot be watched (no descriptors left, no /proc).
+            sleep(Duration::from_secs(1)).await;
+        }
     }
 }
 
@@ -70,32 +148,68 @@ impl Engine for Qemu {
         &self.capabilities
     }
 
-    fn launch<'a>(&'a self, _plan: &'a BootPlan) -> BoxFuture<'a, Result<Handles, EngineError>> {
-        let _ = &self.options;
-        Box::pin(async { Err(EngineError::Unsupported { engine: ENGINE, what: "launch".to_owned() }) })
+    fn launch<'a>(&'a self, plan: &'a BootPlan) -> BoxFuture<'a, Result<Handles, EngineError>> {
+        Box::pin(launch::launch(self, plan))
     }
 
-    fn find<'a>(&'a self, _id: &'a MachineId, _paths: &'a MachinePaths, _handles: Option<&'a Handles>) -> BoxFuture<'a, Liveness> {
-        Box::pin(async { Liveness::Gone("not implemented".to_owned()) })
+    fn find<'a>(
+        &'a self,
+        id: &'a MachineId,
+        paths: &'a MachinePaths,
+        handles: Option<&'a Handles>,
+    ) -> BoxFuture<'a, Liveness> {
+        Box::pin(find::find(self, id, paths, handles))
     }
 
-    fn connect_agent<'a>(&'a self, _handles: &'a Handles) -> BoxFuture<'a, Result<UnixStream, EngineError>> {
-        Box::pin(async { Err(EngineError::Unsupported { engine: ENGINE, what: "connect".to_owned() }) })
+    fn connect_agent<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<UnixStream, EngineError>> {
+        Box::pin(self.agent(handles))
     }
 
-    fn wait_exit<'a>(&'a self, _handles: &'a Handles) -> BoxFuture<'a, ()> {
-        Box::pin(async {})
+    fn wait_exit<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, ()> {
+        Box::pin(self.exited(handles))
     }
 
-    fn signal<'a>(&'a self, _handles: &'a Handles, _signal: i32) -> BoxFuture<'a, Result<(), EngineError>> {
-        Box::pin(async { Ok(()) })
+    fn signal<'a>(&'a self, handles: &'a Handles, signal: i32) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(async move {
+            let process = find::open_or_refuse(&self.options.roots.proc, handles)?;
+            process
+                .signal(signal)
+                .map_err(|e| io_error(format!("send signal {signal} to process {}", handles.pid), e))
+        })
     }
 
-    fn pause<'a>(&'a self, _handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>> {
-        Box::pin(async { Ok(()) })
+    fn pause<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(self.command(handles, "stop"))
     }
 
-    fn resume<'a>(&'a self, _handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>> {
-        Box::pin(async { Ok(()) })
+    fn resume<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(self.command(handles, "cont"))
+    }
+}
+
+fn io_error(what: impl Into<String>, source: std::io::Error) -> EngineError {
+    EngineError::Io {
+        what: what.into(),
+        source,
+    }
+}
+
+/// A fault on the control connection, as an error of the interface.
+fn control_error(qemu: &Qemu, handles: &Handles, error: QmpError) -> EngineError {
+    match error {
+        QmpError::Refused { command, message } => EngineError::Refused {
+            engine: ENGINE,
+            command,
+            message,
+        },
+        QmpError::Timeout(_) => EngineError::Timeout {
+            engine: ENGINE,
+            what: "answer on its control socket",
+            after: qemu.options.answer_timeout,
+        },
+        other => io_error(
+            format!("control the engine through {}", handles.control.display()),
+            std::io::Error::other(other),
+        ),
     }
 }

@@ -1,0 +1,459 @@
+//! The command line of QEMU for a plan: a pure function.
+//!
+//! Every node of every disk is named with its driver, so that nothing is probed: neither a guest nor an image can make a file
+//! be read as something else. Nothing here is secret, for everybody on the host can read it.
+
+use std::path::{Path, PathBuf};
+
+use banger_core::host::Accel;
+use banger_core::id::MachineId;
+use banger_core::plan::{BootPlan, Disk, DiskFormat, NetworkKind};
+use serde_json::json;
+
+use super::ENGINE;
+use crate::engine::EngineError;
+
+/// Longest path of a socket: 108 bytes with the one that ends it.
+pub const SOCKET_PATH: usize = 107;
+/// Longest kernel line that x86 kernels take.
+const KERNEL_LINE: usize = 2047;
+/// Name of the port on which the agent listens.
+const AGENT_PORT: &str = "banger.agent";
+/// Size of the cache for translated code in MiB. The default of 1 GiB would be filled, over days, by every machine.
+const TRANSLATION_CACHE: u32 = 512;
+
+/// What holds the guest's memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Memory {
+    /// Memory of the engine process.
+    Anonymous,
+    /// A file.
+    File {
+        /// The file. It must have exactly the size of the memory.
+        path: PathBuf,
+        /// Whether writes reach the file: yes for what becomes a template, no for a machine that starts from one.
+        share: bool,
+    },
+}
+
+/// What the driver knows beyond the plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setup {
+    /// For each disk of the plan: the raw image below it, if it has one.
+    pub backing: Vec<Option<PathBuf>>,
+    /// What holds the guest's memory.
+    pub memory: Memory,
+    /// Start with qboot, which does less than SeaBIOS. Where it is not installed QEMU picks.
+    pub qboot: bool,
+}
+
+/// Name of the guest, by which QEMU answers.
+pub fn guest_name(id: &MachineId) -> String {
+    format!("banger-{}", id.as_str())
+}
+
+/// Name of the process: as much of the guest's as fits.
+pub fn process_name(id: &MachineId) -> String {
+    format!("banger-{}", id.short())
+}
+
+/// What every process name begins with.
+pub const PROCESS_PREFIX: &str = "banger-";
+
+/// The argument of `-name`.
+pub fn name_argument(id: &MachineId) -> String {
+    format!("guest={},process={}", guest_name(id), process_name(id))
+}
+
+/// The argument of `-chardev` for the control socket. With [`name_argument`] it tells a machine's engine from all others.
+pub fn control_argument(socket: &Path) -> Result<String, EngineError> {
+    Ok(format!(
+        "socket,id=control,path={},server=on,wait=off",
+        escaped(socket)?
+    ))
+}
+
+/// The whole command line, without the binary.
+pub fn args(plan: &BootPlan, setup: &Setup) -> Result<Vec<String>, EngineError> {
+    let mut line = Line::default();
+    line.pair("-name", name_argument(&plan.id));
+    for flag in ["-no-user-config", "-nodefaults", "-no-reboot"] {
+        line.flag(flag);
+    }
+    line.pair("-display", "none");
+    // Ends a QEMU that a guest has taken over from starting programs and changing identity.
+    line.pair(
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    );
+    machine(&mut line, plan, setup)?;
+    boot(&mut line, plan)?;
+    if setup.backing.len() != plan.disks.len() {
+        return Err(unsupported("tell which image belongs to which disk"));
+    }
+    for (disk, backing) in plan.disks.iter().zip(&setup.backing) {
+        drive(&mut line, disk, backing.as_deref())?;
+    }
+    channel(&mut line, plan)?;
+    network(&mut line, plan)?;
+    line.pair("-object", "rng-random,id=entropy,filename=/dev/urandom");
+    line.pair("-device", "virtio-rng-device,rng=entropy");
+    // The shim reads standard output. Standard input is /dev/null.
+    line.pair("-chardev", "stdio,id=console,signal=off");
+    line.pair("-serial", "chardev:console");
+    line.pair("-chardev", control_argument(&socket(plan.paths.control_socket())?)?);
+    line.pair("-mon", "chardev=control,mode=control");
+    Ok(line.0)
+}
+
+fn machine(line: &mut Line, plan: &BootPlan, setup: &Setup) -> Result<(), EngineError> {
+    let mut machine =
+        "microvm,memory-backend=memory,auto-kernel-cmdline=off,dump-guest-core=off,mem-merge=off".to_owned();
+    if setup.qboot {
+        machine.push_str(",x-option-roms=off");
+        line.pair("-bios", "qboot.rom");
+    }
+    line.pair("-machine", machine);
+    // Clock, interrupt controller and timer of old stay on: under emulation the kernel hangs without them.
+    match plan.accel {
+        Accel::Kvm => {
+            line.pair("-accel", "kvm");
+            line.pair("-cpu", "host");
+        }
+        Accel::Tcg => {
+            line.pair("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE}"));
+            line.pair("-cpu", "max");
+        }
+    }
+    if plan.vcpu == 0 || plan.memory_mib == 0 {
+        return Err(unsupported("run a machine without processor or memory"));
+    }
+    line.pair("-smp", plan.vcpu.to_string());
+    line.pair("-m", format!("{}M", plan.memory_mib));
+    let size = format!("id=memory,size={}M", plan.memory_mib);
+    line.pair(
+        "-object",
+        match &setup.memory {
+            Memory::Anonymous => format!("memory-backend-ram,{size},share=off"),
+            Memory::File { path, share } => {
+                let share = if *share { "on" } else { "off" };
+                format!("memory-backend-file,{size},mem-path={},share={share}", escaped(path)?)
+            }
+        },
+    );
+    line.pair("-overcommit", "mem-lock=off,cpu-pm=off");
+    // Version 1 of virtio, not what was before it.
+    line.pair("-global", "virtio-mmio.force-legacy=false");
+    Ok(())
+}
+
+fn boot(line: &mut Line, plan: &BootPlan) -> Result<(), EngineError> {
+    line.pair("-kernel", text(&plan.kernel)?);
+    line.pair("-initrd", text(&plan.initrd)?);
+    if plan.cmdline.len() > KERNEL_LINE {
+        return Err(unsupported(&format!(
+            "pass a kernel line of {} bytes: {KERNEL_LINE} is the most",
+            plan.cmdline.len()
+        )));
+    }
+    line.pair("-append", plan.cmdline.clone());
+    Ok(())
+}
+
+/// A disk: file, format above it, image below it.
+fn drive(line: &mut Line, disk: &Disk, backing: Option<&Path>) -> Result<(), EngineError> {
+    let name = disk.serial.serial();
+    let (file, base_file, base) = (
+        format!("{name}-file"),
+        format!("{name}-base-file"),
+        format!("{name}-base"),
+    );
+    // The page cache is used and a guest's flush reaches the disk. Space that the guest gives up goes back to the host.
+    line.node(&json!({
+        "node-name": file, "driver": "file", "filename": text(&disk.path)?, "discard": "unmap",
+    }));
+    match (disk.format, backing) {
+        (DiskFormat::Raw, None) => {
+            line.node(&json!({ "node-name": name, "driver": "raw", "file": file, "discard": "unmap" }));
+        }
+        (DiskFormat::Qcow2, None) => {
+            line.node(&json!({
+                "node-name": name, "driver": "qcow2", "file": file, "backing": null, "discard": "unmap",
+            }));
+        }
+        (DiskFormat::Qcow2, Some(image)) => {
+            line.node(&json!({
+                "node-name": base_file, "driver": "file", "filename": text(image)?, "read-only": true,
+            }));
+            line.node(&json!({ "node-name": base, "driver": "raw", "file": base_file, "read-only": true }));
+            line.node(&json!({
+                "node-name": name, "driver": "qcow2", "file": file, "backing": base, "discard": "unmap",
+            }));
+        }
+        (DiskFormat::Raw, Some(_)) => return Err(unsupported("put a raw disk over an image")),
+    }
+    line.pair("-device", format!("virtio-blk-device,drive={name},serial={name}"));
+    Ok(())
+}
+
+fn channel(line: &mut Line, plan: &BootPlan) -> Result<(), EngineError> {
+    let path = socket(plan.paths.agent_socket())?;
+    line.pair("-device", "virtio-serial-device,max_ports=2");
+    line.pair(
+        "-chardev",
+        format!("socket,id=agent,path={},server=on,wait=off", escaped(&path)?),
+    );
+    line.pair("-device", format!("virtserialport,chardev=agent,name={AGENT_PORT}"));
+    Ok(())
+}
+
+fn network(line: &mut Line, plan: &BootPlan) -> Result<(), EngineError> {
+    let Some(network) = &plan.network else { return Ok(()) };
+    let octets: Vec<&str> = network.mac.split(':').collect();
+    let fits = |o: &&str| o.len() == 2 && o.bytes().all(|b| b.is_ascii_hexdigit());
+    if octets.len() != 6 || !octets.iter().all(fits) {
+        return Err(unsupported(&format!("use {:?} as MAC address", network.mac)));
+    }
+    match network.kind {
+        // IPv4 alone: what the guest cannot name it cannot reach.
+        NetworkKind::User => line.pair("-netdev", "user,id=net0,ipv4=on,ipv6=off"),
+    }
+    line.pair("-device", format!("virtio-net-device,netdev=net0,mac={}", network.mac));
+    Ok(())
+}
+
+/// A command line under construction.
+#[derive(Default)]
+struct Line(Vec<String>);
+
+impl Line {
+    fn flag(&mut self, flag: &str) {
+        self.0.push(flag.to_owned());
+    }
+
+    fn pair(&mut self, flag: &str, value: impl Into<String>) {
+        self.flag(flag);
+        self.0.push(value.into());
+    }
+
+    fn node(&mut self, node: &serde_json::Value) {
+        self.pair("-blockdev", node.to_string());
+    }
+}
+
+/// A path as text. QEMU's options are text, so other paths cannot be told to it.
+fn text(path: &Path) -> Result<String, EngineError> {
+    path.to_str()
+        .map(str::to_owned)
+        .ok_or_else(|| unsupported(&format!("use {}: its name is not UTF-8", path.display())))
+}
+
+/// A path inside a comma separated option.
+fn escaped(path: &Path) -> Result<String, EngineError> {
+    Ok(text(path)?.replace(',', ",,"))
+}
+
+/// A path that fits a socket address.
+pub(super) fn socket(path: PathBuf) -> Result<PathBuf, EngineError> {
+    let length = path.as_os_str().len();
+    if length <= SOCKET_PATH {
+        return Ok(path);
+    }
+    Err(unsupported(&format!(
+        "open a socket at {}: the path has {length} bytes, {SOCKET_PATH} is the most",
+        path.display()
+    )))
+}
+
+pub(super) fn unsupported(what: &str) -> EngineError {
+    EngineError::Unsupported {
+        engine: ENGINE,
+        what: what.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStrExt;
+
+    use banger_core::plan::{DiskRole, MachinePaths, NetworkPlan};
+
+    use super::*;
+
+    fn plan() -> BootPlan {
+        BootPlan {
+            id: MachineId::parse("0123456789abcdef").unwrap(),
+            accel: Accel::Tcg,
+            vcpu: 2,
+            memory_mib: 512,
+            kernel: "/k/vmlinux".into(),
+            initrd: "/k/initrd".into(),
+            cmdline: "console=ttyS0 a=b,c".into(),
+            disks: vec![
+                Disk {
+                    serial: DiskRole::Root,
+                    path: "/s/root.qcow2".into(),
+                    format: DiskFormat::Qcow2,
+                },
+                Disk {
+                    serial: DiskRole::Work,
+                    path: "/s/work.ext4".into(),
+                    format: DiskFormat::Raw,
+                },
+            ],
+            network: Some(NetworkPlan {
+                kind: NetworkKind::User,
+                mac: "02:01:23:45:67:89".into(),
+            }),
+            paths: MachinePaths {
+                state: "/s".into(),
+                run: "/r".into(),
+            },
+        }
+    }
+
+    fn setup() -> Setup {
+        Setup {
+            backing: vec![Some("/i/image,\"1\".ext4".into()), None],
+            memory: Memory::Anonymous,
+            qboot: true,
+        }
+    }
+
+    /// Values of an option, in order.
+    fn values<'a>(args: &'a [String], flag: &str) -> Vec<&'a str> {
+        args.windows(2)
+            .filter(|w| w[0] == flag)
+            .map(|w| w[1].as_str())
+            .collect()
+    }
+
+    #[test]
+    fn every_disk_node_names_its_driver() {
+        let args = args(&plan(), &setup()).unwrap();
+        let nodes: Vec<serde_json::Value> = values(&args, "-blockdev")
+            .iter()
+            .map(|n| serde_json::from_str(n).unwrap())
+            .collect();
+        let of = |name: &str| nodes.iter().find(|n| n["node-name"] == name).unwrap();
+        assert!(nodes.iter().all(|n| n["driver"].is_string()));
+        assert_eq!(of("root")["backing"], "root-base");
+        assert_eq!(of("root-base")["driver"], "raw");
+        assert_eq!(of("root-base-file")["read-only"], true);
+        assert_eq!(of("root-base-file")["filename"], "/i/image,\"1\".ext4");
+        assert_eq!(
+            (&of("work")["driver"], &of("work-file")["filename"]),
+            (&json!("raw"), &json!("/s/work.ext4"))
+        );
+        assert_eq!(of("work-file")["discard"], "unmap");
+        assert_eq!(
+            values(&args, "-device")[..2],
+            [
+                "virtio-blk-device,drive=root,serial=root",
+                "virtio-blk-device,drive=work,serial=work"
+            ]
+        );
+        let mut alone = setup();
+        alone.backing[0] = None;
+        let line = super::args(&plan(), &alone).unwrap();
+        assert!(
+            values(&line, "-blockdev")
+                .iter()
+                .any(|n| n.contains(r#""backing":null"#))
+        );
+        alone.backing[1] = Some("/i/x".into());
+        assert!(super::args(&plan(), &alone).is_err());
+        alone.backing.pop();
+        assert!(super::args(&plan(), &alone).is_err());
+    }
+
+    #[test]
+    fn acceleration_decides_the_processor() {
+        let mut plan = plan();
+        let line = args(&plan, &setup()).unwrap();
+        assert_eq!(
+            (values(&line, "-cpu"), values(&line, "-accel")),
+            (vec!["max"], vec!["tcg,thread=multi,tb-size=512"])
+        );
+        plan.accel = Accel::Kvm;
+        let line = args(&plan, &setup()).unwrap();
+        assert_eq!(
+            (values(&line, "-cpu"), values(&line, "-accel")),
+            (vec!["host"], vec!["kvm"])
+        );
+    }
+
+    #[test]
+    fn name_and_control_socket_tell_the_machine() {
+        let line = args(&plan(), &setup()).unwrap();
+        assert_eq!(
+            values(&line, "-name"),
+            ["guest=banger-0123456789abcdef,process=banger-01234567"]
+        );
+        assert!(process_name(&plan().id).len() <= 15);
+        assert!(values(&line, "-chardev").contains(&"socket,id=control,path=/r/control.sock,server=on,wait=off"));
+        assert!(values(&line, "-chardev").contains(&"socket,id=agent,path=/r/agent.sock,server=on,wait=off"));
+    }
+
+    #[test]
+    fn it_is_locked_in_and_shut_off() {
+        let line = args(&plan(), &setup()).unwrap();
+        for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+            assert!(line.iter().any(|a| a == flag), "{flag}");
+        }
+        assert!(values(&line, "-sandbox")[0].contains("spawn=deny"));
+        let netdev = values(&line, "-netdev")[0].to_owned();
+        assert!(!netdev.contains("hostfwd") && !netdev.contains("smb") && !netdev.contains("tftp"));
+        let mut without = plan();
+        without.network = None;
+        assert!(values(&args(&without, &setup()).unwrap(), "-netdev").is_empty());
+    }
+
+    #[test]
+    fn memory_is_anonymous_or_a_file() {
+        let line = args(&plan(), &setup()).unwrap();
+        assert!(values(&line, "-object").contains(&"memory-backend-ram,id=memory,size=512M,share=off"));
+        let mut file = setup();
+        file.memory = Memory::File {
+            path: "/t/a,b".into(),
+            share: false,
+        };
+        let line = args(&plan(), &file).unwrap();
+        assert!(
+            values(&line, "-object").contains(&"memory-backend-file,id=memory,size=512M,mem-path=/t/a,,b,share=off")
+        );
+    }
+
+    #[test]
+    fn a_comma_in_a_path_stays_in_the_path() {
+        let mut plan = plan();
+        plan.paths.run = "/r,server=off".into();
+        let line = args(&plan, &setup()).unwrap();
+        assert!(
+            values(&line, "-chardev").contains(&"socket,id=agent,path=/r,,server=off/agent.sock,server=on,wait=off")
+        );
+    }
+
+    #[test]
+    fn what_qemu_could_not_do_is_refused_before() {
+        let refused = |change: &dyn Fn(&mut BootPlan)| {
+            let mut plan = plan();
+            change(&mut plan);
+            matches!(args(&plan, &setup()), Err(EngineError::Unsupported { .. }))
+        };
+        assert!(!refused(&|_| {}));
+        assert!(refused(&|p| p.paths.run = format!("/{}", "x".repeat(100)).into()));
+        assert!(!refused(&|p| p.paths.run = format!("/{}", "x".repeat(93)).into()));
+        assert!(refused(&|p| p.cmdline = "x".repeat(2048)));
+        assert!(refused(&|p| p.kernel = std::ffi::OsStr::from_bytes(b"/k\xff").into()));
+        assert!(refused(&|p| p.vcpu = 0));
+        for mac in ["", "02:01:23:45:67", "02:01:23:45:67:89,x=y", "02:01:23:45:67:zz"] {
+            assert!(refused(&|p| p.network.as_mut().unwrap().mac = mac.to_owned()), "{mac}");
+        }
+    }
+
+    #[test]
+    fn the_line_is_the_same_for_the_same_plan() {
+        assert_eq!(args(&plan(), &setup()).unwrap(), args(&plan(), &setup()).unwrap());
+    }
+}
