@@ -1,0 +1,143 @@
+//! Making the machine itself: name, addresses, keys, clock, randomness. Done at each start, before anything of the image runs.
+//!
+//! The image may be odd (no `/etc`, links where files are expected). A step that fails is told on the console and the others
+//! are done: a machine without its name in `/etc/hosts` is better than none.
+
+use std::io;
+use std::path::Path;
+
+use banger_proto::agent::Personalize;
+use banger_proto::error::{ApiError, ErrorCode};
+use rustix::time::{ClockId, Timespec};
+
+use crate::console;
+
+pub mod edit;
+pub mod net;
+pub mod place;
+
+use place::Place;
+
+/// Where the machine's SSH host key lies, below `/run/banger`.
+pub const HOST_KEY: &str = "ssh_host_ed25519_key";
+
+/// Checks what can be checked without touching anything.
+pub fn check(wanted: &Personalize) -> Result<(), ApiError> {
+    let refuse = |message: String| Err(ApiError::new(ErrorCode::InvalidSpec, message));
+    if edit::machine_id(&wanted.machine_id).is_none() {
+        return refuse(format!(
+            "machine id `{}` is not sixteen hexadecimal digits",
+            wanted.machine_id
+        ));
+    }
+    if !edit::is_host_name(&wanted.hostname) {
+        return refuse(format!("`{}` is not a host name", wanted.hostname));
+    }
+    if edit::entropy(&wanted.entropy).is_none() {
+        return refuse("the entropy is not 64 bytes in hexadecimal".to_owned());
+    }
+    if let Some(network) = &wanted.network
+        && net::Addresses::of(network).is_none()
+    {
+        return refuse(format!(
+            "`{}/{}` via `{}` is not an IPv4 configuration",
+            network.address, network.prefix, network.gateway
+        ));
+    }
+    if let Some(unit) = wanted.mask_units.iter().find(|u| !edit::is_unit(u)) {
+        return refuse(format!("`{unit}` is not the name of a unit"));
+    }
+    Ok(())
+}
+
+/// What the kernel is told.
+pub fn tell_kernel(wanted: &Personalize) {
+    step("set the clock", set_clock(wanted.time_ns));
+    step("add entropy", add_entropy(&wanted.entropy));
+    step(
+        "set the host name",
+        rustix::system::sethostname(wanted.hostname.as_bytes()).map_err(io::Error::from),
+    );
+    step("bring loopback up", net::loopback_up());
+    if let Some(addresses) = wanted.network.as_ref().and_then(net::Addresses::of) {
+        step("configure eth0", net::configure("eth0", &addresses));
+    }
+}
+
+/// What is written into the file system whose root is `root`.
+pub fn write_files(root: &Path, wanted: &Personalize) {
+    let root = match Place::open(root) {
+        Ok(root) => root,
+        Err(e) => return step("open the root file system", Err(e)),
+    };
+    step("write /etc", write_etc(&root, wanted));
+    step("write /root/.ssh/authorized_keys", write_keys(&root, wanted));
+    step("write the SSH host key", write_host_key(&root, wanted));
+    step("mask units", mask_units(&root, wanted));
+}
+
+fn step(what: &str, result: io::Result<()>) {
+    if let Err(e) = result {
+        console::say(&format!("can't {what}: {e}"));
+    }
+}
+
+fn set_clock(ns: u64) -> io::Result<()> {
+    let tv_sec = i64::try_from(ns / 1_000_000_000).map_err(io::Error::other)?;
+    let tv_nsec = i64::try_from(ns % 1_000_000_000).map_err(io::Error::other)?;
+    Ok(rustix::time::clock_settime(
+        ClockId::Realtime,
+        Timespec { tv_sec, tv_nsec },
+    )?)
+}
+
+fn add_entropy(hex: &str) -> io::Result<()> {
+    let Some(bytes) = edit::entropy(hex) else { return Ok(()) };
+    crate::sys::add_entropy(std::fs::File::open("/dev/urandom")?, bytes)
+}
+
+fn write_etc(root: &Place, wanted: &Personalize) -> io::Result<()> {
+    let etc = root.make("etc", 0o755)?;
+    etc.write("hostname", 0o644, &format!("{}\n", wanted.hostname))?;
+    etc.write("hosts", 0o644, &edit::hosts(&etc.read("hosts"), &wanted.hostname))?;
+    if let Some(id) = edit::machine_id(&wanted.machine_id) {
+        etc.write("machine-id", 0o444, &format!("{id}\n"))?;
+    }
+    if let Some(network) = &wanted.network {
+        etc.write("resolv.conf", 0o644, &edit::resolv_conf(&network.dns))?;
+    }
+    Ok(())
+}
+
+fn write_keys(root: &Place, wanted: &Personalize) -> io::Result<()> {
+    if wanted.authorized_keys.is_empty() {
+        return Ok(());
+    }
+    let ssh = root.make("root", 0o700)?.make(".ssh", 0o700)?;
+    ssh.set(0o700, None)?;
+    let old = ssh.read("authorized_keys");
+    ssh.write(
+        "authorized_keys",
+        0o600,
+        &edit::authorized_keys(&old, &wanted.authorized_keys),
+    )
+}
+
+fn write_host_key(root: &Place, wanted: &Personalize) -> io::Result<()> {
+    let Some(key) = &wanted.ssh_host_key else { return Ok(()) };
+    let run = root.make("run/banger", 0o700)?;
+    run.write(HOST_KEY, 0o600, &format!("{}\n", key.trim_end()))
+}
+
+fn mask_units(root: &Place, wanted: &Personalize) -> io::Result<()> {
+    if wanted.mask_units.is_empty() {
+        return Ok(());
+    }
+    // Of the directories in /run this is the one that systemd reads before /etc.
+    let control = root.make("run/systemd/system.control", 0o755)?;
+    wanted
+        .mask_units
+        .iter()
+        .filter(|u| edit::is_unit(u))
+        .try_for_each(|unit| control.link(unit, "/dev/null"))
+}

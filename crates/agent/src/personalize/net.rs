@@ -1,0 +1,193 @@
+//! Static network configuration by netlink, since an image need not have any tool for it.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+
+use banger_proto::agent::GuestNetwork;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_NEWADDR: u16 = 20;
+const RTM_NEWROUTE: u16 = 24;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
+const NLM_F_REPLACE: u16 = 0x100;
+const NLM_F_CREATE: u16 = 0x400;
+const NLMSG_ERROR: u16 = 2;
+const AF_INET: u8 = 2;
+const IFF_UP: u32 = 1;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+
+/// Addresses as they were asked for, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses {
+    address: Ipv4Addr,
+    prefix: u8,
+    gateway: Ipv4Addr,
+}
+
+impl Addresses {
+    /// Reads them; `None` when they are none.
+    pub fn of(network: &GuestNetwork) -> Option<Self> {
+        let (address, gateway) = (network.address.parse().ok()?, network.gateway.parse().ok()?);
+        (network.prefix <= 32).then_some(Self {
+            address,
+            prefix: network.prefix,
+            gateway,
+        })
+    }
+}
+
+/// Brings loopback up.
+pub fn loopback_up() -> io::Result<()> {
+    // Its index is always 1, and the kernel gives it its address.
+    Link::open()?.ask(&up(1))
+}
+
+/// Brings the interface `name` up with a static address and a default route.
+pub fn configure(name: &str, addresses: &Addresses) -> io::Result<()> {
+    let index: u32 = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))?
+        .trim()
+        .parse()
+        .map_err(io::Error::other)?;
+    let mut link = Link::open()?;
+    link.ask(&address(index, addresses))?;
+    link.ask(&up(index))?;
+    link.ask(&default_route(index, addresses))
+}
+
+struct Link {
+    socket: OwnedFd,
+}
+
+impl Link {
+    fn open() -> io::Result<Self> {
+        // Routes are protocol 0 of this family, which is what no protocol means.
+        let flags = SocketFlags::CLOEXEC;
+        let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
+        Ok(Self { socket })
+    }
+
+    /// Sends one request; the kernel has carried it out, or refused it, when this comes back.
+    fn ask(&mut self, message: &[u8]) -> io::Result<()> {
+        rustix::net::send(&self.socket, message, SendFlags::empty())?;
+        let mut answer = [0; 4096];
+        let (_, n) = rustix::net::recv(&self.socket, &mut answer, RecvFlags::empty())?;
+        outcome(&answer[..n.min(4096)])
+    }
+}
+
+/// Reads the acknowledgement.
+fn outcome(answer: &[u8]) -> io::Result<()> {
+    let kind = answer.get(4..6).and_then(|b| b.try_into().ok()).map(u16::from_ne_bytes);
+    let code = answer
+        .get(16..20)
+        .and_then(|b| b.try_into().ok())
+        .map(i32::from_ne_bytes);
+    match (kind, code) {
+        (Some(NLMSG_ERROR), Some(0)) => Ok(()),
+        (Some(NLMSG_ERROR), Some(code)) => Err(io::Error::from_raw_os_error(code.wrapping_neg())),
+        _ => Err(io::Error::other("an answer of the kernel that is no acknowledgement")),
+    }
+}
+
+fn message(kind: u16, flags: u16, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(16 + payload.len()).unwrap_or(u32::MAX);
+    let mut out = Vec::with_capacity(16 + payload.len());
+    out.extend(length.to_ne_bytes());
+    out.extend(kind.to_ne_bytes());
+    out.extend((NLM_F_REQUEST | NLM_F_ACK | flags).to_ne_bytes());
+    out.extend([0; 8]);
+    out.extend(payload);
+    out
+}
+
+fn attribute(out: &mut Vec<u8>, kind: u16, value: [u8; 4]) {
+    out.extend(8u16.to_ne_bytes());
+    out.extend(kind.to_ne_bytes());
+    out.extend(value);
+}
+
+fn up(index: u32) -> Vec<u8> {
+    // struct ifinfomsg: family, pad, type, index, flags, change mask.
+    let mut payload = vec![0; 4];
+    payload.extend(index.to_ne_bytes());
+    payload.extend(IFF_UP.to_ne_bytes());
+    payload.extend(IFF_UP.to_ne_bytes());
+    message(RTM_NEWLINK, 0, &payload)
+}
+
+fn address(index: u32, addresses: &Addresses) -> Vec<u8> {
+    // struct ifaddrmsg: family, prefix length, flags, scope, index.
+    let mut payload = vec![AF_INET, addresses.prefix, 0, 0];
+    payload.extend(index.to_ne_bytes());
+    attribute(&mut payload, IFA_LOCAL, addresses.address.octets());
+    attribute(&mut payload, IFA_ADDRESS, addresses.address.octets());
+    message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &payload)
+}
+
+fn default_route(index: u32, addresses: &Addresses) -> Vec<u8> {
+    // struct rtmsg: family, destination and source lengths, tos, table (main), protocol (static), scope (universe), type
+    // (unicast), flags.
+    let mut payload = vec![AF_INET, 0, 0, 0, 254, 4, 0, 1, 0, 0, 0, 0];
+    attribute(&mut payload, RTA_GATEWAY, addresses.gateway.octets());
+    attribute(&mut payload, RTA_OIF, index.to_ne_bytes());
+    message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &payload)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_have_their_lengths() {
+        let network = GuestNetwork {
+            address: "10.0.2.15".into(),
+            prefix: 24,
+            gateway: "10.0.2.2".into(),
+            dns: vec![],
+        };
+        let addresses = Addresses::of(&network).unwrap();
+        for message in [up(1), address(2, &addresses), default_route(2, &addresses)] {
+            assert_eq!(
+                u32::from_ne_bytes(message[..4].try_into().unwrap()) as usize,
+                message.len()
+            );
+            assert_eq!(message.len() % 4, 0);
+        }
+        assert_eq!(
+            Addresses::of(&GuestNetwork {
+                prefix: 33,
+                ..network.clone()
+            }),
+            None
+        );
+        assert_eq!(
+            Addresses::of(&GuestNetwork {
+                address: "x".into(),
+                ..network
+            }),
+            None
+        );
+    }
+
+    #[test]
+    fn refusals_are_errors() {
+        let answer = |code: i32| {
+            [
+                &36u32.to_ne_bytes()[..],
+                &2u16.to_ne_bytes(),
+                &[0; 10],
+                &code.to_ne_bytes(),
+            ]
+            .concat()
+        };
+        assert!(outcome(&answer(0)).is_ok());
+        assert_eq!(outcome(&answer(-19)).unwrap_err().raw_os_error(), Some(19));
+        assert!(outcome(&[]).is_err());
+    }
+}

@@ -1,0 +1,135 @@
+//! Writing below a directory of the image without being led elsewhere by its links.
+
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid};
+use rustix::io::Errno;
+
+/// Files larger than this are taken for empty.
+const MAX_READ: u64 = 1024 * 1024;
+
+/// A directory, open.
+pub struct Place(OwnedFd);
+
+impl Place {
+    /// Opens `path` itself, which is not the image's.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self(rustix::fs::open(
+            path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?))
+    }
+
+    /// The directory `path` below this one. No part of it may be a link.
+    pub fn below(&self, path: &str) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        Ok(Self(rustix::fs::openat2(&self.0, path, flags, Mode::empty(), resolve)?))
+    }
+
+    /// The same, each part made with `mode` where it is missing.
+    pub fn make(&self, path: &str, mode: u32) -> io::Result<Self> {
+        let mut at = Self(self.0.try_clone()?);
+        for part in path.split('/').filter(|p| !p.is_empty()) {
+            match rustix::fs::mkdirat(&at.0, part, Mode::from_raw_mode(mode)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(e) => return Err(e.into()),
+            }
+            at = at.below(part)?;
+        }
+        Ok(at)
+    }
+
+    /// The text of file `name`, empty when there is no such plain file.
+    pub fn read(&self, name: &str) -> String {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let Ok(fd) = rustix::fs::openat2(&self.0, name, flags, Mode::empty(), resolve) else {
+            return String::new();
+        };
+        let file = std::fs::File::from(fd);
+        let mut text = Vec::new();
+        if file.metadata().is_ok_and(|m| m.is_file() && m.len() <= MAX_READ) {
+            let _ = file.take(MAX_READ).read_to_end(&mut text);
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// Puts file `name` there, whatever stood in its place: a link is replaced, not followed.
+    pub fn write(&self, name: &str, mode: u32, text: &str) -> io::Result<()> {
+        let new = format!(".{name}.banger");
+        match rustix::fs::unlinkat(&self.0, &new, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.0, &new, flags, Mode::from_raw_mode(mode))?;
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode))?;
+        let mut file = std::fs::File::from(fd);
+        file.write_all(text.as_bytes())?;
+        Ok(rustix::fs::renameat(&self.0, &new, &self.0, name)?)
+    }
+
+    /// Puts a link there.
+    pub fn link(&self, name: &str, target: &str) -> io::Result<()> {
+        match rustix::fs::symlinkat(target, &self.0, name) {
+            Err(Errno::EXIST) => {
+                rustix::fs::unlinkat(&self.0, name, AtFlags::empty())?;
+                Ok(rustix::fs::symlinkat(target, &self.0, name)?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Sets owner and permissions of the directory itself.
+    pub fn set(&self, mode: u32, owner: Option<u32>) -> io::Result<()> {
+        // A descriptor opened by path only takes neither call, so the directory is opened again for them.
+        let fd = rustix::fs::openat(
+            &self.0,
+            ".",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        if let Some(owner) = owner {
+            rustix::fs::fchown(&fd, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)))?;
+        }
+        Ok(rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_are_replaced_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (inside, outside) = (dir.path().join("in"), dir.path().join("out"));
+        std::fs::create_dir_all(inside.join("etc")).unwrap();
+        std::fs::create_dir(&outside).unwrap();
+        std::fs::write(outside.join("secret"), "s").unwrap();
+        std::os::unix::fs::symlink(outside.join("secret"), inside.join("etc/resolv.conf")).unwrap();
+        std::os::unix::fs::symlink(&outside, inside.join("root")).unwrap();
+        let place = Place::open(&inside).unwrap();
+        let etc = place.below("etc").unwrap();
+        assert_eq!(etc.read("resolv.conf"), "");
+        etc.write("resolv.conf", 0o644, "nameserver 1.1.1.1\n").unwrap();
+        assert_eq!(etc.read("resolv.conf"), "nameserver 1.1.1.1\n");
+        assert_eq!(std::fs::read_to_string(outside.join("secret")).unwrap(), "s");
+        assert!(place.make("root/.ssh", 0o700).is_err());
+        assert!(!outside.join(".ssh").exists());
+        assert!(place.below("../out").is_err());
+        place
+            .make("run/systemd/system.control", 0o755)
+            .unwrap()
+            .link("a.service", "/dev/null")
+            .unwrap();
+        assert_eq!(
+            std::fs::read_link(inside.join("run/systemd/system.control/a.service")).unwrap(),
+            Path::new("/dev/null")
+        );
+    }
+}

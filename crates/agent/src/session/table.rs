@@ -1,0 +1,114 @@
+//! All sessions of the guest, by id.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use banger_proto::api;
+use banger_proto::error::{ApiError, ErrorCode};
+use banger_proto::frame::{Open, Opened};
+
+use super::{Session, lock};
+
+/// Finished sessions kept for a client that comes late.
+const MAX_FINISHED: usize = 64;
+
+/// Output kept of finished sessions, all together.
+const MAX_FINISHED_BYTES: usize = 16 * 1024 * 1024;
+
+/// Sessions that run at the same time.
+const MAX_RUNNING: usize = 4096;
+
+/// The sessions.
+pub struct Sessions {
+    etc: PathBuf,
+    known: Mutex<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    by_id: HashMap<String, Arc<Session>>,
+    finished: VecDeque<String>,
+}
+
+impl Sessions {
+    /// No sessions. Users are looked up below `etc`.
+    pub fn new(etc: PathBuf) -> Self {
+        Self {
+            etc,
+            known: Mutex::default(),
+        }
+    }
+
+    pub(super) fn etc(&self) -> &Path {
+        &self.etc
+    }
+
+    /// Whether `id` can name a session.
+    pub fn valid_id(id: &str) -> bool {
+        (1..=64).contains(&id.len())
+            && id
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+    }
+
+    /// Lists them.
+    pub fn list(&self) -> Vec<api::Session> {
+        let mut list: Vec<_> = lock(&self.known).by_id.values().map(|s| s.describe()).collect();
+        list.sort_by(|a, b| a.id.cmp(&b.id));
+        list
+    }
+
+    /// Attaches to session `id`, which is made if it is not there. Nothing runs yet.
+    pub(super) fn open(&self, id: &str, open: Open) -> Result<(Arc<Session>, u64, Opened), ApiError> {
+        let mut known = lock(&self.known);
+        let offset = open.output_offset;
+        let (session, existing) = match known.by_id.get(id) {
+            Some(session) => (session.clone(), true),
+            None if open.attach_only => {
+                return Err(ApiError::new(ErrorCode::NotFound, format!("no session `{id}`")));
+            }
+            None if known.by_id.len() >= MAX_RUNNING + MAX_FINISHED => {
+                return Err(ApiError::new(
+                    ErrorCode::Unavailable,
+                    format!("{MAX_RUNNING} sessions run already"),
+                ));
+            }
+            None => (Arc::new(Session::new(id, open)), false),
+        };
+        let (generation, opened) = session.attach(offset, existing)?;
+        if !existing {
+            known.by_id.insert(id.to_owned(), session.clone());
+        }
+        Ok((session, generation, opened))
+    }
+
+    /// Forgets a session that its client left before it was started.
+    pub(super) fn forget_unstarted(&self, session: &Arc<Session>, generation: u64) {
+        let mut known = lock(&self.known);
+        let inner = lock(&session.inner);
+        if !inner.started && inner.generation == generation {
+            known.by_id.remove(&session.id);
+        }
+    }
+
+    /// Keeps a finished session, and lets go of the oldest ones beyond the bounds.
+    pub(super) fn finished(&self, session: &Session) {
+        let mut known = lock(&self.known);
+        known.finished.push_back(session.id.clone());
+        let mut bytes: usize = known
+            .finished
+            .iter()
+            .filter_map(|id| known.by_id.get(id))
+            .map(|s| s.weight())
+            .sum();
+        while known.finished.len() > 1 && (known.finished.len() > MAX_FINISHED || bytes > MAX_FINISHED_BYTES) {
+            let Some(oldest) = known.finished.pop_front() else {
+                break;
+            };
+            if let Some(gone) = known.by_id.remove(&oldest) {
+                bytes -= gone.weight().min(bytes);
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! The few system calls that have no safe wrapper: what a child does between fork and exec, signals by number, and the
+//! kernel's entropy pool.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use rustix::process::{Gid, Pid, Signal, Uid};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// What a child does to itself before it becomes the program.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ChildSetup {
+    /// Make standard input, a terminal, the controlling terminal of a session of its own.
+    pub(crate) tty: bool,
+    /// Become this user.
+    pub(crate) user: Option<ChildUser>,
+}
+
+/// A user as the kernel sees it.
+#[derive(Debug, Clone)]
+pub(crate) struct ChildUser {
+    /// User.
+    pub(crate) uid: u32,
+    /// Group.
+    pub(crate) gid: u32,
+    /// Supplementary groups.
+    pub(crate) groups: Vec<u32>,
+}
+
+/// Has `command` do `setup` in the child. Without need for it the command is left alone, because any such hook makes the
+/// standard library fork where it could have used the cheaper `posix_spawn`.
+pub(crate) fn prepare(command: &mut Command, setup: ChildSetup) {
+    if !setup.tty && setup.user.is_none() {
+        return;
+    }
+    let user = setup.user.map(|u| {
+        let groups: Vec<Gid> = u.groups.iter().map(|&g| Gid::from_raw(g)).collect();
+        (Uid::from_raw(u.uid), Gid::from_raw(u.gid), groups)
+    });
+    let hook = move || -> io::Result<()> {
+        if setup.tty {
+            rustix::process::setsid()?;
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        }
+        if let Some((uid, gid, groups)) = &user {
+            rustix::thread::set_thread_groups(groups)?;
+            rustix::thread::set_thread_gid(*gid)?;
+            rustix::thread::set_thread_uid(*uid)?;
+        }
+        Ok(())
+    };
+    // SAFETY: the hook makes plain system calls only (rustix's Linux backend calls the kernel directly): it allocates
+    // nothing and takes no lock, so it may run between fork and exec.
+    unsafe {
+        command.pre_exec(hook);
+    }
+}
+
+/// Sends signal `number` to process `pid`.
+pub(crate) fn kill(pid: Pid, number: i32) -> io::Result<()> {
+    Ok(rustix::process::kill_process(pid, signal(number)?)?)
+}
+
+/// Sends signal `number` to the process group `group`.
+pub(crate) fn kill_group(group: Pid, number: i32) -> io::Result<()> {
+    Ok(rustix::process::kill_process_group(group, signal(number)?)?)
+}
+
+/// Sends signal `number` to every process but this one and process 1.
+pub(crate) fn kill_all(number: i32) -> io::Result<()> {
+    signal(number)?;
+    // SAFETY: `kill` takes two integers and touches no memory of this process.
+    match unsafe { libc::kill(-1, number) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn signal(number: i32) -> io::Result<Signal> {
+    if !(1..=64).contains(&number) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("no such signal: {number}"),
+        ));
+    }
+    // SAFETY: the number is in the range of Linux signals and is only handed to `kill`; no handler is installed for it.
+    Ok(unsafe { Signal::from_raw_unchecked(number) })
+}
+
+#[repr(C)]
+struct PoolInfo {
+    entropy_bits: i32,
+    size: i32,
+    bytes: [u8; 64],
+}
+
+const RNDADDENTROPY: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<[i32; 2]>(b'R', 0x03);
+const RNDRESEEDCRNG: rustix::ioctl::Opcode = rustix::ioctl::opcode::none(b'R', 0x07);
+
+/// Adds `bytes` to the kernel's pool, counts them as entropy, and has the generator take them up at once.
+pub(crate) fn add_entropy(device: impl AsFd, bytes: [u8; 64]) -> io::Result<()> {
+    let info = PoolInfo {
+        entropy_bits: 512,
+        size: 64,
+        bytes,
+    };
+    // SAFETY: RNDADDENTROPY reads a `struct rand_pool_info`: two ints and `size` bytes, which is what `PoolInfo` is.
+    unsafe { rustix::ioctl::ioctl(&device, rustix::ioctl::Setter::<RNDADDENTROPY, PoolInfo>::new(info))? };
+    // SAFETY: RNDRESEEDCRNG takes no argument.
+    unsafe { rustix::ioctl::ioctl(&device, rustix::ioctl::NoArg::<RNDRESEEDCRNG>::new())? };
+    Ok(())
+}
+
+/// Has the runtime watch a descriptor.
+pub(crate) fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` names the same open descriptor for as long as it lives, and `AsyncFd` keeps it until it has
+    // taken back the registration.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
