@@ -11,10 +11,12 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 /// The longest line that is read.
 const LINE: u64 = 256 << 10;
+/// How often a full queue of connections is tried again.
+const QUEUE: Duration = Duration::from_millis(20);
 /// More lines than this before a reply are a fault, not events.
 const SKIPPED: usize = 1000;
 
@@ -92,10 +94,7 @@ impl Client {
     /// Connects and negotiates. The deadline holds for everything that is done with this connection.
     pub async fn connect(path: &Path, within: Duration) -> Result<Self, QmpError> {
         let deadline = Instant::now() + within;
-        let stream = match timeout_at(deadline, UnixStream::connect(path)).await {
-            Ok(stream) => stream.map_err(QmpError::Unreachable)?,
-            Err(_) => return Err(QmpError::Timeout("connection")),
-        };
+        let stream = dial(path, deadline).await?;
         let peer = stream
             .peer_cred()
             .ok()
@@ -187,6 +186,22 @@ impl Client {
             });
         }
         serde_json::from_slice(&line).map_err(|e| QmpError::Protocol(e.to_string()))
+    }
+}
+
+/// Connects. A stopped engine takes no connections, and when a few wait already the kernel takes none for it either: that is
+/// no answer, as if it had taken them.
+async fn dial(path: &Path, deadline: Instant) -> Result<UnixStream, QmpError> {
+    loop {
+        match timeout_at(deadline, UnixStream::connect(path)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(e)) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Ok(Err(e)) => return Err(QmpError::Unreachable(e)),
+            Err(_) => return Err(QmpError::Timeout("connection")),
+        }
+        if timeout_at(deadline, sleep(QUEUE)).await.is_err() {
+            return Err(QmpError::Timeout("connection"));
+        }
     }
 }
 
@@ -319,14 +334,16 @@ mod tests {
 
     #[tokio::test]
     async fn one_that_waits_its_turn_times_out() {
-        // QEMU takes a second connection only when the first is closed: the kernel accepts it, nobody answers.
+        // QEMU takes a second connection only when the first is closed: the kernel accepts it, nobody answers. When its queue
+        // is full the kernel does not even do that.
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control.sock");
-        let _listener = tokio::net::UnixListener::bind(&path).unwrap();
-        assert!(matches!(
-            Client::connect(&path, BRIEF).await,
-            Err(QmpError::Timeout("greeting"))
-        ));
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        for what in ["greeting", "greeting", "connection"] {
+            let error = Client::connect(&path, BRIEF).await.unwrap_err();
+            assert!(matches!(error, QmpError::Timeout(w) if w == what), "{error}");
+        }
     }
 
     #[tokio::test]

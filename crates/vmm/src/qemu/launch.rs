@@ -27,6 +27,8 @@ use crate::records::{CONSOLE_LIMIT, console_tail};
 
 /// How long the shim may take for what takes it some milliseconds.
 const SHIM: Duration = Duration::from_secs(10);
+/// How long an engine that gives up may take to be gone.
+const ENDING: Duration = Duration::from_secs(3);
 /// How long a killed engine may take to be gone.
 const KILLED: Duration = Duration::from_secs(10);
 /// How many lines of the console an error shows.
@@ -249,7 +251,7 @@ async fn report(reports: &mut BufReader<ChildStdout>) -> io::Result<ShimReport> 
 
 /// The shim's last report, when the engine has ended.
 async fn end(reports: &mut BufReader<ChildStdout>) -> Option<ExitRecord> {
-    match timeout(SHIM, report(reports)).await {
+    match timeout(ENDING, report(reports)).await {
         Ok(Ok(ShimReport::Ended(record))) => Some(record),
         _ => None,
     }
@@ -260,22 +262,37 @@ async fn ready(qemu: &Qemu, plan: &BootPlan, engine: &mut Engine) -> Result<(), 
     let limit = qemu.options.launch_timeout;
     let deadline = Instant::now() + limit;
     let (control, pid) = (engine.handles.control.clone(), engine.handles.pid);
-    tokio::select! {
+    let fault = tokio::select! {
         biased;
         // The shim reports the end once it has written it down.
-        record = report(&mut engine.reports) => Err(match record {
+        ended = report(&mut engine.reports) => return Err(match ended {
             Ok(ShimReport::Ended(record)) => died(plan, Some(&record)),
             // Without a shim nobody keeps the console: that is not the machine that was asked for.
             _ => io_error("keep the engine's console", io::Error::other("banger-shim has ended")),
         }),
-        answered = answers(plan, &control, pid, deadline) => answered.map_err(|fault| match fault {
-            find::ControlFault::Qmp(QmpError::Timeout(_) | QmpError::Unreachable(_)) => {
-                timed_out("answer on its control socket", limit)
+        answered = answers(plan, &control, pid, deadline) => match answered {
+            Ok(()) => return Ok(()),
+            Err(fault) => fault,
+        },
+    };
+    Err(match fault {
+        find::ControlFault::Qmp(QmpError::Timeout(_) | QmpError::Unreachable(_)) => {
+            timed_out("answer on its control socket", limit)
+        }
+        find::ControlFault::Qmp(error) => {
+            // An engine that gives up closes its socket first.
+            if matches!(error, QmpError::Closed(_) | QmpError::Io(_))
+                && let Some(record) = end(&mut engine.reports).await
+            {
+                return Err(died(plan, Some(&record)));
             }
-            find::ControlFault::Qmp(error) => super::control_error(qemu, &engine.handles, error),
-            other => EngineError::NotOurs { pid, why: other.to_string() },
-        }),
-    }
+            super::control_error(qemu, &engine.handles, error)
+        }
+        other => EngineError::NotOurs {
+            pid,
+            why: other.to_string(),
+        },
+    })
 }
 
 /// Connects as soon as the socket is there.
