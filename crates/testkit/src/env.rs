@@ -226,8 +226,8 @@ impl TestEnv {
     /// Names of all machines.
     #[track_caller]
     pub fn machine_names(&self) -> Vec<String> {
-        let machines = self.api("GET", "/v1/machines", None);
-        let machines = machines.as_array().expect("a list of machines");
+        let answer = self.api("GET", "/v1/machines", None);
+        let machines = answer["machines"].as_array().expect("a list of machines");
         machines
             .iter()
             .map(|m| m["name"].as_str().unwrap_or_default().to_owned())
@@ -292,57 +292,44 @@ impl TestEnv {
         assert!(left.is_empty(), "left behind by this test:\n{}", left.join("\n"));
     }
 
+    /// Ends an environment that is never dropped because many tests share it; says what should be gone and is not.
+    pub fn finish(&self) -> Vec<String> {
+        let left = self.tear_down();
+        self.remove();
+        left
+    }
+
     /// Deletes machines, stops the daemon, and says what should be gone and is not.
     fn tear_down(&self) -> Vec<String> {
         let mut left = Vec::new();
-        if self.daemon().is_some() || has_entries(&self.state().join("machines")) {
-            match http::request(&self.socket(), "GET", "/v1/machines", None) {
-                Ok(answer) if answer.status == 200 => {
-                    let machines = answer.json();
-                    let ids: Vec<&str> = machines
-                        .as_array()
-                        .into_iter()
-                        .flatten()
-                        .filter_map(|m| m["id"].as_str())
-                        .collect();
-                    if !ids.is_empty() {
-                        let done = self.banger(["vm", "delete"]).args(&ids).run();
-                        if done.status != 0 {
-                            left.push(format!("machines that could not be deleted: {}", done.err()));
-                        }
-                    }
+        let machines = [self.state().join("machines"), self.runtime().join("m")];
+        // Without a daemon a machine may be running all the same, and the next daemon must find it: `vm list` starts one.
+        if self.daemon().is_some() || machines.iter().any(|d| has_entries(d)) {
+            let list = self.run("vm list --quiet");
+            if list.status == 0 {
+                let ids = String::from_utf8_lossy(&list.stdout).into_owned();
+                let done = (!ids.is_empty()).then(|| {
+                    self.banger(["vm", "delete", "--force"])
+                        .args(ids.split_whitespace())
+                        .run()
+                });
+                if let Some(done) = done.filter(|d| d.status != 0) {
+                    left.push(format!("machines that could not be deleted: {}", done.err()));
                 }
-                Ok(answer) => left.push(format!("a daemon that lists no machines: status {}", answer.status)),
-                // No daemon answers: a machine may be running all the same, and the next daemon must find it.
-                Err(_) if has_entries(&self.state().join("machines")) => {
-                    let done = self.run("vm list --format json");
-                    match serde_json::from_slice::<Value>(&done.stdout) {
-                        Ok(machines) => {
-                            let ids: Vec<&str> = machines
-                                .as_array()
-                                .into_iter()
-                                .flatten()
-                                .filter_map(|m| m["id"].as_str())
-                                .collect();
-                            if !ids.is_empty() {
-                                let _ = self.banger(["vm", "delete"]).args(&ids).run();
-                            }
-                        }
-                        Err(_) => left.push(format!("a daemon that does not start: {}", done.err())),
-                    }
-                }
-                Err(_) => {}
+            } else {
+                left.push(format!("a daemon that lists no machines: {}", list.err()));
             }
-            for dir in [self.state().join("machines"), self.runtime().join("m")] {
-                if has_entries(&dir) {
-                    left.push(format!("files of machines in {}", dir.display()));
-                }
-            }
-            if self.daemon().is_some() {
-                let done = self.run("daemon stop");
-                if done.status != 0 {
-                    left.push(format!("a daemon that does not stop: {}", done.err()));
-                }
+            left.extend(
+                machines
+                    .iter()
+                    .filter(|d| has_entries(d))
+                    .map(|d| format!("files of machines in {}", d.display())),
+            );
+        }
+        if self.daemon().is_some() {
+            let done = self.run("daemon stop");
+            if done.status != 0 {
+                left.push(format!("a daemon that does not stop: {}", done.err()));
             }
         }
         // A process that has been told to end needs a moment.

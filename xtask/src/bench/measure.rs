@@ -160,7 +160,7 @@ pub(super) fn throughput(effort: Effort, report: &mut Report) {
         .expect("a sparse file");
     let sent = repeat(n, || {
         let input = std::fs::File::open(&file).expect("the file");
-        env.banger(["vm", "exec", "-i", "m", "--", "sh", "-c", "cat >/dev/null"])
+        env.banger(["vm", "exec", "m", "--", "sh", "-c", "cat >/dev/null"])
             .stdin_file(input)
             .ok()
             .took

@@ -1,0 +1,1 @@
+//! Tests of banger on real machines, through the real programs. Everything is in `tests/`.

@@ -1,0 +1,159 @@
+//! The default image: Debian with systemd.
+
+use banger_testkit::{Repository, TestEnv};
+
+use crate::harness::{MACHINES, create, debian, shared, tests};
+
+tests! { MACHINES;
+    the_system_comes_up,
+    machines_are_individuals,
+    the_main_job_on_the_default_image,
+    git_in_the_guest_agrees_with_the_host,
+    an_orderly_stop,
+}
+
+fn the_system_comes_up() {
+    let (env, m) = debian();
+    let state = env.machine(m)["guest"]["system"].clone();
+    assert!(state == "running" || state == "degraded", "{state}");
+    let sh = |script: &str| env.sh(m, script).code(0).out();
+    let failed = sh("systemctl --failed --no-legend --plain");
+    assert_eq!(failed, "", "units failed");
+    assert_eq!(sh("cat /proc/1/comm").trim(), "systemd");
+    assert_eq!(
+        sh("hostname; hostnamectl --static 2>/dev/null || cat /etc/hostname")
+            .lines()
+            .next(),
+        Some(m)
+    );
+    assert_eq!(
+        sh("for p in git gcc make curl sudo sshd; do command -v $p >/dev/null || echo no $p; done"),
+        ""
+    );
+    // B12: masked units made the mount of the work disk hang; units are masked for the boot, not in the image.
+    assert!(sh("findmnt -no SOURCE /root").contains("/dev/"));
+    assert_eq!(sh("find /etc/systemd/system -lname /dev/null"), "");
+    assert_eq!(sh("stat -c %a /root").trim(), "700");
+    // B13: the root of the file system is a directory as any other.
+    assert_eq!(sh("stat -c '%F %a' /").trim(), "directory 755");
+    // The agent is not the system's business: it is alive though systemd knows nothing of it.
+    assert!(
+        sh("systemctl list-units --no-legend --plain --type=service")
+            .lines()
+            .all(|l| !l.contains("banger"))
+    );
+    assert_eq!(
+        sh("systemctl is-active ssh.service ssh.socket 2>/dev/null | grep -c '^active'").trim(),
+        "1"
+    );
+}
+
+fn machines_are_individuals() {
+    let (env, first) = debian();
+    create(env, "deb2", "debian");
+    let of = |m: &str| {
+        env.sh(m, "cat /etc/machine-id; cat /proc/sys/kernel/random/boot_id; hostname; ssh-keyscan -t ed25519 127.0.0.1 2>/dev/null | cut -d' ' -f3; head -c 8 /dev/urandom | od -An -tx1").code(0).out()
+    };
+    let (one, two) = (of(first), of("deb2"));
+    assert_eq!(one.lines().count(), 5, "{one}");
+    for (a, b) in one.lines().zip(two.lines()) {
+        assert_ne!(a, b, "two machines share {a:?}");
+    }
+    // The machine id stays over a restart, the boot id does not.
+    env.banger(["vm", "restart", "deb2"]).deadline(180).ok();
+    let again = of("deb2");
+    assert_eq!(again.lines().next(), two.lines().next(), "the machine id changed");
+    assert_ne!(again.lines().nth(1), two.lines().nth(1), "the boot id stayed");
+    assert_eq!(again.lines().nth(3), two.lines().nth(3), "the host key changed");
+    env.ok("vm delete deb2");
+}
+
+fn the_main_job_on_the_default_image() {
+    let env = TestEnv::new("default");
+    // Nothing is configured: sizes come from the host, the image is Debian.
+    env.config("");
+    let repository = Repository::typical(env.work().join("repo"));
+    let done = env
+        .banger([
+            "vm",
+            "run",
+            "--rm",
+            "./repo",
+            "--",
+            "sh",
+            "-c",
+            "git log -1 --format=%H; git status --porcelain; cat /etc/debian_version; systemctl is-system-running",
+        ])
+        .deadline(180)
+        .run()
+        .code(0);
+    let out = done.out();
+    let mut lines = out.lines();
+    assert_eq!(lines.next(), Some(repository.head().as_str()));
+    assert!(lines.next().is_some_and(|l| l.starts_with("12.")), "{out}");
+    assert!(done.err().contains("spec:"), "{}", done.err());
+    assert!(env.machine_names().is_empty());
+    env.close();
+}
+
+fn git_in_the_guest_agrees_with_the_host() {
+    let env = shared();
+    let repository = Repository::typical(env.work().join("agree"));
+    repository.write("README", "changed\n");
+    repository.write("new", "staged\n");
+    repository.git(&["add", "new"]);
+    std::fs::remove_file(repository.path().join("run.sh")).unwrap();
+    std::fs::remove_file(repository.path().join("link")).unwrap();
+    std::os::unix::fs::symlink("elsewhere", repository.path().join("link")).unwrap();
+    repository.make_executable("src/deep/main.c");
+    let done = env
+        .banger([
+            "vm",
+            "run",
+            "--rm",
+            "--wait",
+            "agent",
+            "debian",
+            "./agree",
+            "--",
+            "sh",
+            "-c",
+            "git status --porcelain; git diff HEAD | sha256sum; git log -1 --format=%s",
+        ])
+        .deadline(180)
+        .run()
+        .code(0);
+    let diff = repository.git(&["diff", "HEAD"]);
+    assert_eq!(
+        done.out(),
+        format!(
+            "{}{}  -\nsecond\n",
+            repository.status(),
+            crate::harness::sha256(diff.as_bytes())
+        )
+    );
+}
+
+fn an_orderly_stop() {
+    let env = TestEnv::new("orderly");
+    create(&env, "m", "debian");
+    // A service that leaves a word when it is stopped in order.
+    let unit = "[Service]\\nExecStart=/bin/sleep infinity\\nExecStop=/bin/sh -c \\\"echo stopped >/var/lib/word\\\"\\n";
+    env.sh(
+        "m",
+        &format!("printf \"{unit}\" >/run/systemd/system/word.service; systemctl daemon-reload; systemctl start word"),
+    )
+    .code(0);
+    env.sh("m", "echo fresh >/root/fresh").code(0);
+    env.banger(["vm", "stop", "m"]).deadline(120).ok();
+    env.banger(["vm", "start", "m"]).deadline(180).ok();
+    // B2: what was just written was lost.
+    assert_eq!(
+        env.sh("m", "cat /var/lib/word /root/fresh").code(0).out(),
+        "stopped\nfresh\n"
+    );
+    // The guest's own reboot ends as a machine that is stopped, or up again; never as a lost one.
+    let _ = env.run("vm exec m -- systemctl poweroff");
+    env.banger(["vm", "wait", "m", "--state", "stopped"]).deadline(90).ok();
+    env.close();
+}

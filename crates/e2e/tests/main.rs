@@ -1,0 +1,56 @@
+//! Real machines through the real programs: one program, a module per subject.
+//!
+//! `cargo test --release -p banger-e2e`; any part of a test's name selects it. Tests that only look share the machines of
+//! [`harness::shared`]; whoever changes a machine or a daemon has an environment of its own, and fails when anything is
+//! left of it. Missing prerequisites skip a test, under `CI=true` they fail it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "these are tests, a panic is how one fails"
+)]
+
+use std::process::ExitCode;
+
+mod harness;
+
+mod adoption;
+mod combinations;
+mod copy;
+mod daemon;
+mod debian;
+mod exec;
+mod faults;
+mod inputs;
+mod isolation;
+mod job;
+mod lifecycle;
+mod output;
+mod remove;
+mod sessions;
+mod ssh;
+mod terminal;
+
+fn main() -> ExitCode {
+    let trials = [
+        // The longest first, so that the end is not one of them alone.
+        debian::trials(),
+        ssh::trials(),
+        job::trials(),
+        lifecycle::trials(),
+        adoption::trials(),
+        remove::trials(),
+        sessions::trials(),
+        faults::trials(),
+        daemon::trials(),
+        isolation::trials(),
+        copy::trials(),
+        terminal::trials(),
+        exec::trials(),
+        combinations::trials(),
+        inputs::trials(),
+        output::trials(),
+    ];
+    harness::run(trials.into_iter().flatten().collect())
+}
