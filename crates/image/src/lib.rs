@@ -1,1 +1,35 @@
-//! placeholder
+//! Images, kernels and disks of machines.
+//!
+//! * [`store`]: the content-addressed store, and everything that puts something into it,
+//! * [`kernel`]: Debian kernel packages: archive, compressed kernel, modules, the distribution's own package,
+//! * [`initramfs`]: the archive that starts a machine,
+//! * [`recipe`] and [`build`]: the images that banger makes itself,
+//! * [`tar`]: a bounded reader of tar streams and the policy of what may enter an image,
+//! * [`ext4`]: a writer of ext4 file systems, without root and without unpacking anything onto the host,
+//! * [`disk`]: root and work disks of machines,
+//! * [`process`]: how programs are run,
+//! * [`error`], [`progress`], [`digest`]: what all of them share.
+//!
+//! Archives, packages and images are hostile input here: every length is bounded and nothing panics on them.
+
+pub mod build;
+pub mod digest;
+pub mod disk;
+pub mod error;
+pub mod ext4;
+pub mod initramfs;
+pub mod kernel;
+pub mod process;
+pub mod progress;
+pub mod recipe;
+pub mod store;
+pub mod tar;
+
+mod cancel;
+mod files;
+
+pub use digest::Digest;
+pub use error::{Error, Result};
+pub use progress::{Progress, Stage, Step, Unit};
+pub use recipe::Recipe;
+pub use store::{ImageFiles, ImageInfo, KernelFiles, KernelInfo, Store};
