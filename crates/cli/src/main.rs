@@ -1,2 +1,7 @@
-#![doc = "placeholder"]
-fn main() {}
+//! The `banger` program; everything is in the library beside it.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    banger_cli::main()
+}

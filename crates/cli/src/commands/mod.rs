@@ -1,0 +1,12 @@
+//! What each command does, one file each.
+
+pub(crate) mod completion;
+pub(crate) mod daemon;
+pub(crate) mod doctor;
+pub(crate) mod image;
+pub(crate) mod internal;
+pub(crate) mod kernel;
+pub(crate) mod man;
+pub(crate) mod ssh_config;
+pub(crate) mod version;
+pub(crate) mod vm;

@@ -1,0 +1,318 @@
+//! What several commands on machines share: options, references, and doing the same to many at once.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use banger_core::{name, reference, size, spec};
+use banger_proto::api::{CreateMachine, Machine, WaitFor};
+use clap::{Args, ValueEnum};
+use futures_util::future::join_all;
+use serde::{Deserialize, Serialize};
+
+use crate::cli::{Context, OutputArgs, versioned};
+use crate::client::Client;
+use crate::completion;
+use crate::error::{Error, Kind, Result};
+
+/// Options that decide what a machine is made of.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct SpecArgs {
+    /// Name of the machine; one is made up otherwise
+    #[arg(long, value_parser = machine_name)]
+    pub(crate) name: Option<String>,
+    /// Image to start from
+    #[arg(long, add = completion::images())]
+    pub(crate) image: Option<String>,
+    /// Kernel to boot
+    #[arg(long, add = completion::kernels())]
+    pub(crate) kernel: Option<String>,
+    /// Virtual processors
+    #[arg(long, value_name = "N", value_parser = vcpu)]
+    pub(crate) vcpu: Option<u32>,
+    /// Memory, like 512M or 2G
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    pub(crate) memory: Option<u64>,
+    /// Size of the root disk, like 8G
+    #[arg(long, value_name = "SIZE", value_parser = disk)]
+    pub(crate) disk_size: Option<u64>,
+    /// Engine: auto, qemu or firecracker
+    #[arg(long, value_parser = engine)]
+    pub(crate) engine: Option<String>,
+    /// Network: user (out through the host, nothing comes in) or none
+    #[arg(long, value_parser = network)]
+    pub(crate) network: Option<String>,
+}
+
+/// Options that decide when a start is done.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct WaitArgs {
+    /// When the machine counts as started: agent (takes commands) or system (its init is through, the default)
+    #[arg(long, value_enum, value_name = "WHAT", hide_possible_values = true)]
+    pub(crate) wait: Option<Wait>,
+    /// Longest time for the start, like 90s or 5m
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// See [`WaitFor`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Wait {
+    /// The agent takes commands
+    Agent,
+    /// The init system is through with its start-up
+    System,
+}
+
+impl WaitArgs {
+    /// For the API.
+    pub(crate) fn wait_for(&self) -> WaitFor {
+        match self.wait {
+            Some(Wait::Agent) => WaitFor::Agent,
+            Some(Wait::System) | None => WaitFor::System,
+        }
+    }
+
+    /// For the API.
+    pub(crate) fn timeout_ms(&self) -> Option<u64> {
+        self.timeout.map(milliseconds)
+    }
+}
+
+impl SpecArgs {
+    /// The request that these options make.
+    pub(crate) fn request(self, positional_image: Option<String>, wait: &WaitArgs) -> Result<CreateMachine> {
+        if let (Some(one), Some(other)) = (&positional_image, &self.image) {
+            return Err(Error::usage(format!("two images given: `{one}` and `{other}`")).hint("leave one of them out"));
+        }
+        Ok(CreateMachine {
+            name: self.name,
+            image: positional_image.or(self.image),
+            kernel: self.kernel,
+            vcpu: self.vcpu,
+            memory_mib: self.memory,
+            disk_bytes: self.disk_size,
+            engine: self.engine,
+            network: self.network,
+            wait: wait.wait_for(),
+            timeout_ms: wait.timeout_ms(),
+            ..CreateMachine::default()
+        })
+    }
+}
+
+/// A duration for the API.
+pub(crate) fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Reads a machine's name.
+pub(crate) fn machine_name(text: &str) -> Result<String, String> {
+    name::MachineName::parse(text).map(|n| n.as_str().to_owned()).map_err(|e| e.to_string())
+}
+
+/// Reads a number of processors.
+pub(crate) fn vcpu(text: &str) -> Result<u32, String> {
+    let number = text.parse().map_err(|_| "not a whole number".to_owned())?;
+    spec::check_vcpu(number).map_err(|e| e.to_string())?;
+    Ok(number)
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    size::parse(text).map_err(|e| format!("{e}; {}", e.hint()))
+}
+
+/// Reads an amount of memory, in MiB.
+pub(crate) fn memory(text: &str) -> Result<u64, String> {
+    let bytes = bytes(text)?;
+    if !bytes.is_multiple_of(size::MIB) {
+        return Err("not a whole number of MiB".to_owned());
+    }
+    let mib = bytes / size::MIB;
+    spec::check_memory(mib).map_err(|e| e.to_string())?;
+    Ok(mib)
+}
+
+/// Reads the size of a disk, in bytes.
+pub(crate) fn disk(text: &str) -> Result<u64, String> {
+    let bytes = bytes(text)?;
+    spec::check_disk(bytes).map_err(|e| e.to_string())?;
+    Ok(bytes)
+}
+
+fn engine(text: &str) -> Result<String, String> {
+    spec::check_engine(text).map_err(|e| e.to_string())?;
+    Ok(text.to_owned())
+}
+
+fn network(text: &str) -> Result<String, String> {
+    spec::check_network(text).map_err(|e| e.to_string())?;
+    Ok(text.to_owned())
+}
+
+/// Reads a duration.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    banger_core::config::parse_duration(text)
+}
+
+#[derive(Deserialize)]
+struct Machines {
+    machines: Vec<Machine>,
+}
+
+/// All machines, in the daemon's order.
+pub(crate) async fn machines(client: &Client) -> Result<Vec<Machine>> {
+    Ok(client.get::<Machines>("machines").await?.machines)
+}
+
+/// The machines that references mean, looked up in one snapshot; one that is meant twice comes once, where it came first.
+pub(crate) fn resolve(references: &[String], machines: &[Machine]) -> Vec<Result<Machine>> {
+    let mut seen = HashSet::new();
+    references
+        .iter()
+        .filter_map(|wanted| {
+            match reference::find(wanted, machines.iter().map(|m| (m.id.as_str(), m.name.as_str()))) {
+                Ok(index) => seen.insert(index).then(|| Ok(machines[index].clone())),
+                Err(error) => Some(Err(unresolved(&error))),
+            }
+        })
+        .collect()
+}
+
+fn unresolved(error: &reference::ReferenceError) -> Error {
+    let found = Error::new(Kind::NotFound, error.to_string());
+    match error {
+        reference::ReferenceError::NotFound { similar: Some(name), .. } => found.hint(format!("did you mean `{name}`?")),
+        reference::ReferenceError::NotFound { similar: None, .. } => found.hint("`banger vm list` shows all machines"),
+        reference::ReferenceError::Ambiguous { .. } => found.hint("write more of the name, or the id"),
+    }
+}
+
+/// What was done to a machine.
+#[derive(Debug, Serialize)]
+pub(crate) struct Done {
+    id: String,
+    name: String,
+    result: &'static str,
+}
+
+impl Done {
+    /// This was done to the machine.
+    pub(crate) fn new(machine: &Machine, result: &'static str) -> Self {
+        Self { id: machine.id.clone(), name: machine.name.clone(), result }
+    }
+}
+
+/// Does the same to several machines at once. The good ones are done whatever becomes of the others; what is printed is in the
+/// order of the references, and the status is that of the first failure.
+pub(crate) async fn for_each<F, Fut>(
+    context: &Context,
+    client: &Client,
+    references: &[String],
+    output: OutputArgs,
+    act: F,
+) -> Result<u8>
+where
+    F: Fn(Client, Machine) -> Fut,
+    Fut: Future<Output = Result<Done>>,
+{
+    let resolved = resolve(references, &machines(client).await?);
+    for_all(context, client, resolved, output, act).await
+}
+
+/// The same for machines that are known already.
+pub(crate) async fn for_all<F, Fut>(
+    context: &Context,
+    client: &Client,
+    resolved: Vec<Result<Machine>>,
+    output: OutputArgs,
+    act: F,
+) -> Result<u8>
+where
+    F: Fn(Client, Machine) -> Fut,
+    Fut: Future<Output = Result<Done>>,
+{
+    let acts = resolved.into_iter().map(|machine| async {
+        match machine {
+            Ok(machine) => act(client.sibling(), machine).await,
+            Err(error) => Err(error),
+        }
+    });
+    let results = join_all(acts).await;
+    let (mut done, mut failures) = (Vec::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok(one) => done.push(one),
+            Err(error) => failures.push(error),
+        }
+    }
+    if output.json() {
+        context.printer.json(&done.into_iter().map(versioned).collect::<Vec<_>>())?;
+    } else {
+        for one in done {
+            context.printer.line(one.name)?;
+        }
+    }
+    let Some(last) = failures.pop() else { return Ok(0) };
+    match failures.first().map(|e| e.kind) {
+        // One failure is shown by the one who called us.
+        None => Err(last),
+        Some(kind) => {
+            failures.iter().chain([&last]).for_each(|error| context.printer.error(error));
+            Ok(kind.status())
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use banger_proto::api::{MachineSpec, MachineState};
+
+    use super::*;
+
+    pub(crate) fn machine(id: &str, name: &str) -> Machine {
+        Machine {
+            id: id.into(),
+            name: name.into(),
+            state: MachineState::Running,
+            cause: None,
+            spec: MachineSpec {
+                image: "debian".into(),
+                image_digest: "sha256:00".into(),
+                kernel: "default".into(),
+                kernel_digest: "sha256:11".into(),
+                engine: "qemu".into(),
+                accel: "tcg".into(),
+                vcpu: 2,
+                memory_mib: 1024,
+                disk_bytes: 8 << 30,
+                network: "user".into(),
+            },
+            created_at: "2026-11-22T10:00:00Z".into(),
+            started_at: None,
+            pid: None,
+            guest: None,
+            workspace: None,
+            boot: None,
+            auto_remove: false,
+        }
+    }
+
+    #[test]
+    fn references_resolve_in_order_without_duplicates() {
+        let all = [machine("aaaa000000000000", "one"), machine("bbbb000000000000", "two")];
+        let found = resolve(&["two".into(), "bbbb".into(), "nope".into(), "aa".into()], &all);
+        let names: Vec<_> = found.iter().map(|r| r.as_ref().map(|m| m.name.as_str()).map_err(|e| e.kind)).collect();
+        assert_eq!(names, [Ok("two"), Err(Kind::NotFound), Ok("one")]);
+    }
+
+    #[test]
+    fn sizes_need_a_unit_and_a_range() {
+        assert_eq!(memory("2G"), Ok(2048));
+        for bad in ["2", "1K", "64M", "999999G", "x"] {
+            assert!(memory(bad).is_err(), "{bad}");
+        }
+        assert!(disk("1M").is_err());
+        assert!(vcpu("0").is_err());
+        assert!(machine_name("Not_A_Name").is_err());
+    }
+}

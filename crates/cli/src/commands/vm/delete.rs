@@ -1,0 +1,48 @@
+//! `banger vm delete`.
+
+use banger_proto::api::{Accepted, Machine};
+use clap::Args;
+
+use crate::cli::{Context, OutputArgs};
+use crate::client::operation::{Leaving, follow};
+use crate::client::{Client, machine_path};
+use crate::commands::vm::common::{Done, for_each};
+use crate::completion;
+use crate::error::Result;
+use crate::signals::Signals;
+
+/// Remove machines and their disks for good
+///
+/// A machine that runs is shut down first.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  banger vm delete build\n  banger vm rm -f build test")]
+pub(crate) struct DeleteArgs {
+    /// Machines by name, id or unambiguous prefix
+    #[arg(required = true, value_name = "MACHINE", add = completion::machines())]
+    machines: Vec<String>,
+    /// End a running machine at once instead of shutting it down
+    #[arg(short, long)]
+    force: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+impl DeleteArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        context.block_on(async {
+            let client = Client::new(&context.places)?;
+            for_each(context, &client, &self.machines, self.output, |client, machine| async move {
+                delete(context, &client, &machine, self.force).await
+            })
+            .await
+        })
+    }
+}
+
+/// Removes one machine.
+pub(crate) async fn delete(context: &Context, client: &Client, machine: &Machine, force: bool) -> Result<Done> {
+    let accepted: Accepted = client.delete(&format!("{}?force={force}", machine_path(&machine.id))).await?;
+    let mut activity = context.printer.activity(&format!("vm delete {}", machine.name));
+    follow(client, accepted.operation, Leaving::GoesOn, &mut activity, &mut Signals::ending()?).await?;
+    Ok(Done::new(machine, "deleted"))
+}

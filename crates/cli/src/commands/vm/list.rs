@@ -1,0 +1,83 @@
+//! `banger vm list` and `banger ps`.
+
+use banger_core::size;
+use banger_proto::api::{Machine, MachineState};
+use clap::Args;
+use jiff::Timestamp;
+
+use crate::cli::{Context, OutputArgs, versioned};
+use crate::client::Client;
+use crate::commands::vm::common::machines;
+use crate::error::Result;
+use crate::table;
+
+/// List machines
+///
+/// With --quiet only their ids, one a line.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  banger vm list\n  banger ps --running --json")]
+pub(crate) struct ListArgs {
+    /// Only machines that run
+    #[arg(long)]
+    running: bool,
+    /// Stopped machines too (the default; for those used to it)
+    #[arg(short, long, conflicts_with = "running", hide = true)]
+    all: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+impl ListArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        let mut found = context.block_on(async { machines(&Client::new(&context.places)?).await })?;
+        if self.running {
+            found.retain(|m| m.state == MachineState::Running);
+        }
+        let printer = &context.printer;
+        if self.output.json() {
+            printer.json(&found.into_iter().map(versioned).collect::<Vec<_>>())?;
+        } else if printer.quiet {
+            printer.data(found.iter().map(|m| format!("{}\n", m.id)).collect::<String>())?;
+        } else {
+            printer.data(render(&found, Timestamp::now()))?;
+        }
+        Ok(0)
+    }
+}
+
+const HEADINGS: &[&str] = &["ID", "NAME", "STATE", "IMAGE", "VCPU", "MEM", "DISK", "ENGINE", "WORKSPACE", "CREATED"];
+
+fn render(machines: &[Machine], now: Timestamp) -> String {
+    let row = |m: &Machine| {
+        vec![
+            table::short(&m.id),
+            m.name.clone(),
+            m.state.as_str().to_owned(),
+            m.spec.image.clone(),
+            m.spec.vcpu.to_string(),
+            format!("{} MiB", m.spec.memory_mib),
+            size::format(m.spec.disk_bytes),
+            format!("{}/{}", m.spec.engine, m.spec.accel),
+            m.workspace.as_ref().map_or_else(|| "-".to_owned(), |w| w.guest_path.clone()),
+            table::ago(&m.created_at, now),
+        ]
+    };
+    table::render(HEADINGS, machines.iter().map(row))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::vm::common::tests::machine;
+
+    #[test]
+    fn a_table_has_a_row_for_each_machine() {
+        let now = "2026-11-22T10:05:00Z".parse().unwrap();
+        assert_eq!(
+            render(&[machine("0123456789abcdef", "swift-otter")], now),
+            "ID            NAME         STATE    IMAGE   VCPU  MEM       DISK  ENGINE    WORKSPACE  CREATED\n\
+             0123456789ab  swift-otter  running  debian  2     1024 MiB  8G    qemu/tcg  -          5 minutes ago\n"
+        );
+        assert_eq!(render(&[], now).lines().count(), 1);
+    }
+}

@@ -1,0 +1,60 @@
+//! `banger vm set`.
+
+use banger_proto::api::{Machine, MachineState, PatchMachine};
+use clap::Args;
+
+use crate::cli::{Context, OutputArgs};
+use crate::client::{Client, machine_path};
+use crate::commands::vm::common::{Done, disk, for_each, memory, vcpu};
+use crate::completion;
+use crate::error::{Error, Result};
+
+/// Change what machines are made of
+///
+/// Processors and memory change with the next start. The disk only grows, and only while the machine is stopped.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  banger vm set build --vcpu 4 --memory 4G")]
+pub(crate) struct SetArgs {
+    /// Machines by name, id or unambiguous prefix
+    #[arg(required = true, value_name = "MACHINE", add = completion::machines())]
+    machines: Vec<String>,
+    /// Virtual processors
+    #[arg(long, value_name = "N", value_parser = vcpu)]
+    vcpu: Option<u32>,
+    /// Memory, like 512M or 2G
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    memory: Option<u64>,
+    /// Size of the root disk, like 16G
+    #[arg(long, value_name = "SIZE", value_parser = disk)]
+    disk_size: Option<u64>,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+impl SetArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        let patch = PatchMachine {
+            vcpu: self.vcpu,
+            memory_mib: self.memory,
+            disk_bytes: self.disk_size,
+            ..PatchMachine::default()
+        };
+        if patch == PatchMachine::default() {
+            return Err(Error::usage("nothing to set").hint("give --vcpu, --memory or --disk-size"));
+        }
+        context.block_on(async {
+            let client = Client::new(&context.places)?;
+            for_each(context, &client, &self.machines, self.output, |client, machine| {
+                let patch = &patch;
+                async move {
+                    let changed: Machine = client.patch(&machine_path(&machine.id), patch).await?;
+                    if changed.state == MachineState::Running {
+                        context.printer.note(format!("{} takes it up with its next start", changed.name));
+                    }
+                    Ok(Done::new(&changed, "changed"))
+                }
+            })
+            .await
+        })
+    }
+}

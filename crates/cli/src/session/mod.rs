@@ -1,0 +1,452 @@
+//! Exec sessions: a program in the guest, wired to our own standard streams.
+//!
+//! The session lives in the guest. When the connection breaks (the daemon was restarted), it is joined again under the same id,
+//! output goes on behind the last byte that came, and input that the guest had not taken is sent again.
+//!
+//! ```text
+//!   Open ──▶ Opened ──▶ Go ──▶ frames … ──▶ Exit
+//!    ▲                              │
+//!    └── connect again ◀── broken ──┘      at most RECONNECT_DEADLINE
+//! ```
+
+use std::time::Duration;
+
+use banger_proto::error::{ApiError, ErrorCode};
+use banger_proto::frame::{Exit, Frame, Kind as FrameKind, MAX_PAYLOAD, Open, Opened, Signal, StdinAck};
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::stream::SplitStream;
+use futures_util::{SinkExt, StreamExt};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_tungstenite::tungstenite::Message;
+
+use crate::client::{Client, WebSocket, encode, machine_path};
+use crate::error::{Error, Kind, Result};
+use crate::printer::Printer;
+use crate::session::input::{CHUNK, DetachKeys, InputLog};
+use crate::session::output::{Output, Stream};
+use crate::signals;
+
+pub(crate) mod input;
+pub(crate) mod output;
+pub(crate) mod run;
+pub(crate) mod terminal;
+
+/// How long a broken connection is tried again.
+const RECONNECT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A break that is over sooner is not worth a word.
+const RECONNECT_SILENCE: Duration = Duration::from_secs(1);
+
+/// How long a program may take to end after the terminal is gone, or its output.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How often an interrupt is passed on before we leave ourselves.
+const PATIENCE: u32 = 3;
+
+/// How a session ended for us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The program ended with this status.
+    Exit(i32),
+    /// The user left; the program runs on.
+    Detached,
+}
+
+/// What a session is made of, apart from its streams.
+#[derive(Debug)]
+pub(crate) struct Session<'a> {
+    /// The daemon.
+    pub(crate) client: &'a Client,
+    /// For what has to be said.
+    pub(crate) printer: &'a Printer,
+    /// Id of the machine. Not its name: that could mean another machine by the time of a reconnection.
+    pub(crate) machine: String,
+    /// Id of the session.
+    pub(crate) id: String,
+    /// What to run or join.
+    pub(crate) open: Open,
+    /// Keys that detach; only for a terminal.
+    pub(crate) detach: Option<DetachKeys>,
+}
+
+/// The streams of a session.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    /// Begins to read input.
+    pub(crate) input: fn() -> mpsc::Receiver<Bytes>,
+    /// Takes output.
+    pub(crate) output: Output,
+    /// Signals as they come.
+    pub(crate) signals: mpsc::Receiver<i32>,
+}
+
+/// What has to survive a broken connection.
+struct State {
+    log: InputLog,
+    input: Option<mpsc::Receiver<Bytes>>,
+    /// `Go` was sent at least once, so there is a session to be joined.
+    asked: bool,
+    joined: bool,
+    output_offset: u64,
+    interrupts: u32,
+    /// We leave at this time with this status, whatever the guest does.
+    leave: Option<(Instant, i32)>,
+    discard: bool,
+}
+
+/// Why a connection is no longer used.
+enum Broken {
+    /// Worth another try.
+    Retry(Error),
+    /// Final.
+    Fatal(Error),
+}
+
+/// The end of a session, and whether there are last words to be sent.
+struct Ended {
+    end: End,
+    parting: bool,
+}
+
+type Frames = mpsc::UnboundedSender<Message>;
+
+impl Session<'_> {
+    /// Runs it to its end.
+    pub(crate) async fn run(mut self, mut streams: Streams) -> Result<End> {
+        let mut state = State {
+            log: InputLog::default(),
+            input: None,
+            asked: false,
+            joined: false,
+            output_offset: 0,
+            interrupts: 0,
+            leave: None,
+            discard: false,
+        };
+        let mut broken: Option<Instant> = None;
+        let mut told = false;
+        let end = loop {
+            let error = match self.attend(&mut state, &mut streams, &mut broken, &mut told).await {
+                Ok(end) => break end,
+                Err(Broken::Fatal(error)) => return Err(error),
+                Err(Broken::Retry(error)) if !state.asked => return Err(error),
+                Err(Broken::Retry(error)) => error,
+            };
+            let since = *broken.get_or_insert_with(Instant::now);
+            if since.elapsed() >= RECONNECT_DEADLINE {
+                let mut error = error;
+                error.message = format!("the session could not be joined again: {}", error.message);
+                return Err(error.hint(format!("the program may still run: `banger vm attach {} {}`", self.machine, self.id)));
+            }
+            if since.elapsed() >= RECONNECT_SILENCE && !told {
+                told = true;
+                self.say("the connection to the daemon is broken; trying to join the session again");
+            }
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(100)) => {}
+                Some(number) = streams.signals.recv() => {
+                    if number != signals::WINCH {
+                        return Err(Error::signal(number));
+                    }
+                }
+            }
+        };
+        // What was said last has to come out, but a reader that does not read can't keep us for ever.
+        let finish = streams.output.finish();
+        tokio::pin!(finish);
+        loop {
+            tokio::select! {
+                () = &mut finish => return Ok(end),
+                Some(number) = streams.signals.recv() => {
+                    if number != signals::WINCH {
+                        return Ok(end);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One connection: from `Open` to the end of the session or of the connection.
+    async fn attend(
+        &mut self,
+        state: &mut State,
+        streams: &mut Streams,
+        broken: &mut Option<Instant>,
+        told: &mut bool,
+    ) -> Result<End, Broken> {
+        let connect = self.connect(state);
+        let (socket, opened) = tokio::select! {
+            connected = connect => connected?,
+            Some(number) = ending(&mut streams.signals) => return Err(Broken::Fatal(Error::signal(number))),
+        };
+        if broken.take().is_some() && std::mem::take(told) {
+            self.say("joined the session again");
+        }
+        if state.joined && opened.dropped > 0 {
+            self.say(&format!("{} bytes of output were lost meanwhile", opened.dropped));
+        }
+        state.output_offset += opened.dropped;
+        if !state.joined {
+            state.joined = true;
+            state.log = InputLog::starting_at(opened.stdin_received);
+            state.input = self.open.stdin.then(streams.input);
+        }
+        let (mut sink, mut frames) = socket.split();
+        let (sender, mut queue) = mpsc::unbounded_channel::<Message>();
+        if !opened.started {
+            send(&sender, FrameKind::Go, &[]);
+        }
+        state.asked = true;
+        if state.log.acknowledge(opened.stdin_received).is_err() {
+            return Err(Broken::Fatal(protocol("it has more input than was sent")));
+        }
+        for piece in state.log.pending() {
+            send(&sender, FrameKind::Stdin, piece);
+        }
+        if state.log.eof {
+            send(&sender, FrameKind::StdinEof, &[]);
+        }
+        if self.open.tty && opened.existing {
+            self.send_size(&sender);
+        }
+        // Sending apart from receiving: a peer that waits for us to read must not keep us from doing so.
+        let write = async move {
+            while let Some(message) = queue.recv().await {
+                sink.feed(message).await?;
+                while let Ok(message) = queue.try_recv() {
+                    sink.feed(message).await?;
+                }
+                sink.flush().await?;
+            }
+            Ok::<(), tokio_tungstenite::tungstenite::Error>(())
+        };
+        tokio::pin!(write);
+        let end = tokio::select! {
+            biased;
+            end = self.converse(state, streams, &mut frames, &sender) => end?,
+            // A failed write shows as a failed read as well, which knows more.
+            Err(error) = &mut write => {
+                return Err(Broken::Retry(Error::unavailable(format!("the connection was lost: {error}"))));
+            }
+        };
+        if end.parting {
+            drop(sender);
+            let _ = tokio::time::timeout(Duration::from_millis(500), write).await;
+        }
+        Ok(end.end)
+    }
+
+    async fn connect(&self, state: &State) -> Result<(WebSocket, Opened), Broken> {
+        let path = format!("{}/sessions/{}/attach", machine_path(&self.machine), encode(&self.id));
+        let retry = |error: Error| {
+            if error.kind == Kind::Unavailable { Broken::Retry(error) } else { Broken::Fatal(error) }
+        };
+        let mut socket = self.client.websocket(&path, MAX_PAYLOAD + 1).await.map_err(retry)?;
+        let open = Open {
+            attach_only: self.open.attach_only || state.asked,
+            output_offset: state.output_offset,
+            size: if self.open.tty { terminal::size().or(self.open.size) } else { None },
+            ..self.open.clone()
+        };
+        let open = Frame::json(FrameKind::Open, &open);
+        let broken = |e| Broken::Retry(Error::unavailable(format!("the connection was lost: {e}")));
+        socket.send(Message::Binary(open.to_message().into())).await.map_err(broken)?;
+        loop {
+            match next(&mut socket).await? {
+                (FrameKind::Opened, payload) => {
+                    let opened: Opened =
+                        serde_json::from_slice(&payload).map_err(|e| Broken::Fatal(protocol(&e.to_string())))?;
+                    return Ok((socket, opened));
+                }
+                (FrameKind::Error, payload) => return Err(refused(&payload)),
+                (kind, _) => return Err(Broken::Fatal(protocol(&format!("{kind:?} before Opened")))),
+            }
+        }
+    }
+
+    async fn converse(
+        &mut self,
+        state: &mut State,
+        streams: &mut Streams,
+        frames: &mut SplitStream<WebSocket>,
+        sender: &Frames,
+    ) -> Result<Ended, Broken> {
+        loop {
+            let full = !state.discard && streams.output.is_full();
+            let leave = state.leave;
+            let reading = state.input.is_some() && state.log.has_room();
+            tokio::select! {
+                () = streams.output.room(), if full => {}
+                frame = next(frames), if !full => {
+                    let (kind, payload) = frame?;
+                    match kind {
+                        FrameKind::Stdout | FrameKind::Stderr => {
+                            state.output_offset += payload.len() as u64;
+                            if !state.discard {
+                                let stream = if kind == FrameKind::Stdout { Stream::Out } else { Stream::Err };
+                                streams.output.push(stream, payload);
+                            }
+                        }
+                        FrameKind::StdinAck => {
+                            let ack: StdinAck = parse(&payload)?;
+                            if state.log.acknowledge(ack.received).is_err() {
+                                return Err(Broken::Fatal(protocol("it acknowledged input that was never sent")));
+                            }
+                        }
+                        FrameKind::Exit => {
+                            let end = End::Exit(parse::<Exit>(&payload)?.code);
+                            return Ok(Ended { end, parting: false });
+                        }
+                        FrameKind::Error => return Err(refused(&payload)),
+                        other => return Err(Broken::Fatal(protocol(&format!("{other:?} from the guest")))),
+                    }
+                }
+                piece = receive(&mut state.input), if reading => match piece {
+                    Some(piece) => {
+                        let (piece, detach) = match &mut self.detach {
+                            Some(keys) => keys.feed(piece),
+                            None => (piece, false),
+                        };
+                        if !piece.is_empty() {
+                            send(sender, FrameKind::Stdin, &piece);
+                            state.log.push(piece);
+                        }
+                        if detach {
+                            send(sender, FrameKind::Detach, &[]);
+                            return Ok(Ended { end: End::Detached, parting: true });
+                        }
+                    }
+                    None => {
+                        state.input = None;
+                        state.log.eof = true;
+                        send(sender, FrameKind::StdinEof, &[]);
+                    }
+                },
+                Some(number) = streams.signals.recv() => self.signal(number, state, sender),
+                () = streams.output.broken.notified() => {
+                    // What a program gets that writes into a closed pipe itself.
+                    state.discard = true;
+                    send_signal(sender, signals::PIPE);
+                    state.leave = Some((Instant::now() + LEAVE_DEADLINE, 128 + signals::PIPE));
+                }
+                () = tokio::time::sleep_until(leave.map_or_else(Instant::now, |l| l.0)), if leave.is_some() => {
+                    let status = leave.map_or(1, |l| l.1);
+                    // Nobody will look at it any more.
+                    send_signal(sender, signals::HUP);
+                    return Ok(Ended { end: End::Exit(status), parting: true });
+                }
+            }
+        }
+    }
+
+    fn signal(&self, number: i32, state: &mut State, sender: &Frames) {
+        if number == signals::WINCH {
+            if self.open.tty {
+                self.send_size(sender);
+            }
+            return;
+        }
+        if self.open.tty && matches!(number, signals::HUP | signals::TERM) {
+            // The terminal or its user is gone: the program is told what it would be told then.
+            send_signal(sender, signals::HUP);
+            state.leave.get_or_insert((Instant::now() + LEAVE_DEADLINE, 128 + number));
+            return;
+        }
+        if matches!(number, signals::INT | signals::TERM) {
+            state.interrupts += 1;
+            if state.interrupts > PATIENCE {
+                const KILL: i32 = 9;
+                send_signal(sender, KILL);
+                state.leave.get_or_insert((Instant::now() + LEAVE_DEADLINE, 128 + number));
+                return;
+            }
+        }
+        send_signal(sender, number);
+    }
+
+    fn send_size(&self, sender: &Frames) {
+        if let Some(size) = terminal::size() {
+            let frame = Frame::json(FrameKind::Resize, &size);
+            send(sender, FrameKind::Resize, &frame.payload);
+        }
+    }
+
+    fn say(&self, text: &str) {
+        // In raw mode a line feed alone would not return to the first column.
+        self.printer.note(if self.open.tty { format!("\r{text}\r") } else { text.to_owned() });
+    }
+}
+
+async fn ending(signals: &mut mpsc::Receiver<i32>) -> Option<i32> {
+    loop {
+        match signals.recv().await {
+            Some(signals::WINCH) => {}
+            other => return other,
+        }
+    }
+}
+
+async fn receive(input: &mut Option<mpsc::Receiver<Bytes>>) -> Option<Bytes> {
+    match input {
+        Some(input) => input.recv().await,
+        None => None,
+    }
+}
+
+/// The next frame of a connection.
+async fn next<S>(frames: &mut S) -> Result<(FrameKind, Bytes), Broken>
+where
+    S: futures_util::Stream<Item = Result<Message, tokio_tungstenite::tungstenite::Error>> + Unpin,
+{
+    loop {
+        return match frames.next().await {
+            Some(Ok(Message::Binary(mut message))) => {
+                let kind = message.first().copied().and_then(FrameKind::from_u8);
+                let Some(kind) = kind else { return Err(Broken::Fatal(protocol("a frame of unknown kind"))) };
+                let _ = message.split_to(1);
+                Ok((kind, message))
+            }
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
+            Some(Ok(Message::Text(_) | Message::Frame(_))) => Err(Broken::Fatal(protocol("a message that is no frame"))),
+            Some(Ok(Message::Close(_))) | None => Err(Broken::Retry(Error::unavailable("the daemon closed the connection"))),
+            Some(Err(error)) => Err(Broken::Retry(Error::unavailable(format!("the connection was lost: {error}")))),
+        };
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(payload: &[u8]) -> Result<T, Broken> {
+    serde_json::from_slice(payload).map_err(|e| Broken::Fatal(protocol(&e.to_string())))
+}
+
+fn refused(payload: &[u8]) -> Broken {
+    match serde_json::from_slice::<ApiError>(payload) {
+        Ok(error) if error.code == ErrorCode::Unavailable => Broken::Retry(error.into()),
+        Ok(error) => Broken::Fatal(error.into()),
+        Err(error) => Broken::Fatal(protocol(&error.to_string())),
+    }
+}
+
+fn protocol(what: &str) -> Error {
+    Error::failed(format!("the session broke its protocol: {what}"))
+}
+
+fn message(kind: FrameKind, payload: &[u8]) -> Message {
+    let mut message = BytesMut::with_capacity(1 + payload.len());
+    message.put_u8(kind as u8);
+    message.extend_from_slice(payload);
+    Message::Binary(message.freeze())
+}
+
+fn send(sender: &Frames, kind: FrameKind, payload: &[u8]) {
+    debug_assert!(payload.len() <= CHUNK.max(4096), "frames of a client are small");
+    // The receiver goes only with the connection, which is then found broken.
+    let _ = sender.send(message(kind, payload));
+}
+
+fn send_signal(sender: &Frames, signal: i32) {
+    send(sender, FrameKind::Signal, &Frame::json(FrameKind::Signal, &Signal { signal }).payload);
+}
+
+#[cfg(test)]
+mod tests;
