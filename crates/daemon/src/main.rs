@@ -1,2 +1,82 @@
-#![doc = "placeholder"]
-fn main() {}
+//! `bangerd`: the daemon of one user. See the library.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+
+use banger_daemon::{ready, run, version};
+
+/// Worker threads: the daemon moves bytes and waits, it does not compute.
+const WORKERS: usize = 2;
+
+const USAGE: &str = "usage: bangerd [--ready-fd N]\n\nThe daemon of banger. `banger` starts it when none answers.\n";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let ready_fd = match args.as_slice() {
+        [] => None,
+        ["--version" | "-V"] => {
+            let _ = writeln!(
+                std::io::stdout(),
+                "bangerd {} (commit {})",
+                version::VERSION,
+                version::COMMIT
+            );
+            return ExitCode::SUCCESS;
+        }
+        ["--help" | "-h"] => {
+            let _ = write!(std::io::stdout(), "{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        ["--ready-fd", number] => match number.parse().ok().and_then(ready::take) {
+            Some(fd) => Some(fd),
+            None => {
+                let _ = writeln!(std::io::stderr(), "bangerd: `{number}` is not an open descriptor");
+                return ExitCode::from(2);
+            }
+        },
+        _ => {
+            let _ = write!(std::io::stderr(), "{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    start(ready_fd)
+}
+
+fn start(ready_fd: Option<OwnedFd>) -> ExitCode {
+    let mut told = ready_fd.map(File::from);
+    let outcome = run::prepare().and_then(|prepared| {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder
+            .worker_threads(WORKERS)
+            .thread_stack_size(1024 * 1024)
+            .enable_all();
+        let runtime = builder.build().map_err(|source| run::StartError::Io {
+            what: "start the runtime".to_owned(),
+            source,
+        })?;
+        let listening = || {
+            if let Some(mut ready) = told.take() {
+                let _ = ready.write_all(b"ready\n");
+            }
+        };
+        let outcome = runtime.block_on(run::run(prepared, listening));
+        // Threads that wait for a program or a file keep nobody waiting.
+        runtime.shutdown_background();
+        outcome
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            let line = e.line();
+            tracing::error!(error = line, "the daemon does not run");
+            if let Some(mut ready) = told.take() {
+                let _ = writeln!(ready, "{line}");
+            }
+            let _ = writeln!(std::io::stderr(), "bangerd: {line}");
+            ExitCode::from(e.exit_status())
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! The connection to one machine's agent: at most one at a time, made on demand, made again when it breaks.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use banger_core::id::MachineId;
+use banger_vmm::{Engine, EngineError, Handles};
+use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
+use hyper::body::Incoming;
+use hyper::client::conn::http2;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixStream;
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::handshake::{HandshakeError, shake};
+
+/// Bytes of one stream that the guest may send ahead of its reader.
+const STREAM_WINDOW: u32 = 512 * 1024;
+/// Bytes of all streams together: this and no more can a guest make the daemon hold.
+const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
+/// Streams that may be relayed at once. Together their windows stay below the connection's, so that readers who have stalled
+/// never keep a call from its answer.
+const MAX_RELAYS: usize = 60;
+/// Bytes of one stream on their way to the guest.
+const SEND_BUFFER: usize = 256 * 1024;
+/// Largest frame of HTTP/2.
+const MAX_FRAME: u32 = 256 * 1024;
+/// Largest set of headers.
+const MAX_HEADERS: u32 = 16 * 1024;
+/// How long the engine may take to accept a connection to the guest channel.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// Any error of a body.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+/// The body of a request to the agent.
+pub type Body = UnsyncBoxBody<Bytes, BodyError>;
+
+/// Why a request did not reach the agent, or no answer came back.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The engine gave no channel.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The agent did not answer the handshake.
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    /// The connection broke, or the agent broke the protocol.
+    #[error("the connection to the guest agent broke while {doing}")]
+    Broken {
+        /// What was being done.
+        doing: String,
+        /// Why it broke.
+        #[source]
+        source: hyper::Error,
+    },
+    /// No answer in time.
+    #[error("the guest agent took longer than {after:?} to {what}")]
+    Timeout {
+        /// What was waited for.
+        what: String,
+        /// For how long.
+        after: Duration,
+    },
+    /// An answer that breaks the protocol.
+    #[error("the guest agent answered {what} with {why}")]
+    Answer {
+        /// The request.
+        what: String,
+        /// What is wrong with the answer.
+        why: String,
+    },
+    /// The agent refused.
+    #[error("{}", .0.message)]
+    Refused(banger_proto::error::ApiError),
+    /// Another machine answers on this channel.
+    #[error("the agent on the channel of machine {wanted} says that it is `{found}`")]
+    WrongMachine {
+        /// Whose channel it is.
+        wanted: String,
+        /// What the agent says.
+        found: String,
+    },
+    /// Too many sessions and transfers at once.
+    #[error("{MAX_RELAYS} sessions and transfers are under way in this machine already")]
+    Busy,
+}
+
+impl LinkError {
+    /// Whether the request may have reached the agent all the same.
+    pub fn is_broken(&self) -> bool {
+        matches!(self, Self::Broken { .. })
+    }
+}
+
+/// Where connections come from: an engine, or a test.
+pub trait Dial: Send + Sync {
+    /// Opens the guest channel.
+    fn dial(&self) -> Pin<Box<dyn Future<Output = Result<UnixStream, EngineError>> + Send + '_>>;
+}
+
+/// The guest channel of a launched engine.
+pub struct EngineDial {
+    /// The driver.
+    pub engine: Arc<dyn Engine>,
+    /// The machine's handles.
+    pub handles: Handles,
+}
+
+impl Dial for EngineDial {
+    fn dial(&self) -> Pin<Box<dyn Future<Output = Result<UnixStream, EngineError>> + Send + '_>> {
+        self.engine.connect_agent(&self.handles)
+    }
+}
+
+struct Connection {
+    send: http2::SendRequest<Body>,
+    driver: JoinHandle<()>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+/// The connection to one machine's agent.
+pub struct Link {
+    id: MachineId,
+    dial: Box<dyn Dial>,
+    connection: Mutex<Option<Connection>>,
+    relays: Arc<Semaphore>,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Link {
+    /// A link that is not connected yet.
+    pub fn new(id: MachineId, dial: Box<dyn Dial>) -> Self {
+        Self { id, dial, connection: Mutex::new(None), relays: Arc::new(Semaphore::new(MAX_RELAYS)) }
+    }
+
+    /// The machine.
+    pub fn id(&self) -> &MachineId {
+        &self.id
+    }
+
+    /// A place among the streams that may be relayed at once.
+    pub fn relay_permit(&self) -> Result<OwnedSemaphorePermit, LinkError> {
+        self.relays.clone().try_acquire_owned().map_err(|_| LinkError::Busy)
+    }
+
+    /// The connection, made if there is none. Whoever comes second waits for the first one's handshake.
+    pub async fn connect(&self, deadline: Instant) -> Result<http2::SendRequest<Body>, LinkError> {
+        let began = Instant::now();
+        let mut held = timeout_at(deadline, self.connection.lock()).await.map_err(|_| LinkError::Timeout {
+            what: "be connected".to_owned(),
+            after: deadline.duration_since(began),
+        })?;
+        if let Some(connection) = &*held
+            && !connection.send.is_closed()
+        {
+            return Ok(connection.send.clone());
+        }
+        // The old one must be gone before the engine accepts the next.
+        if let Some(old) = held.take() {
+            old.driver.abort();
+            drop(old);
+        }
+        let stream = timeout(CONNECT.min(deadline.duration_since(began)), self.dial.dial()).await.map_err(|_| {
+            LinkError::Timeout { what: "be connected: the engine accepted no connection".to_owned(), after: CONNECT }
+        })??;
+        let mut nonce = [0; 16];
+        getrandom::fill(&mut nonce).map_err(|e| HandshakeError::Io(std::io::Error::other(e)))?;
+        let channel = shake(stream, nonce, deadline).await?;
+        let connection = start(channel).await.map_err(|source| LinkError::Broken { doing: "connecting".to_owned(), source })?;
+        tracing::debug!(machine = %self.id, ms = began.elapsed().as_millis() as u64, "agent connected");
+        let send = connection.send.clone();
+        *held = Some(connection);
+        Ok(send)
+    }
+
+    /// Drops the connection; the next request makes a new one.
+    pub async fn disconnect(&self) {
+        *self.connection.lock().await = None;
+    }
+
+    /// Sends a request and waits for the head of its answer.
+    pub async fn send(
+        &self,
+        request: Request<Body>,
+        connect_by: Instant,
+        answer_within: Option<Duration>,
+    ) -> Result<Response<Incoming>, LinkError> {
+        let what = format!("{} {}", request.method(), request.uri().path());
+        let broken = |source| LinkError::Broken { doing: what.clone(), source };
+        let mut send = self.connect(connect_by).await?;
+        timeout_at(connect_by, send.ready())
+            .await
+            .map_err(|_| LinkError::Timeout { what: format!("take {what}"), after: CONNECT })?
+            .map_err(broken)?;
+        let answer = send.send_request(request);
+        match answer_within {
+            None => answer.await.map_err(broken),
+            Some(after) => timeout(after, answer)
+                .await
+                .map_err(|_| LinkError::Timeout { what: format!("answer {what}"), after })?
+                .map_err(broken),
+        }
+    }
+}
+
+async fn start(channel: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Result<Connection, hyper::Error> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
+        .max_header_list_size(MAX_HEADERS)
+        .max_send_buf_size(SEND_BUFFER);
+    let (send, connection) = builder.handshake(TokioIo::new(channel)).await?;
+    let driver = tokio::spawn(async move {
+        if let Err(e) = connection.await {
+            tracing::debug!(error = %e, "agent connection ended");
+        }
+    });
+    Ok(Connection { send, driver })
+}

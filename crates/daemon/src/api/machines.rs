@@ -1,0 +1,238 @@
+//! Machines: what they are and what can be done with them.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use banger_core::name::MachineName;
+use banger_core::spec;
+use banger_core::state;
+use banger_proto::api::{
+    Accepted, CreateMachine, KillMachine, Machine, MachineState, MachineStats, PatchMachine, StartMachine, StopMachine,
+};
+use banger_proto::error::{ApiError, ErrorBody, ErrorCode};
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+use utoipa::{IntoParams, ToSchema};
+
+use super::App;
+use super::extract::{Body, Params};
+use crate::error::{Failure, IntoApi};
+use crate::machine::{Ask, Request, stop as stopping, task};
+use crate::{provision, stats};
+
+type Answer<T> = Result<T, Failure>;
+
+/// Longest time that a client may wait in one request.
+const MAX_WAIT: Duration = Duration::from_secs(600);
+
+/// Machines.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Machines {
+    /// Oldest first.
+    machines: Vec<Machine>,
+}
+
+/// All machines.
+#[utoipa::path(get, path = "/v1/machines", tag = "machines", responses((status = 200, body = Machines)))]
+pub(super) async fn list(State(app): State<App>) -> Json<Machines> {
+    Json(Machines { machines: app.machines().iter().map(|m| m.show()).collect() })
+}
+
+/// Creates a machine, and starts it unless told otherwise.
+#[utoipa::path(post, path = "/v1/machines", tag = "machines", request_body = CreateMachine,
+    responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn create(State(app): State<App>, Body(request): Body<CreateMachine>) -> Answer<(StatusCode, Json<Accepted>)> {
+    app.reconciled().await?;
+    let (op, machine) = provision::create(&app, request).await?;
+    Ok((StatusCode::ACCEPTED, Json(Accepted { operation: op.snapshot(), machine: Some(machine.show()) })))
+}
+
+/// One machine, by name, id or unambiguous prefix.
+#[utoipa::path(get, path = "/v1/machines/{ref}", tag = "machines", params(("ref" = String, Path)),
+    responses((status = 200, body = Machine), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn show(State(app): State<App>, Path(reference): Path<String>) -> Answer<Json<Machine>> {
+    Ok(Json(app.find(&reference)?.show()))
+}
+
+/// Changes a machine: its name at any time, CPUs and memory for the next start, its disk while it is stopped.
+#[utoipa::path(patch, path = "/v1/machines/{ref}", tag = "machines", params(("ref" = String, Path)), request_body = PatchMachine,
+    responses((status = 200, body = Machine), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn patch(
+    State(app): State<App>,
+    Path(reference): Path<String>,
+    Body(patch): Body<PatchMachine>,
+) -> Answer<Json<Machine>> {
+    app.reconciled().await?;
+    let m = app.find(&reference)?;
+    // Everything is checked before anything is changed.
+    let row = m.row();
+    let name = patch.name.as_deref().map(MachineName::parse).transpose()?;
+    let (vcpu, memory) = (patch.vcpu.unwrap_or(row.spec.vcpu), patch.memory_mib.unwrap_or(row.spec.memory_mib));
+    if patch.vcpu.is_some() || patch.memory_mib.is_some() {
+        spec::check_sizes(vcpu, memory, app.shape().await)?;
+        task::check_change(&m, state::Request::Resize)?;
+    }
+    if let Some(bytes) = patch.disk_bytes {
+        spec::check_disk(bytes)?;
+        if bytes < row.spec.disk_bytes {
+            let message = format!("the disk of `{}` has {} bytes and only grows", row.name, row.spec.disk_bytes);
+            return Err(Failure(ApiError::new(ErrorCode::InvalidSpec, message)));
+        }
+        task::check_change(&m, state::Request::GrowDisk)?;
+    }
+    if name.is_some() {
+        task::check_change(&m, state::Request::Rename)?;
+    }
+    m.change(|row| {
+        if let Some(name) = &name {
+            name.as_str().clone_into(&mut row.name);
+        }
+        row.spec.vcpu = vcpu;
+        row.spec.memory_mib = memory;
+        if patch.workspace.is_some() {
+            row.workspace = patch.workspace;
+        }
+        Ok(())
+    })
+    .await?;
+    if let Some(name) = name {
+        tracing::info!(machine = %m.id, from = row.name, to = %name, "renamed");
+        app.ssh.rename(&m.paths.state, &m.id, name.as_str()).await?;
+    }
+    if let Some(bytes) = patch.disk_bytes
+        && bytes > row.spec.disk_bytes
+    {
+        let op = ask(&m, Request::GrowDisk(bytes)).await?;
+        let mut state = op.subscribe();
+        let _ = state.wait_for(|o| o.ended_at.is_some()).await;
+        if let Some(error) = op.snapshot().error {
+            return Err(Failure(error));
+        }
+    }
+    Ok(Json(m.show()))
+}
+
+/// Removes a machine with everything it has.
+#[utoipa::path(delete, path = "/v1/machines/{ref}", tag = "machines", params(("ref" = String, Path)),
+    responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn delete(State(app): State<App>, Path(reference): Path<String>) -> Answer<(StatusCode, Json<Accepted>)> {
+    accept(&app, &reference, Request::Delete).await
+}
+
+/// Starts a machine.
+#[utoipa::path(post, path = "/v1/machines/{ref}/start", tag = "machines", params(("ref" = String, Path)), request_body = StartMachine,
+    responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn start(
+    State(app): State<App>,
+    Path(reference): Path<String>,
+    Body(start): Body<StartMachine>,
+) -> Answer<(StatusCode, Json<Accepted>)> {
+    accept(&app, &reference, Request::Start(start)).await
+}
+
+/// Stops a machine and starts it again.
+#[utoipa::path(post, path = "/v1/machines/{ref}/restart", tag = "machines", params(("ref" = String, Path)), request_body = StartMachine,
+    responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn restart(
+    State(app): State<App>,
+    Path(reference): Path<String>,
+    Body(start): Body<StartMachine>,
+) -> Answer<(StatusCode, Json<Accepted>)> {
+    accept(&app, &reference, Request::Restart(start)).await
+}
+
+/// Shuts a machine down; its engine is ended when the guest takes too long.
+#[utoipa::path(post, path = "/v1/machines/{ref}/stop", tag = "machines", params(("ref" = String, Path)), request_body = StopMachine,
+    responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn stop(
+    State(app): State<App>,
+    Path(reference): Path<String>,
+    Body(stop): Body<StopMachine>,
+) -> Answer<(StatusCode, Json<Accepted>)> {
+    let timeout = stop.timeout_ms.map_or(stopping::TIMEOUT, Duration::from_millis);
+    accept(&app, &reference, Request::Stop(timeout)).await
+}
+
+/// Ends a machine's engine at once.
+#[utoipa::path(post, path = "/v1/machines/{ref}/kill", tag = "machines", params(("ref" = String, Path)), request_body = KillMachine,
+    responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn kill(
+    State(app): State<App>,
+    Path(reference): Path<String>,
+    Body(kill): Body<KillMachine>,
+) -> Answer<(StatusCode, Json<Accepted>)> {
+    let signal = stopping::signal_number(kill.signal.as_deref().unwrap_or("KILL"))?;
+    accept(&app, &reference, Request::Kill(signal)).await
+}
+
+async fn accept(app: &App, reference: &str, request: Request) -> Answer<(StatusCode, Json<Accepted>)> {
+    app.reconciled().await?;
+    let m = app.find(reference)?;
+    let op = ask(&m, request).await?;
+    Ok((StatusCode::ACCEPTED, Json(Accepted { operation: op.snapshot(), machine: Some(m.show()) })))
+}
+
+/// Asks a machine's task.
+async fn ask(m: &crate::machine::Machine, request: Request) -> Result<crate::ops::Op, ApiError> {
+    let gone = || ApiError::new(ErrorCode::NotFound, format!("machine `{}` was removed", m.name()));
+    let (reply, answer) = oneshot::channel();
+    m.asks.send(Ask { request, reply }).await.map_err(|_| gone())?;
+    answer.await.map_err(|_| gone())?
+}
+
+/// What to wait for.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct WaitParams {
+    /// States, separated by commas; `running` when absent.
+    state: Option<String>,
+    /// How long, in milliseconds; a minute when absent, ten minutes at most.
+    timeout_ms: Option<u64>,
+}
+
+/// Waits until a machine is in one of several states.
+#[utoipa::path(get, path = "/v1/machines/{ref}/wait", tag = "machines", params(("ref" = String, Path), WaitParams),
+    responses((status = 200, body = Machine), (status = 504, body = ErrorBody), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn wait(
+    State(app): State<App>,
+    Path(reference): Path<String>,
+    Params(params): Params<WaitParams>,
+) -> Answer<Json<Machine>> {
+    let m = app.find(&reference)?;
+    let words = params.state.unwrap_or_else(|| "running".to_owned());
+    let mut states = Vec::new();
+    for word in words.split(',') {
+        let state: MachineState = serde_json::from_value(serde_json::Value::String(word.to_owned())).map_err(|_| {
+            let word: String = word.chars().take(20).flat_map(char::escape_default).collect();
+            ApiError::new(ErrorCode::BadRequest, format!("unknown state `{word}`"))
+                .hint("states: creating starting running stopping stopped error deleting")
+        })?;
+        states.push(state);
+    }
+    let timeout = params.timeout_ms.map_or(Duration::from_secs(60), Duration::from_millis).min(MAX_WAIT);
+    let waited = tokio::select! {
+        waited = tokio::time::timeout(timeout, m.wait(|s| states.contains(&s))) => waited,
+        () = app.stopping.cancelled() => {
+            return Err(Failure(ApiError::new(ErrorCode::Unavailable, "the daemon is stopping")));
+        }
+    };
+    match waited {
+        Ok(Some(machine)) => Ok(Json(machine)),
+        Ok(None) => Err(Failure(ApiError::new(ErrorCode::NotFound, format!("machine `{}` was removed", m.name())))),
+        Err(_) => {
+            let message = format!("machine `{}` is {} after {timeout:?}, not {words}", m.name(), m.state().as_str());
+            Err(Failure(ApiError::new(ErrorCode::Timeout, message)))
+        }
+    }
+}
+
+/// Figures of a machine.
+#[utoipa::path(get, path = "/v1/machines/{ref}/stats", tag = "machines", params(("ref" = String, Path)),
+    responses((status = 200, body = MachineStats), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn stats(State(app): State<App>, Path(reference): Path<String>) -> Answer<Json<MachineStats>> {
+    let m = app.find(&reference)?;
+    task::check_agent(&m)?;
+    stats::read(&m).await.map(Json).map_err(|e| Failure(e.into_api()))
+}

@@ -1,0 +1,207 @@
+//! The database: what is intended and must last. One SQLite file in WAL mode, one thread that owns the connection.
+//!
+//! The world (processes, sockets) is never read from here; see `handles.json` of each machine.
+
+mod machines;
+mod operations;
+mod schema;
+mod stock;
+
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OpenFlags};
+use tokio::sync::{mpsc, oneshot};
+
+pub use machines::MachineRow;
+pub use schema::VERSION;
+pub use stock::{NameTable, NamedObject};
+
+/// Jobs that may wait for the connection.
+const QUEUE: usize = 64;
+
+/// What went wrong with the database.
+#[derive(Debug, thiserror::Error)]
+pub enum DbError {
+    /// The file is not a database, or a damaged one.
+    #[error("the database {} is damaged", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// Written by a newer daemon.
+    #[error("the database {} has schema {found}, this daemon knows {VERSION}", path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its schema.
+        found: i64,
+    },
+    /// The name of a machine is taken.
+    #[error("the name `{0}` is taken")]
+    NameTaken(String),
+    /// A row that cannot be read.
+    #[error("a row of table {table} cannot be read: {what}")]
+    Row {
+        /// The table.
+        table: &'static str,
+        /// What does not fit.
+        what: String,
+    },
+    /// SQLite failed.
+    #[error("the database failed")]
+    Sqlite(#[from] rusqlite::Error),
+    /// The thread is gone; the daemon is stopping.
+    #[error("the database is closed")]
+    Closed,
+}
+
+impl DbError {
+    /// What the user can do.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Corrupt { path, .. } => {
+                let path = path.display();
+                Some(format!("restore it from a backup, or move it away (`mv {path} {path}.bad`) to start with an empty one; machines that are not in the database are not shown"))
+            }
+            Self::Newer { .. } => Some("use the banger release that wrote it, or a newer one".to_owned()),
+            _ => None,
+        }
+    }
+
+    /// Whether the disk is full.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull))
+    }
+}
+
+type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+
+/// A handle to the thread that owns the connection.
+#[derive(Debug, Clone)]
+pub struct Db {
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Db {
+    /// Opens the database, brings its schema up to date and starts its thread.
+    pub fn open(path: &Path) -> Result<Self, DbError> {
+        let connection = connect(path)?;
+        let (jobs, mut queue) = mpsc::channel::<Job>(QUEUE);
+        let run = move || {
+            let mut connection = connection;
+            while let Some(job) = queue.blocking_recv() {
+                job(&mut connection);
+            }
+        };
+        std::thread::Builder::new()
+            .name("db".to_owned())
+            .stack_size(512 * 1024)
+            .spawn(run)
+            .map_err(|_| DbError::Closed)?;
+        Ok(Self { jobs })
+    }
+
+    /// Runs something with the connection. Jobs run one after the other, in the order they came.
+    pub async fn call<T, F>(&self, job: F) -> Result<T, DbError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Connection) -> Result<T, DbError> + Send + 'static,
+    {
+        let (answer, result) = oneshot::channel();
+        let boxed: Job = Box::new(move |connection| {
+            let _ = answer.send(job(connection));
+        });
+        self.jobs.send(boxed).await.map_err(|_| DbError::Closed)?;
+        result.await.map_err(|_| DbError::Closed)?
+    }
+}
+
+fn connect(path: &Path) -> Result<Connection, DbError> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let judge = |e: rusqlite::Error| judge(path, e);
+    let mut connection = Connection::open_with_flags(path, flags).map_err(judge)?;
+    let pragmas = "PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+         PRAGMA foreign_keys = ON; PRAGMA cache_size = -512; PRAGMA journal_size_limit = 1048576;";
+    connection.execute_batch(pragmas).map_err(judge)?;
+    let sound: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(judge)?;
+    if sound != "ok" {
+        let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
+        let source = rusqlite::Error::SqliteFailure(code, Some(sound));
+        return Err(DbError::Corrupt { path: path.to_owned(), source });
+    }
+    schema::migrate(&mut connection, path)?;
+    Ok(connection)
+}
+
+/// Tells a damaged file from other failures.
+fn judge(path: &Path, e: rusqlite::Error) -> DbError {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    match e.sqlite_error_code() {
+        Some(DatabaseCorrupt | NotADatabase) => DbError::Corrupt { path: path.to_owned(), source: e },
+        _ => DbError::Sqlite(e),
+    }
+}
+
+/// Looks at a database without changing anything, not even its schema. `Ok(None)` when there is none yet.
+pub fn inspect(path: &Path) -> Result<Option<i64>, DbError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY).map_err(|e| judge(path, e))?;
+    let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(|e| judge(path, e))?;
+    if version > VERSION {
+        return Err(DbError::Newer { path: path.to_owned(), found: version });
+    }
+    Ok(Some(version))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_damaged_file_is_named_and_left_alone() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("banger.db");
+        std::fs::write(&path, b"this is not a database, not at all, far from it").unwrap();
+        let error = Db::open(&path).unwrap_err();
+        assert!(matches!(error, DbError::Corrupt { .. }), "{error:?}");
+        assert!(error.to_string().contains("banger.db"));
+        assert!(error.hint().unwrap().contains("mv "));
+        assert!(matches!(inspect(&path), Err(DbError::Corrupt { .. })));
+        assert!(std::fs::read(&path).unwrap().starts_with(b"this is not"));
+    }
+
+    #[tokio::test]
+    async fn a_truncated_database_is_noticed() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("banger.db");
+        drop(connect(&path).unwrap());
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        let result = connect(&path);
+        assert!(matches!(result, Err(DbError::Corrupt { .. })), "{result:?}");
+    }
+
+    #[tokio::test]
+    async fn a_newer_schema_is_refused() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("banger.db");
+        let connection = connect(&path).unwrap();
+        connection.execute_batch("PRAGMA user_version = 999").unwrap();
+        drop(connection);
+        assert!(matches!(Db::open(&path), Err(DbError::Newer { found: 999, .. })));
+        assert!(matches!(inspect(&path), Err(DbError::Newer { .. })));
+    }
+
+    #[test]
+    fn looking_makes_nothing() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("banger.db");
+        assert!(inspect(&path).unwrap().is_none());
+        assert!(!path.exists());
+    }
+}

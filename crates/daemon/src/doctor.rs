@@ -1,0 +1,133 @@
+//! What banger needs and how it is. Looks only: nothing is made, migrated or repaired.
+
+use banger_core::host::Accel;
+use banger_proto::api::{Check, CheckLevel};
+
+use crate::db;
+use crate::error::chain;
+use crate::services::Services;
+
+/// Room below which a warning is due.
+const LOW: u64 = 5 << 30;
+
+fn check(name: &str, level: CheckLevel, message: impl Into<String>, hint: Option<String>) -> Check {
+    Check { name: name.to_owned(), level, message: message.into(), hint }
+}
+
+/// All checks.
+pub async fn run(services: &Services) -> Vec<Check> {
+    let mut checks = vec![architecture()];
+    checks.push(engine(services).await);
+    checks.extend(accel(services).await);
+    checks.push(database(services));
+    checks.push(space(services));
+    checks.extend(libexec(services));
+    checks.push(tool("ssh-keygen", "keys for `banger vm ssh`", "openssh-client"));
+    checks.extend(crate::stock::checks(services).await);
+    checks.extend(orphans(services));
+    checks
+}
+
+fn architecture() -> Check {
+    let arch = std::env::consts::ARCH;
+    if arch == "x86_64" {
+        check("architecture", CheckLevel::Pass, arch, None)
+    } else {
+        check("architecture", CheckLevel::Fail, format!("{arch} is not supported yet"), None)
+    }
+}
+
+async fn engine(services: &Services) -> Check {
+    match services.engine().await {
+        Ok(engine) => {
+            let c = engine.capabilities();
+            check("engine", CheckLevel::Pass, format!("{} {}", c.engine, c.version), None)
+        }
+        Err(e) => check("engine", CheckLevel::Fail, e.message, e.hint),
+    }
+}
+
+async fn accel(services: &Services) -> Vec<Check> {
+    let host = services.host().await;
+    let level = if host.accel.accel == Accel::Kvm { CheckLevel::Pass } else { CheckLevel::Warn };
+    let text = format!("{}: {}", host.accel.accel.as_str(), host.accel.reason);
+    let mut checks = vec![check("acceleration", level, text, host.accel.hint.clone())];
+    for doubt in &host.doubts {
+        checks.push(check("host", CheckLevel::Warn, doubt.clone(), None));
+    }
+    checks.push(check(
+        "size",
+        CheckLevel::Pass,
+        format!("{} CPUs, {} MiB of memory ({} MiB free)", host.usable_cpus, host.memory_mib, host.available_mib),
+        None,
+    ));
+    checks
+}
+
+fn database(services: &Services) -> Check {
+    match db::inspect(&services.paths.database()) {
+        Ok(Some(version)) => check("database", CheckLevel::Pass, format!("schema {version}"), None),
+        Ok(None) => check("database", CheckLevel::Fail, "the file is gone while the daemon runs", Some("restart the daemon".to_owned())),
+        Err(e) => check("database", CheckLevel::Fail, chain(&e), e.hint()),
+    }
+}
+
+fn space(services: &Services) -> Check {
+    let path = &services.paths.state;
+    match rustix::fs::statvfs(path) {
+        Ok(fs) => {
+            let free = fs.f_bavail.saturating_mul(fs.f_frsize);
+            let text = format!("{} free in {}", banger_core::size::format(free >> 20 << 20), path.display());
+            if free < LOW {
+                check("disk space", CheckLevel::Warn, text, Some("delete images and machines that are not needed".to_owned()))
+            } else {
+                check("disk space", CheckLevel::Pass, text, None)
+            }
+        }
+        Err(e) => check("disk space", CheckLevel::Warn, format!("cannot tell: {e}"), None),
+    }
+}
+
+fn libexec(services: &Services) -> Vec<Check> {
+    ["banger-shim", "banger-agent"]
+        .iter()
+        .map(|name| {
+            let path = services.libexec.join(name);
+            if path.is_file() {
+                check(name, CheckLevel::Pass, path.display().to_string(), None)
+            } else {
+                let hint = "install banger anew, or set BANGER_LIBEXEC to the directory that has it";
+                check(name, CheckLevel::Fail, format!("{} is not there", path.display()), Some(hint.to_owned()))
+            }
+        })
+        .collect()
+}
+
+/// Whether a program is there.
+pub fn tool(program: &str, purpose: &str, package: &str) -> Check {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    match std::env::split_paths(&path).map(|d| d.join(program)).find(|p| p.is_file()) {
+        Some(found) => check(program, CheckLevel::Pass, found.display().to_string(), None),
+        None => check(
+            program,
+            CheckLevel::Warn,
+            format!("not installed; it is needed for {purpose}"),
+            Some(format!("apt-get install {package}")),
+        ),
+    }
+}
+
+fn orphans(services: &Services) -> Vec<Check> {
+    let known: Vec<String> = services.machines().iter().map(|m| m.id.to_string()).collect();
+    let entries = std::fs::read_dir(services.paths.machines()).into_iter().flatten().flatten();
+    let orphans: Vec<String> = entries
+        .filter(|e| e.file_name().to_str().is_none_or(|n| !known.iter().any(|k| k == n)))
+        .map(|e| e.path().display().to_string())
+        .take(10)
+        .collect();
+    if orphans.is_empty() {
+        return Vec::new();
+    }
+    let hint = format!("they hold disks of machines that the database does not know; if nobody misses them: rm -r {}", orphans.join(" "));
+    vec![check("orphans", CheckLevel::Warn, format!("{} directories without a machine", orphans.len()), Some(hint))]
+}

@@ -1,0 +1,34 @@
+//! The daemon of banger: state, machines, API.
+//!
+//! One process per user. It serves [`api`] on a Unix socket ([`server`]), keeps what lasts in [`db`], runs one task per machine
+//! ([`machine`]), talks to guests through [`agent`], and brings rows and world together when it starts ([`provision`]). Nothing
+//! that happens to it reaches a machine.
+//!
+//! * [`run`]: from the process's start to its end; [`paths`], [`log`], [`ready`], [`failpoint`],
+//! * [`services`]: what all parts share,
+//! * [`ops`]: operations with stages, progress and cancel,
+//! * [`stock`]: images and kernels by name, made on demand,
+//! * [`ssh`]: keys and known hosts,
+//! * [`doctor`], [`stats`]: looking only,
+//! * [`error`]: from the errors below to what clients see.
+
+pub mod agent;
+pub mod api;
+pub mod db;
+pub mod doctor;
+pub mod error;
+pub mod failpoint;
+pub mod log;
+pub mod machine;
+pub mod ops;
+pub mod paths;
+pub mod provision;
+pub mod ready;
+pub mod run;
+pub mod server;
+pub mod services;
+pub mod ssh;
+pub mod stats;
+pub mod stock;
+pub mod time;
+pub mod version;

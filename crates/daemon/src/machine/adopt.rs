@@ -1,0 +1,276 @@
+//! What becomes of a machine when a daemon starts: the row says what was intended, the engine driver what is there.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use banger_proto::api::MachineState as State;
+use banger_vmm::{Handles, Liveness, console_tail, exit_record};
+
+use super::live::Live;
+use super::record::Machine;
+use super::stages::Stages;
+use super::task::{Ended, Work};
+use super::{cause, create, delete, handles, start, stop};
+use crate::error::chain;
+use crate::failpoint;
+
+/// How long a start that the last daemon began may still take.
+const FINISH: Duration = Duration::from_secs(120);
+/// How long the driver may take to look at one machine.
+const LOOK: Duration = Duration::from_secs(15);
+/// Pause before an engine that can't be verified is looked at again.
+const AGAIN: Duration = Duration::from_secs(10);
+
+/// What is to be done with a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// Nothing: it has no engine and should have none.
+    Leave,
+    /// Its engine lives: take charge of it.
+    Adopt(Handles),
+    /// Its engine lives and its start is not done: finish the start, or end it.
+    FinishStart(Handles),
+    /// Its engine lives and is to go.
+    FinishStop(Handles),
+    /// Its engine is gone: clean up, mark it stopped.
+    MarkStopped,
+    /// It was being made: remove what there is.
+    Undo,
+    /// It was being removed: go on. With its engine, if that lives.
+    FinishDelete(Option<Handles>),
+    /// Its engine can't be verified: neither use nor signal it, look again later.
+    LookAgain(String),
+}
+
+/// Decides on the row's state and what the driver found.
+pub fn decide(state: State, found: Liveness) -> Fate {
+    match (state, found) {
+        (State::Creating, _) => Fate::Undo,
+        (State::Stopped | State::Error, _) => Fate::Leave,
+        (State::Deleting, Liveness::Alive(handles)) => Fate::FinishDelete(Some(handles)),
+        (State::Deleting, Liveness::Gone(_)) => Fate::FinishDelete(None),
+        (State::Running, Liveness::Alive(handles)) => Fate::Adopt(handles),
+        (State::Starting, Liveness::Alive(handles)) => Fate::FinishStart(handles),
+        (State::Stopping, Liveness::Alive(handles)) => Fate::FinishStop(handles),
+        (State::Running | State::Starting | State::Stopping, Liveness::Gone(_)) => Fate::MarkStopped,
+        (_, Liveness::Unclear(why)) => Fate::LookAgain(why),
+    }
+}
+
+/// Looks for the machine's engine.
+pub async fn look(m: &Machine) -> Liveness {
+    let kept = handles::read(&m.paths.handles()).unwrap_or_else(|why| {
+        tracing::warn!(machine = %m.id, why, "handles.json cannot be read; looking for the engine without it");
+        None
+    });
+    let engine = match m.services.engine().await {
+        Ok(engine) => engine,
+        Err(e) => return Liveness::Unclear(e.message),
+    };
+    let found = tokio::time::timeout(LOOK, engine.find(&m.id, &m.paths, kept.as_ref())).await;
+    let found = found.unwrap_or_else(|_| Liveness::Unclear(format!("the engine driver took longer than {LOOK:?}")));
+    if let Liveness::Alive(handles) = &found
+        && kept.as_ref() != Some(handles)
+        && let Err(e) = handles::write(&m.paths.handles(), handles)
+    {
+        tracing::warn!(machine = %m.id, error = %e.message, "handles not written");
+    }
+    found
+}
+
+/// Looks and decides, and does what is quick. The rest comes back as the first work of the machine's task.
+///
+/// With the work comes whether the machine can't be used until it is done.
+pub async fn reconcile(m: &Arc<Machine>) -> Option<(Work, bool)> {
+    let state = m.state();
+    let found = if matches!(state, State::Creating | State::Stopped | State::Error) {
+        Liveness::Gone("it should have none".to_owned())
+    } else {
+        look(m).await
+    };
+    let fate = decide(state, found);
+    if fate != Fate::Leave {
+        tracing::info!(machine = %m.id, name = m.name(), state = state.as_str(), fate = ?fate, "reconcile");
+    }
+    if failpoint::hit("adopt.found").await.is_err() {
+        return None;
+    }
+    let m = m.clone();
+    match fate {
+        Fate::Leave => None,
+        Fate::Adopt(handles) => {
+            take_charge(&m, handles).await;
+            None
+        }
+        Fate::MarkStopped => {
+            mark_stopped(&m).await;
+            None
+        }
+        Fate::FinishStart(handles) => Some((Box::pin(finish_start(m, handles)), false)),
+        Fate::FinishStop(handles) => Some((Box::pin(finish_stop(m, handles)), false)),
+        Fate::Undo => Some((Box::pin(remove(m, None)), false)),
+        Fate::FinishDelete(handles) => Some((Box::pin(remove(m, handles)), false)),
+        Fate::LookAgain(why) => Some((Box::pin(look_again(m, why)), true)),
+    }
+}
+
+async fn attach(m: &Machine, handles: Handles) -> Option<Live> {
+    match m.services.engine().await {
+        Ok(engine) => {
+            let live = Live::new(&m.id, engine, handles);
+            m.set_live(live.clone());
+            Some(live)
+        }
+        Err(e) => {
+            tracing::error!(machine = %m.id, error = %e.message, "no engine driver");
+            None
+        }
+    }
+}
+
+async fn take_charge(m: &Arc<Machine>, handles: Handles) {
+    if let Some(live) = attach(m, handles).await {
+        if m.row().cause.is_some() {
+            let cleared = m.change(|row| {
+                row.cause = None;
+                Ok(())
+            });
+            let _ = cleared.await;
+        }
+        tokio::spawn(start::follow_guest(m.clone(), live));
+    }
+}
+
+async fn mark_stopped(m: &Arc<Machine>) {
+    let record = exit_record(&m.paths);
+    let cause = match m.state() {
+        State::Stopping => None,
+        _ => Some(cause::of_exit(record.as_ref(), &console_tail(&m.paths, start::TAIL))),
+    };
+    if let Err(e) = stop::engine_gone(m, cause).await {
+        tracing::error!(machine = %m.id, error = %e.message, "cannot be marked stopped");
+    }
+}
+
+async fn finish_start(m: Arc<Machine>, handles: Handles) -> Ended {
+    attach(&m, handles).await;
+    let op = m.services.ops.begin("machine.start", &m.name());
+    let work = async {
+        let mut stages = Stages::new(&op, FINISH);
+        let started = start::become_itself(&m, &mut stages).await;
+        if started.is_ok()
+            && let Some(live) = m.live()
+        {
+            tokio::spawn(start::follow_guest(m.clone(), live));
+        }
+        create::after_start(&m, started, false).await
+    };
+    let _ = m.services.ops.run(&op, work).await;
+    Ended::Still
+}
+
+async fn finish_stop(m: Arc<Machine>, handles: Handles) -> Ended {
+    attach(&m, handles).await;
+    let op = m.services.ops.begin("machine.stop", &m.name());
+    let _ = m.services.ops.run(&op, stop::finish_stop(&m, &op, stop::TIMEOUT)).await;
+    Ended::Still
+}
+
+async fn remove(m: Arc<Machine>, handles: Option<Handles>) -> Ended {
+    if let Some(handles) = handles {
+        attach(&m, handles).await;
+    }
+    let op = m.services.ops.begin("machine.delete", &m.name());
+    match m.services.ops.run(&op, delete::delete(&m, &op)).await {
+        Ok(()) => Ended::Gone,
+        Err(_) => Ended::Still,
+    }
+}
+
+/// Looks at an engine that can't be verified until it can, or is gone.
+async fn look_again(m: Arc<Machine>, mut why: String) -> Ended {
+    loop {
+        let cause = format!("its engine cannot be verified: {why}");
+        if m.row().cause.as_ref() != Some(&cause) {
+            let told = m.change(|row| {
+                row.cause = Some(cause);
+                Ok(())
+            });
+            if let Err(e) = told.await {
+                tracing::warn!(machine = %m.id, error = %chain(&e), "cause not written");
+            }
+        }
+        tokio::time::sleep(AGAIN).await;
+        match decide(m.state(), look(&m).await) {
+            Fate::LookAgain(again) => why = again,
+            Fate::Adopt(handles) => {
+                take_charge(&m, handles).await;
+                return Ended::Still;
+            }
+            Fate::MarkStopped => {
+                mark_stopped(&m).await;
+                return Ended::Still;
+            }
+            Fate::FinishStart(handles) => return finish_start(m, handles).await,
+            Fate::FinishStop(handles) => return finish_stop(m, handles).await,
+            Fate::Undo => return remove(m, None).await,
+            Fate::FinishDelete(handles) => return remove(m, handles).await,
+            Fate::Leave => return Ended::Still,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn alive() -> Liveness {
+        Liveness::Alive(Handles {
+            engine: "qemu".to_owned(),
+            pid: 1,
+            start_time: 2,
+            host_boot_id: String::new(),
+            control: "/c".into(),
+            agent: "/a".into(),
+        })
+    }
+
+    fn found() -> impl Strategy<Value = Liveness> {
+        prop::sample::select(vec![alive(), Liveness::Gone("g".to_owned()), Liveness::Unclear("u".to_owned())])
+    }
+
+    fn states() -> impl Strategy<Value = State> {
+        use State::*;
+        prop::sample::select(vec![Creating, Starting, Running, Stopping, Stopped, Error, Deleting])
+    }
+
+    proptest! {
+        #[test]
+        fn a_running_machine_is_never_ended(found in found()) {
+            let fate = decide(State::Running, found);
+            prop_assert!(matches!(fate, Fate::Adopt(_) | Fate::MarkStopped | Fate::LookAgain(_)));
+        }
+
+        #[test]
+        fn what_cannot_be_verified_is_not_touched(state in states()) {
+            let fate = decide(state, Liveness::Unclear("x".to_owned()));
+            prop_assert!(matches!(fate, Fate::LookAgain(_) | Fate::Leave | Fate::Undo));
+            // An undo happens only before any engine was launched.
+            prop_assert!(fate != Fate::Undo || !banger_core::state::may_have_engine(state));
+        }
+
+        #[test]
+        fn a_living_engine_always_has_an_owner(state in states()) {
+            if banger_core::state::may_have_engine(state) {
+                let fate = decide(state, alive());
+                let taken = matches!(
+                    fate,
+                    Fate::Adopt(_) | Fate::FinishStart(_) | Fate::FinishStop(_) | Fate::FinishDelete(Some(_))
+                );
+                prop_assert!(taken, "{fate:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! Removing a machine: engine, files, names, and the row last. Every step runs, errors are collected.
+
+use std::sync::Arc;
+
+use banger_core::state::Event;
+use banger_proto::error::{ApiError, ErrorCode};
+
+use super::record::Machine;
+use super::start::remove_dir;
+use super::stop;
+use crate::error::IntoApi;
+use crate::failpoint;
+use crate::ops::Op;
+
+/// Removes the machine. On failure the row stays, in state `deleting`, so that a second delete goes on with what is left.
+pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
+    m.happen(Event::DeleteBegins, |_| {}).await?;
+    failpoint::hit("delete.row").await?;
+    let mut errors = Vec::new();
+    if let Some(live) = m.live() {
+        op.stage("end");
+        // What it would write is removed next, so it is not asked.
+        keep(&mut errors, kill_now(&live).await);
+    }
+    keep(&mut errors, failpoint::hit("delete.stopped").await);
+    op.stage("files");
+    keep(&mut errors, stop::clean_up(m).await);
+    keep(&mut errors, m.services.ssh.forget(&m.id).await);
+    let state = m.paths.state.clone();
+    let removed = tokio::task::spawn_blocking(move || remove_dir(&state)).await;
+    keep(&mut errors, removed.unwrap_or_else(|e| Err(ApiError::new(ErrorCode::Internal, format!("cannot remove files: {e}")))));
+    keep(&mut errors, failpoint::hit("delete.files").await);
+    if let Some(first) = errors.first().cloned() {
+        let details: Vec<String> = errors.iter().map(|e| e.message.clone()).collect();
+        let cause = format!("not wholly removed: {}", first.message);
+        m.change(|row| {
+            row.cause = Some(cause);
+            Ok(())
+        })
+        .await?;
+        let message = format!("machine {} is not wholly removed", m.name());
+        return Err(ApiError::new(first.code, message).hint("delete it again").details(details));
+    }
+    m.services.db.delete_machine(m.id.clone()).await.map_err(IntoApi::into_api)
+}
+
+async fn kill_now(live: &super::live::Live) -> Result<(), ApiError> {
+    // A failing signal may mean that it is gone; `end_engine` finds out.
+    let _ = live.engine.signal(&live.handles, 9).await;
+    if tokio::time::timeout(std::time::Duration::from_secs(5), live.exited.cancelled()).await.is_ok() {
+        return Ok(());
+    }
+    stop::end_engine(live).await
+}
+
+fn keep(errors: &mut Vec<ApiError>, result: Result<(), ApiError>) {
+    if let Err(e) = result {
+        tracing::warn!(error = %e.message, "a step of the removal failed");
+        errors.push(e);
+    }
+}

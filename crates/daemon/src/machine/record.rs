@@ -1,0 +1,176 @@
+//! What is known of a machine.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use banger_core::id::MachineId;
+use banger_core::plan::MachinePaths;
+use banger_core::state::{self, Event};
+use banger_proto::api::{self, GuestInfo, MachineState};
+use banger_proto::error::{ApiError, ErrorCode};
+use tokio::sync::{mpsc, watch};
+
+use super::live::Live;
+use super::task::Ask;
+use crate::db::MachineRow;
+use crate::error::IntoApi;
+use crate::services::Services;
+
+/// A machine: what lasts, what is true now, and the way to its task.
+#[derive(Debug)]
+pub struct Machine {
+    /// Identifier.
+    pub id: MachineId,
+    /// Files.
+    pub paths: MachinePaths,
+    /// The daemon's services.
+    pub services: Arc<Services>,
+    /// Requests to the machine's task.
+    pub asks: mpsc::Sender<Ask>,
+    /// Clients that hold the machine.
+    pub holders: watch::Sender<usize>,
+    view: watch::Sender<View>,
+    live: Mutex<Option<Live>>,
+    writing: tokio::sync::Mutex<()>,
+    /// Reading of the last statistics: (when, CPU time in ms).
+    pub last_cpu: Mutex<Option<(std::time::Instant, u64)>>,
+}
+
+/// What clients see.
+#[derive(Debug, Clone)]
+struct View {
+    row: MachineRow,
+    guest: Option<GuestInfo>,
+    pid: Option<u32>,
+    gone: bool,
+}
+
+impl Machine {
+    /// A machine whose row is written.
+    pub fn new(services: Arc<Services>, row: MachineRow, asks: mpsc::Sender<Ask>) -> Arc<Self> {
+        Arc::new(Self {
+            id: row.id.clone(),
+            paths: services.paths.machine(&row.id),
+            services,
+            asks,
+            holders: watch::Sender::new(0),
+            view: watch::Sender::new(View { row, guest: None, pid: None, gone: false }),
+            live: Mutex::new(None),
+            writing: tokio::sync::Mutex::new(()),
+            last_cpu: Mutex::new(None),
+        })
+    }
+
+    /// The row as it was last written.
+    pub fn row(&self) -> MachineRow {
+        self.view.borrow().row.clone()
+    }
+
+    /// State as it was last written.
+    pub fn state(&self) -> MachineState {
+        self.view.borrow().row.state
+    }
+
+    /// Name.
+    pub fn name(&self) -> String {
+        self.view.borrow().row.name.clone()
+    }
+
+    /// The machine as the API shows it.
+    pub fn show(&self) -> api::Machine {
+        let view = self.view.borrow();
+        let row = view.row.clone();
+        api::Machine {
+            id: row.id.to_string(),
+            name: row.name,
+            state: row.state,
+            cause: row.cause,
+            spec: row.spec,
+            created_at: row.created_at,
+            started_at: row.started_at,
+            pid: view.pid,
+            guest: view.guest.clone(),
+            workspace: row.workspace,
+            boot: row.boot,
+            auto_remove: row.auto_remove,
+        }
+    }
+
+    /// Waits until the machine is in a state that `wanted` accepts, or is gone (`None`).
+    pub async fn wait(&self, wanted: impl Fn(MachineState) -> bool) -> Option<api::Machine> {
+        let mut view = self.view.subscribe();
+        let gone = match view.wait_for(|v| v.gone || wanted(v.row.state)).await {
+            Ok(view) => view.gone,
+            Err(_) => true,
+        };
+        (!gone).then(|| self.show())
+    }
+
+    /// Changes the row: in the database first, then for everyone to see. Changes come one after the other.
+    pub async fn change(&self, edit: impl FnOnce(&mut MachineRow) -> Result<(), ApiError>) -> Result<(), ApiError> {
+        let _turn = self.writing.lock().await;
+        let mut row = self.row();
+        edit(&mut row)?;
+        self.services.db.update_machine(row.clone()).await.map_err(IntoApi::into_api)?;
+        self.view.send_modify(|v| v.row = row);
+        Ok(())
+    }
+
+    /// Moves to the state that follows an event, with further changes of the row.
+    pub async fn happen(&self, event: Event, edit: impl FnOnce(&mut MachineRow)) -> Result<(), ApiError> {
+        let id = self.id.clone();
+        self.change(|row| {
+            let next = state::next(row.state, event).ok_or_else(|| {
+                let what = format!("machine {id}: {event:?} cannot happen in state {}", row.state.as_str());
+                ApiError::new(ErrorCode::Internal, what)
+            })?;
+            tracing::info!(machine = %id, from = row.state.as_str(), to = next.as_str(), "state");
+            row.state = next;
+            edit(row);
+            Ok(())
+        })
+        .await
+    }
+
+    /// The engine, while there is one.
+    pub fn live(&self) -> Option<Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// There is an engine now.
+    pub fn set_live(&self, live: Live) {
+        let pid = live.handles.pid;
+        *self.live.lock().unwrap_or_else(PoisonError::into_inner) = Some(live);
+        self.view.send_modify(|v| v.pid = Some(pid));
+    }
+
+    /// There is no engine any more.
+    pub fn clear_live(&self) -> Option<Live> {
+        let old = self.live.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.view.send_modify(|v| {
+            v.pid = None;
+            v.guest = None;
+        });
+        old
+    }
+
+    /// What the guest says of itself.
+    pub fn set_guest(&self, guest: GuestInfo) {
+        self.view.send_if_modified(|v| {
+            let changed = v.pid.is_some() && v.guest.as_ref() != Some(&guest);
+            if changed {
+                v.guest = Some(guest);
+            }
+            changed
+        });
+    }
+
+    /// The machine is no more.
+    pub fn set_gone(&self) {
+        self.view.send_modify(|v| v.gone = true);
+    }
+
+    /// Whether it is no more.
+    pub fn is_gone(&self) -> bool {
+        self.view.borrow().gone
+    }
+}

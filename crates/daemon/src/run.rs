@@ -1,0 +1,237 @@
+//! The course of the daemon: directories, locks, configuration, database, socket, machines, service, end.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use banger_core::config::{Config, ConfigError};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+
+use crate::db::{Db, DbError};
+use crate::error::chain;
+use crate::ops::Ops;
+use crate::paths::{PathError, Paths};
+use crate::services::Services;
+use crate::stock::Stock;
+use crate::{failpoint, log, provision, server, version};
+
+/// Exit status of a daemon that finds another one in its place.
+pub const EXIT_RUNNING: u8 = 11;
+
+/// Most bytes of a configuration.
+const MAX_CONFIG: u64 = 1024 * 1024;
+
+/// Why the daemon does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A directory.
+    #[error(transparent)]
+    Path(#[from] PathError),
+    /// There is one already.
+    #[error("another daemon holds {}", .0.display())]
+    Running(PathBuf),
+    /// The configuration cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    ConfigFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The configuration is wrong.
+    #[error("the configuration {} is wrong", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// Where and what.
+        #[source]
+        source: ConfigError,
+    },
+    /// The database.
+    #[error(transparent)]
+    Db(#[from] DbError),
+    /// A file or socket.
+    #[error("cannot {what}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The failpoints.
+    #[error("BANGER_FAILPOINT: {0}")]
+    Failpoint(String),
+}
+
+impl StartError {
+    /// The process's exit status.
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::Running(_) => EXIT_RUNNING,
+            Self::Config { .. } | Self::ConfigFile { .. } | Self::Failpoint(_) => 2,
+            _ => 1,
+        }
+    }
+
+    /// What the user can do.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Db(e) => e.hint(),
+            Self::Config { path, .. } => Some(format!("correct {}, or move it away to use the defaults", path.display())),
+            _ => None,
+        }
+    }
+
+    /// All of it in one line.
+    pub fn line(&self) -> String {
+        match self.hint() {
+            Some(hint) => format!("{}; hint: {hint}", chain(self)),
+            None => chain(self),
+        }
+    }
+}
+
+/// What is there before the first thread: locks, socket, configuration.
+#[derive(Debug)]
+pub struct Prepared {
+    paths: Paths,
+    config: Config,
+    socket: std::os::unix::net::UnixListener,
+    _locks: [OwnedFd; 2],
+}
+
+/// Does everything that must be done before there are threads.
+pub fn prepare() -> Result<Prepared, StartError> {
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    let uid = rustix::process::geteuid().as_raw();
+    let paths = Paths::from_env(|name| std::env::var_os(name), uid)?;
+    paths.prepare(uid)?;
+    let locks = [lock(&paths.runtime_lock())?, lock(&paths.state_lock())?];
+    let config = read_config(&paths.config)?;
+    let level = std::env::var("BANGER_LOG_LEVEL").unwrap_or_else(|_| config.log_level.as_str().to_owned());
+    log::init(&paths.log(), &level).map_err(|source| io_error("open the log", &paths.log(), source))?;
+    failpoint::init(std::env::var("BANGER_FAILPOINT").ok().as_deref()).map_err(StartError::Failpoint)?;
+    let socket = server::bind(&paths.socket()).map_err(|source| io_error("bind the socket", &paths.socket(), source))?;
+    Ok(Prepared { paths, config, socket, _locks: locks })
+}
+
+fn io_error(what: &str, path: &Path, source: io::Error) -> StartError {
+    StartError::Io { what: format!("{what} {}", path.display()), source }
+}
+
+fn lock(path: &Path) -> Result<OwnedFd, StartError> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)
+        .map_err(|e| io_error("open the lock", path, e.into()))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => return Err(StartError::Running(path.to_owned())),
+        Err(e) => return Err(io_error("lock", path, e.into())),
+    }
+    // For people who look: whose lock it is.
+    let mut file = File::from(file);
+    let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    Ok(file.into())
+}
+
+fn read_config(path: &Path) -> Result<Config, StartError> {
+    use std::io::Read;
+    let failed = |source| StartError::ConfigFile { path: path.to_owned(), source };
+    let mut text = String::new();
+    match File::open(path) {
+        Ok(file) => {
+            file.take(MAX_CONFIG).read_to_string(&mut text).map_err(failed)?;
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Config::default()),
+        Err(e) => return Err(failed(e)),
+    }
+    Config::parse(&text).map_err(|source| StartError::Config { path: path.to_owned(), source })
+}
+
+/// Where `banger-shim` and `banger-agent` are: beside the daemon, or in `../lib/banger`, or where `BANGER_LIBEXEC` says.
+pub fn libexec() -> PathBuf {
+    if let Some(dir) = std::env::var_os("BANGER_LIBEXEC") {
+        return PathBuf::from(dir);
+    }
+    let own = std::env::current_exe().unwrap_or_default();
+    // A running binary that was replaced by an update still knows its place.
+    let own = own.to_str().map_or(own.clone(), |p| PathBuf::from(p.trim_end_matches(" (deleted)")));
+    let beside = own.parent().map(Path::to_owned).unwrap_or_default();
+    let installed = beside.join("../lib/banger");
+    if !beside.join("banger-shim").is_file() && installed.join("banger-shim").is_file() { installed } else { beside }
+}
+
+/// Runs the daemon to its end. `listening` is called once clients are served.
+pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), StartError> {
+    let Prepared { paths, config, socket, _locks } = prepared;
+    tracing::info!(version = version::VERSION, commit = version::COMMIT, state = %paths.state.display(), "daemon starts");
+    let db = Db::open(&paths.database())?;
+    let ops = Arc::new(Ops::open(db.clone()).await?);
+    let libexec = libexec();
+    let stock = Stock::open(&paths, db.clone(), ops.clone(), &libexec).map_err(|source| io_error("open the store", &paths.store(), source))?;
+    let socket_path = paths.socket();
+    let services = Arc::new(Services::new(paths, config, db, ops, stock, libexec));
+    // A row that can't be read is told to whoever starts the daemon.
+    services.db.machines().await?;
+    tokio::spawn(signals(services.clone()));
+    let reconciling = services.clone();
+    tokio::spawn(async move {
+        reconciling.host().await;
+        match provision::reconcile(&reconciling).await {
+            Ok(()) => tracing::info!(machines = reconciling.machines().len(), "reconciled"),
+            Err(e) => tracing::error!(error = %e.message, "reconcile failed"),
+        }
+        reconciling.ready.send_replace(true);
+    });
+    listening();
+    let served = server::serve(socket, services.clone()).await;
+    services.stopping.cancel();
+    let _ = std::fs::remove_file(&socket_path);
+    tracing::info!("daemon ends, machines run on");
+    served.map_err(|source| io_error("serve", &socket_path, source))
+}
+
+async fn signals(services: Arc<Services>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        tracing::error!("signals cannot be handled");
+        return;
+    };
+    tokio::select! {
+        _ = term.recv() => tracing::info!("SIGTERM"),
+        _ = int.recv() => tracing::info!("SIGINT"),
+        () = services.stopping.cancelled() => {}
+    }
+    services.stopping.cancel();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_is_held_by_one() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("lock");
+        let held = lock(&path).unwrap();
+        assert!(matches!(lock(&path), Err(StartError::Running(_))));
+        drop(held);
+        lock(&path).unwrap();
+    }
+
+    #[test]
+    fn a_wrong_configuration_names_its_place() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("config.toml");
+        std::fs::write(&path, "log_level = \"info\"\nnonsense = 1\n").unwrap();
+        let error = read_config(&path).unwrap_err();
+        assert!(error.line().contains("line 2, column 1"), "{}", error.line());
+        assert!(error.line().contains("config.toml"));
+        assert_eq!(error.exit_status(), 2);
+        assert_eq!(read_config(&tmp.path().join("none")).unwrap(), Config::default());
+    }
+}

@@ -1,0 +1,148 @@
+//! What every part of the daemon shares.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+
+use banger_core::config::Config;
+use banger_core::id::MachineId;
+use banger_core::spec::Shape;
+use banger_proto::error::{ApiError, ErrorCode};
+use banger_vmm::Engine;
+use banger_vmm::host::{HostFacts, Roots};
+use banger_vmm::qemu::{Options, Qemu};
+use tokio::sync::{OnceCell, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::db::Db;
+use crate::error::IntoApi;
+use crate::machine::Machine;
+use crate::ops::Ops;
+use crate::paths::Paths;
+use crate::ssh::Ssh;
+use crate::stock::Stock;
+
+/// What every part of the daemon shares.
+pub struct Services {
+    /// Directories.
+    pub paths: Paths,
+    /// Configuration.
+    pub config: Config,
+    /// Database.
+    pub db: Db,
+    /// Operations.
+    pub ops: Arc<Ops>,
+    /// Images and kernels.
+    pub stock: Stock,
+    /// Keys and known hosts.
+    pub ssh: Ssh,
+    /// Directory of `banger-shim` and `banger-agent`.
+    pub libexec: PathBuf,
+    /// When the daemon started.
+    pub started_at: String,
+    /// Cancelled when the daemon is to stop.
+    pub stopping: CancellationToken,
+    /// True once all machines are reconciled.
+    pub ready: watch::Sender<bool>,
+    machines: RwLock<BTreeMap<MachineId, Arc<Machine>>>,
+    host: OnceCell<HostFacts>,
+    engine: OnceLock<Arc<dyn Engine>>,
+}
+
+impl std::fmt::Debug for Services {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Services").field("paths", &self.paths).finish_non_exhaustive()
+    }
+}
+
+impl Services {
+    /// Puts them together.
+    pub fn new(paths: Paths, config: Config, db: Db, ops: Arc<Ops>, stock: Stock, libexec: PathBuf) -> Self {
+        let ssh = Ssh::new(paths.ssh());
+        Self {
+            paths,
+            config,
+            db,
+            ops,
+            stock,
+            ssh,
+            libexec,
+            started_at: crate::time::now(),
+            stopping: CancellationToken::new(),
+            ready: watch::Sender::new(false),
+            machines: RwLock::default(),
+            host: OnceCell::new(),
+            engine: OnceLock::new(),
+        }
+    }
+
+    /// Facts of the host, read once.
+    pub async fn host(&self) -> &HostFacts {
+        self.host
+            .get_or_init(|| async {
+                match tokio::task::spawn_blocking(|| HostFacts::read(&Roots::default())).await {
+                    Ok(facts) => facts,
+                    // The runtime is going down; nothing is started any more.
+                    Err(_) => std::future::pending().await,
+                }
+            })
+            .await
+    }
+
+    /// Size of the host, for defaults and limits.
+    pub async fn shape(&self) -> Shape {
+        let host = self.host().await;
+        Shape { cpus: host.usable_cpus, memory_mib: host.memory_mib }
+    }
+
+    /// The engine driver. One that is not installed is looked for again at every request.
+    pub async fn engine(&self) -> Result<Arc<dyn Engine>, ApiError> {
+        if let Some(engine) = self.engine.get() {
+            return Ok(engine.clone());
+        }
+        let mut options = Options::new(self.libexec.join("banger-shim"));
+        options.binary = self.config.qemu_bin.as_ref().map(PathBuf::from);
+        let detected = tokio::task::spawn_blocking(move || Qemu::detect(options)).await;
+        let detected = detected.map_err(|e| ApiError::new(ErrorCode::Unavailable, format!("the daemon is stopping: {e}")))?;
+        let engine: Arc<dyn Engine> = Arc::new(detected.map_err(IntoApi::into_api)?);
+        Ok(self.engine.get_or_init(|| engine).clone())
+    }
+
+    /// All machines, oldest first.
+    pub fn machines(&self) -> Vec<Arc<Machine>> {
+        let mut list: Vec<_> = self.machines.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        list.sort_by_cached_key(|m| (m.row().created_at, m.id.clone()));
+        list
+    }
+
+    /// Makes a machine known.
+    pub fn remember(&self, machine: Arc<Machine>) {
+        self.machines.write().unwrap_or_else(PoisonError::into_inner).insert(machine.id.clone(), machine);
+    }
+
+    /// Forgets a machine that is no more.
+    pub fn forget(&self, id: &MachineId) {
+        self.machines.write().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+
+    /// The machine that a reference means.
+    pub fn find(&self, reference: &str) -> Result<Arc<Machine>, ApiError> {
+        let machines = self.machines();
+        let names: Vec<(String, String)> = machines.iter().map(|m| (m.id.to_string(), m.name())).collect();
+        let index = banger_core::reference::find(reference, names.iter().map(|(i, n)| (i.as_str(), n.as_str())))
+            .map_err(IntoApi::into_api)?;
+        Ok(machines[index].clone())
+    }
+
+    /// Waits until every machine is reconciled. Requests that change something come after it.
+    pub async fn reconciled(&self) -> Result<(), ApiError> {
+        let mut ready = self.ready.subscribe();
+        tokio::select! {
+            ready = ready.wait_for(|ready| *ready) => match ready {
+                Ok(_) => Ok(()),
+                Err(_) => Err(ApiError::new(ErrorCode::Unavailable, "the daemon is stopping")),
+            },
+            () = self.stopping.cancelled() => Err(ApiError::new(ErrorCode::Unavailable, "the daemon is stopping")),
+        }
+    }
+}
