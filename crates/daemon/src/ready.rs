@@ -2,21 +2,28 @@
 //! descriptor.
 #![allow(unsafe_code)]
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
-use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::fcntl_dupfd_cloexec;
 
 /// Takes over an inherited descriptor, which no child shall inherit again. Must be called first, before anything else opens
-/// one.
+/// one. Standard output may be the one; nothing is left of it then.
 pub fn take(number: RawFd) -> Option<OwnedFd> {
-    if number < 3 {
+    if number < 1 {
         return None;
     }
-    // SAFETY: a borrow of the bare number, to ask the kernel whether it is open; nothing is read, written or closed by it.
-    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(number) };
-    fcntl_getfd(borrowed).ok()?;
-    fcntl_setfd(borrowed, FdFlags::CLOEXEC).ok()?;
-    // SAFETY: the descriptor is open (checked above), was inherited for this use, and the caller calls before anything else in
-    // this process owns a descriptor above 2.
-    Some(unsafe { OwnedFd::from_raw_fd(number) })
+    // SAFETY: a borrow of the bare number, only to duplicate it; the kernel refuses a number that is not open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    let taken = fcntl_dupfd_cloexec(borrowed, 3).ok()?;
+    if number == 1 {
+        // Whoever waits for the end of the pipe must not wait for the end of the daemon.
+        let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok()?;
+        rustix::stdio::dup2_stdout(null).ok()?;
+    } else if number > 2 {
+        // SAFETY: the descriptor is open (it was duplicated), was inherited for this use, and the caller calls before anything
+        // else in this process owns a descriptor above 2.
+        drop(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(number) });
+    }
+    Some(taken)
 }
