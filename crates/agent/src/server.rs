@@ -110,9 +110,9 @@ async fn dispatch(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Respo
                 frames.map_err(|never| match never {}).boxed_unsync(),
             ))
         }
-        (Method::GET, ["v1", "files"]) => files::get(&query.need("path")?).await,
+        (Method::GET, ["v1", "files"]) => files::get(&query.need("path")?),
         (Method::PUT, ["v1", "files"]) => files::put(&query.need("path")?, request.into_body()).await,
-        (Method::GET, ["v1", "stat"]) => Ok(reply::json(&files::stat(&query.need("path")?))),
+        (Method::GET, ["v1", "stat"]) => Ok(reply::json(&files::stat(&query.need("path")?)?)),
         (Method::POST, ["v1", "connect"]) => {
             agent.require_personalized()?;
             connect::serve(&agent, &query.need("target")?, request.into_body()).await
@@ -174,6 +174,7 @@ fn unescape(text: &str) -> String {
     while at < bytes.len() {
         let code = bytes.get(at + 1..at + 3).filter(|_| bytes[at] == b'%');
         let code = code
+            .filter(|h| h.iter().all(u8::is_ascii_hexdigit))
             .and_then(|h| std::str::from_utf8(h).ok())
             .and_then(|h| u8::from_str_radix(h, 16).ok());
         out.push(code.unwrap_or(bytes[at]));

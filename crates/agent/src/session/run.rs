@@ -243,10 +243,9 @@ async fn pump(session: Arc<Session>, fd: Arc<AsyncFd<OwnedFd>>, stream: Stream) 
             }
             read
         });
-        match read {
-            // EIO: the last one who had the terminal open has gone.
-            Ok(Ok(Some(0)) | Err(_)) => return,
-            Ok(Ok(_)) | Err(_) => {}
+        // EIO: the last one who had the terminal open has gone.
+        if matches!(read, Ok(Ok(Some(0)) | Err(_))) {
+            return;
         }
     }
 }
