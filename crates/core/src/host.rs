@@ -82,7 +82,11 @@ pub struct AccelChoice {
 
 /// Picks the acceleration.
 pub fn choose_accel(flag: Option<Virtualisation>, kvm: &KvmDevice) -> AccelChoice {
-    let tcg = |reason: String, hint: Option<&str>| AccelChoice { accel: Accel::Tcg, reason, hint: hint.map(str::to_owned) };
+    let tcg = |reason: String, hint: Option<&str>| AccelChoice {
+        accel: Accel::Tcg,
+        reason,
+        hint: hint.map(str::to_owned),
+    };
     match (flag, kvm) {
         (Some(flag), KvmDevice::Answers(KVM_API_VERSION)) => AccelChoice {
             accel: Accel::Kvm,
@@ -149,13 +153,17 @@ mod tests {
     fn a_hint_names_the_module_or_the_group() {
         let hint = |flag, kvm| choose_accel(flag, &kvm).hint;
         assert!(hint(Some(Virtualisation::Svm), KvmDevice::Missing).is_some_and(|h| h.contains("kvm_amd")));
-        assert!(hint(Some(Virtualisation::Vmx), KvmDevice::Unusable("no".into())).is_some_and(|h| h.contains("usermod")));
+        assert!(
+            hint(Some(Virtualisation::Vmx), KvmDevice::Unusable("no".into())).is_some_and(|h| h.contains("usermod"))
+        );
         assert_eq!(hint(Some(Virtualisation::Vmx), KvmDevice::Answers(12)), None);
     }
 
     #[test]
     fn flags_are_whole_words_of_the_flags_line() {
-        let info = |flags: &str| format!("processor\t: 0\nmodel name\t: svm vmx\nflags\t\t: fpu {flags} tsc\nvmx flags\t: vnmi\n");
+        let info = |flags: &str| {
+            format!("processor\t: 0\nmodel name\t: svm vmx\nflags\t\t: fpu {flags} tsc\nvmx flags\t: vnmi\n")
+        };
         assert_eq!(Virtualisation::from_cpuinfo(&info("vmx")), Some(Virtualisation::Vmx));
         assert_eq!(Virtualisation::from_cpuinfo(&info("svm")), Some(Virtualisation::Svm));
         assert_eq!(Virtualisation::from_cpuinfo(&info("svm_lock vmx_x")), None);

@@ -11,6 +11,7 @@
 //! * [`qmp`]: QEMU's control protocol,
 //! * [`qemu`]: the QEMU driver.
 
+mod dial;
 pub mod engine;
 pub mod host;
 pub mod identity;

@@ -11,12 +11,12 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
+
+use crate::dial::{dial, peer};
 
 /// The longest line that is read.
 const LINE: u64 = 256 << 10;
-/// How often a full queue of connections is tried again.
-const QUEUE: Duration = Duration::from_millis(20);
 /// More lines than this before a reply are a fault, not events.
 const SKIPPED: usize = 1000;
 
@@ -94,12 +94,12 @@ impl Client {
     /// Connects and negotiates. The deadline holds for everything that is done with this connection.
     pub async fn connect(path: &Path, within: Duration) -> Result<Self, QmpError> {
         let deadline = Instant::now() + within;
-        let stream = dial(path, deadline).await?;
-        let peer = stream
-            .peer_cred()
-            .ok()
-            .and_then(|c| c.pid())
-            .and_then(|p| u32::try_from(p).ok());
+        let stream = match dial(path, deadline).await {
+            Ok(stream) => stream,
+            Err(e) if e.kind() == std::io::ErrorKind::TimedOut => return Err(QmpError::Timeout("connection")),
+            Err(e) => return Err(QmpError::Unreachable(e)),
+        };
+        let peer = peer(&stream);
         let mut client = Self {
             stream: BufReader::new(stream),
             deadline,
@@ -186,22 +186,6 @@ impl Client {
             });
         }
         serde_json::from_slice(&line).map_err(|e| QmpError::Protocol(e.to_string()))
-    }
-}
-
-/// Connects. A stopped engine takes no connections, and when a few wait already the kernel takes none for it either: that is
-/// no answer, as if it had taken them.
-async fn dial(path: &Path, deadline: Instant) -> Result<UnixStream, QmpError> {
-    loop {
-        match timeout_at(deadline, UnixStream::connect(path)).await {
-            Ok(Ok(stream)) => return Ok(stream),
-            Ok(Err(e)) if e.kind() == std::io::ErrorKind::WouldBlock => {}
-            Ok(Err(e)) => return Err(QmpError::Unreachable(e)),
-            Err(_) => return Err(QmpError::Timeout("connection")),
-        }
-        if timeout_at(deadline, sleep(QUEUE)).await.is_err() {
-            return Err(QmpError::Timeout("connection"));
-        }
     }
 }
 

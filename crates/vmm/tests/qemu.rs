@@ -13,7 +13,9 @@ use std::time::Duration;
 use banger_core::plan::{Disk, DiskFormat, DiskRole};
 use banger_vmm::identity::Stat;
 use banger_vmm::{Engine, EngineError, EngineExit, Liveness, console_tail, exit_record};
-use support::{Bed, KILL, dying_kernel, flooding_kernel, impostor, qemu, speaking_kernel, until};
+use support::{
+    Bed, KILL, dying_kernel, flooding_kernel, impostor, qemu, qemu_that_answers_within, speaking_kernel, until,
+};
 
 fn status(pid: u32, key: &str) -> String {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -255,7 +257,9 @@ async fn two_machines_and_two_daemons_do_not_meet() {
 
 #[tokio::test]
 async fn one_that_does_not_answer_is_unclear_until_it_does() {
-    let Some(qemu) = qemu() else { return };
+    let Some(qemu) = qemu_that_answers_within(Duration::from_millis(300)) else {
+        return;
+    };
     let bed = Bed::new(&speaking_kernel("x"));
     let handles = bed.launch(&qemu).await;
     let (id, paths) = (&bed.plan.id, &bed.plan.paths);

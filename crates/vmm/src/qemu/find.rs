@@ -164,8 +164,7 @@ pub(super) async fn verified_client(
 
 /// Whether the other side is this process, and the machine of this id.
 pub(super) async fn check(client: &mut Client, pid: u32, id: Option<&MachineId>) -> Result<(), ControlFault> {
-    // 0: a process of another namespace, which then cannot be compared.
-    if let Some(peer) = client.peer().filter(|peer| *peer != 0 && *peer != pid) {
+    if let Some(peer) = client.peer().filter(|peer| *peer != pid) {
         return Err(ControlFault::Peer(peer));
     }
     if let Some(id) = id {

@@ -18,8 +18,9 @@ use banger_core::id::MachineId;
 use banger_core::plan::{BootPlan, MachinePaths};
 use serde_json::Value;
 use tokio::net::UnixStream;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep};
 
+use crate::dial::{dial, peer};
 use crate::engine::{BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness};
 use crate::host::Roots;
 use crate::identity::Mismatch;
@@ -104,20 +105,17 @@ impl Qemu {
     async fn agent(&self, handles: &Handles) -> Result<UnixStream, EngineError> {
         find::open_or_refuse(&self.options.roots.proc, handles)?;
         let limit = self.options.answer_timeout;
-        let connected = timeout(limit, UnixStream::connect(&handles.agent)).await;
-        let stream = connected
-            .map_err(|_| EngineError::Timeout {
-                engine: ENGINE,
-                what: "take a connection on its guest channel",
-                after: limit,
-            })?
-            .map_err(|e| io_error(format!("connect to {}", handles.agent.display()), e))?;
-        let peer = stream
-            .peer_cred()
-            .ok()
-            .and_then(|c| c.pid())
-            .and_then(|p| u32::try_from(p).ok());
-        match peer.filter(|peer| *peer != 0 && *peer != handles.pid) {
+        let stream = dial(&handles.agent, Instant::now() + limit)
+            .await
+            .map_err(|e| match e.kind() {
+                std::io::ErrorKind::TimedOut => EngineError::Timeout {
+                    engine: ENGINE,
+                    what: "take a connection on its guest channel",
+                    after: limit,
+                },
+                _ => io_error(format!("connect to {}", handles.agent.display()), e),
+            })?;
+        match peer(&stream).filter(|peer| *peer != handles.pid) {
             Some(peer) => Err(EngineError::NotOurs {
                 pid: handles.pid,
                 why: format!("its guest channel belongs to process {peer}"),

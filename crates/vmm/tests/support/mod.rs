@@ -18,6 +18,11 @@ pub const KILL: i32 = 9;
 
 /// The driver, or `None` with a printed reason. Under `CI=true` a reason is a failure.
 pub fn qemu() -> Option<Qemu> {
+    qemu_that_answers_within(Options::new("").answer_timeout)
+}
+
+/// The same, with another limit for answers.
+pub fn qemu_that_answers_within(limit: Duration) -> Option<Qemu> {
     let skip = |reason: String| {
         assert!(
             std::env::var_os("CI").is_none_or(|v| v != "true"),
@@ -35,6 +40,7 @@ pub fn qemu() -> Option<Qemu> {
     }
     let mut options = Options::new(shim);
     options.launch_timeout = Duration::from_secs(60);
+    options.answer_timeout = limit;
     match Qemu::detect(options) {
         Ok(qemu) => Some(qemu),
         Err(e) => skip(e.to_string()),
