@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cancel::Cancel;
@@ -19,6 +20,7 @@ use crate::ext4::writer::{Finish, Limits, Size, Summary, Writer};
 use crate::process::{Program, Run, find_program};
 use crate::progress::{Progress, Step};
 use crate::recipe::Recipe;
+use crate::store::Staging;
 use crate::tar::{self, Entry, Kind, Reader, Scrub, TarError, Verdict, policy};
 
 /// Free bytes in a stored image: little, as disks of machines are made larger when they are made.
@@ -28,10 +30,26 @@ const JOURNAL_BLOCKS: u64 = 16_384;
 /// Bytes between two reports.
 const REPORT_EVERY: u64 = 4 << 20;
 
-const MMDEBSTRAP: Program = Program { name: "mmdebstrap", package: "mmdebstrap", purpose: "build an image" };
-const NEWUIDMAP: Program = Program { name: "newuidmap", package: "uidmap", purpose: "build an image without root" };
-const APT_GET: Program = Program { name: "apt-get", package: "apt", purpose: "build an image" };
-const APT_CONFIG: Program = Program { name: "apt-config", package: "apt", purpose: "build an image" };
+const MMDEBSTRAP: Program = Program {
+    name: "mmdebstrap",
+    package: "mmdebstrap",
+    purpose: "build an image",
+};
+const NEWUIDMAP: Program = Program {
+    name: "newuidmap",
+    package: "uidmap",
+    purpose: "build an image without root",
+};
+const APT_GET: Program = Program {
+    name: "apt-get",
+    package: "apt",
+    purpose: "build an image",
+};
+const APT_CONFIG: Program = Program {
+    name: "apt-config",
+    package: "apt",
+    purpose: "build an image",
+};
 const BUILD_DEADLINE: Duration = Duration::from_secs(1800);
 const LOOKUP: Duration = Duration::from_secs(30);
 
@@ -48,9 +66,18 @@ pub struct Ingested {
 
 /// Writes the file system `target` from a tar stream. `what` names it in errors.
 pub fn ingest(stream: impl Read, what: &str, scrub: Scrub, target: &Path, progress: &Progress) -> Result<Ingested> {
-    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(target).on("make the image", target)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(target)
+        .on("make the image", target)?;
     let sync = file.try_clone().on("open", target)?;
-    let tar_error = |source| Error::Tar { what: what.to_owned(), source };
+    let tar_error = |source| Error::Tar {
+        what: what.to_owned(),
+        source,
+    };
     let fs_error = |error: Ext4Error| ext4_error(error, what, target);
 
     let mut writer = Writer::new(file, Limits::default()).map_err(fs_error)?;
@@ -79,7 +106,9 @@ pub fn ingest(stream: impl Read, what: &str, scrub: Scrub, target: &Path, progre
     let digest = hasher.finish();
     let seed = |from: usize| {
         let mut out = [0; 16];
-        out.iter_mut().zip(digest.as_bytes().iter().skip(from)).for_each(|(o, b)| *o = *b);
+        out.iter_mut()
+            .zip(digest.as_bytes().iter().skip(from))
+            .for_each(|(o, b)| *o = *b);
         out
     };
     let finish = Finish {
@@ -93,7 +122,11 @@ pub fn ingest(stream: impl Read, what: &str, scrub: Scrub, target: &Path, progre
     let summary = writer.finish(&finish).map_err(fs_error)?;
     sync.sync_data().on("write", target)?;
     progress.bytes(Step::WriteImage, reader.offset(), reader.offset());
-    Ok(Ingested { digest, init: init.found(), summary })
+    Ok(Ingested {
+        digest,
+        init: init.found(),
+        summary,
+    })
 }
 
 enum EnterError {
@@ -114,7 +147,14 @@ impl From<Ext4Error> for EnterError {
 }
 
 /// Enters one entry, and hashes it with its content.
-fn enter(writer: &mut Writer, content: &mut impl Read, hasher: &mut Hasher, path: &[Vec<u8>], mut entry: Entry, verdict: Verdict) -> Result<(), EnterError> {
+fn enter(
+    writer: &mut Writer,
+    content: &mut impl Read,
+    hasher: &mut Hasher,
+    path: &[Vec<u8>],
+    mut entry: Entry,
+    verdict: Verdict,
+) -> Result<(), EnterError> {
     entry.xattrs.sort();
     hash_entry(hasher, path, &entry, verdict);
     let meta = Meta {
@@ -153,7 +193,15 @@ fn hash_entry(hasher: &mut Hasher, path: &[Vec<u8>], entry: &Entry, verdict: Ver
     hasher.update(&[kind]);
     hasher.field(text);
     let size = if verdict == Verdict::Empty { 0 } else { entry.size };
-    for number in [u64::from(numbers.0), numbers.1.into(), entry.mode.into(), entry.uid.into(), entry.gid.into(), entry.mtime_nsec.into(), size] {
+    for number in [
+        u64::from(numbers.0),
+        numbers.1.into(),
+        entry.mode.into(),
+        entry.uid.into(),
+        entry.gid.into(),
+        entry.mtime_nsec.into(),
+        size,
+    ] {
         hasher.update(&number.to_le_bytes());
     }
     hasher.update(&entry.mtime.to_le_bytes());
@@ -180,9 +228,15 @@ impl<R: Read> Read for Hashing<'_, R> {
 /// Content that ends too early is the archive's fault, a full disk is the host's, the rest is the file system's.
 fn ext4_error(error: Ext4Error, what: &str, target: &Path) -> Error {
     match error {
-        Ext4Error::Content { source, .. } if source.kind() == io::ErrorKind::UnexpectedEof => Error::Tar { what: what.to_owned(), source: TarError::Truncated },
+        Ext4Error::Content { source, .. } if source.kind() == io::ErrorKind::UnexpectedEof => Error::Tar {
+            what: what.to_owned(),
+            source: TarError::Truncated,
+        },
         Ext4Error::Write(source) => Error::io(format!("write {}", target.display()), source),
-        source => Error::FileSystem { path: target.to_owned(), source },
+        source => Error::FileSystem {
+            path: target.to_owned(),
+            source,
+        },
     }
 }
 
@@ -218,8 +272,15 @@ impl InitSearch {
     }
 }
 
-/// Builds a recipe's image at `target`. `scratch` is a directory that is removed whatever happens.
-pub(crate) async fn bootstrap(recipe: &'static Recipe, scratch: Scratch, target: PathBuf, progress: &Progress) -> Result<Ingested> {
+/// Builds a recipe's image at `target`. `scratch` is removed whatever happens, and `staging`, in which the target is, is held
+/// until the tool has ended: it cleans up there when it is cancelled.
+pub(crate) async fn bootstrap(
+    recipe: &'static Recipe,
+    scratch: Scratch,
+    staging: Arc<Staging>,
+    target: PathBuf,
+    progress: &Progress,
+) -> Result<Ingested> {
     let root = rustix::process::geteuid().is_root();
     // Looked for first: the missing tool is what the user must hear about.
     MMDEBSTRAP.find()?;
@@ -228,12 +289,18 @@ pub(crate) async fn bootstrap(recipe: &'static Recipe, scratch: Scratch, target:
         check_subordinate_ids()?;
     }
     let mut run = Run::new(MMDEBSTRAP, BUILD_DEADLINE)?
-        .args(["--verbose", "--format=tar", if root { "--mode=root" } else { "--mode=unshare" }])
+        .args([
+            "--verbose",
+            "--format=tar",
+            if root { "--mode=root" } else { "--mode=unshare" },
+        ])
         .arg(format!("--variant={}", recipe.variant))
         .arg(format!("--include={}", recipe.packages.join(",")))
         .args(recipe.path_filters.iter().map(|filter| format!("--dpkgopt={filter}")))
         .env("TMPDIR", &scratch.path)
-        .shown(format!("mmdebstrap {}", recipe.suite));
+        .shown(format!("mmdebstrap {}", recipe.suite))
+        .hold(scratch)
+        .hold(staging);
     for (kind, proxy) in proxies().await {
         run = run.arg(format!("--aptopt=Acquire::{kind}::Proxy \"{proxy}\""));
     }
@@ -245,18 +312,15 @@ pub(crate) async fn bootstrap(recipe: &'static Recipe, scratch: Scratch, target:
     let listener = progress.clone();
     let name = recipe.name;
     progress.begin(Step::DownloadPackages);
-    let result = run
-        .stream(
-            move |line| {
-                if let Some((step, done, total)) = lines.line(line) {
-                    told.items(step, done, total);
-                }
-            },
-            move |stdout| ingest(cancel.reader(stdout), name, Scrub::FreshInstall, &target, &listener),
-        )
-        .await;
-    drop(scratch);
-    result
+    run.stream(
+        move |line| {
+            if let Some((step, done, total)) = lines.line(line) {
+                told.items(step, done, total);
+            }
+        },
+        move |stdout| ingest(cancel.reader(stdout), name, Scrub::FreshInstall, &target, &listener),
+    )
+    .await
 }
 
 /// Where the bootstrap tool works: inside the store for root; for others in the system's place for temporary files, as the tool's other
@@ -282,9 +346,16 @@ impl Scratch {
     /// A directory outside of the store.
     pub(crate) fn outside() -> Result<Self> {
         let base = std::env::temp_dir();
-        let dir = tempfile::Builder::new().prefix(SCRATCH_PREFIX).tempdir_in(&base).on("make a directory in", &base)?;
-        std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).on("open up", dir.path())?;
-        Ok(Self { path: dir.keep(), outside: true })
+        let dir = tempfile::Builder::new()
+            .prefix(SCRATCH_PREFIX)
+            .tempdir_in(&base)
+            .on("make a directory in", &base)?;
+        std::fs::set_permissions(dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711))
+            .on("open up", dir.path())?;
+        Ok(Self {
+            path: dir.keep(),
+            outside: true,
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -303,7 +374,9 @@ impl Drop for Scratch {
 
 fn check_subordinate_ids() -> Result<()> {
     let uid = rustix::process::getuid().as_raw().to_string();
-    let user = std::env::var("USER").or_else(|_| std::env::var("LOGNAME")).unwrap_or_else(|_| uid.clone());
+    let user = std::env::var("USER")
+        .or_else(|_| std::env::var("LOGNAME"))
+        .unwrap_or_else(|_| uid.clone());
     for file in ["/etc/subuid", "/etc/subgid"] {
         let mut text = String::new();
         // Not there or not readable is the same as empty.
@@ -330,9 +403,20 @@ async fn mirrors(suite: &str) -> Vec<String> {
     if find_program("apt-get").is_none() {
         return Vec::new();
     }
-    let run = Run::new(APT_GET, LOOKUP).map(|r| r.args(["indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)", "Created-By: Packages"]));
+    let run = Run::new(APT_GET, LOOKUP).map(|r| {
+        r.args([
+            "indextargets",
+            "--format",
+            "$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)",
+            "Created-By: Packages",
+        ])
+    });
     match run {
-        Ok(run) => run.output(1 << 20).await.map(|out| sources(&String::from_utf8_lossy(&out), suite)).unwrap_or_default(),
+        Ok(run) => run
+            .output(1 << 20)
+            .await
+            .map(|out| sources(&String::from_utf8_lossy(&out), suite))
+            .unwrap_or_default(),
         Err(_) => Vec::new(),
     }
 }
@@ -340,13 +424,24 @@ async fn mirrors(suite: &str) -> Vec<String> {
 /// Lines for sources.list out of what `apt-get indextargets` says. Addresses with a user name or password in them are not taken
 /// over: the image is no place for them.
 fn sources(targets: &str, suite: &str) -> Vec<String> {
-    let wanted = [suite.to_owned(), format!("{suite}-updates"), format!("{suite}-security")];
+    let wanted = [
+        suite.to_owned(),
+        format!("{suite}-updates"),
+        format!("{suite}-security"),
+    ];
     let mut found: Vec<(usize, String)> = Vec::new();
     for line in targets.lines() {
         let mut fields = line.split('|');
-        let (Some(uri), Some(release), Some("main"), Some("Debian")) = (fields.next(), fields.next(), fields.next(), fields.next()) else { continue };
-        let Some(rank) = wanted.iter().position(|w| w == release) else { continue };
-        let clean = (uri.starts_with("http://") || uri.starts_with("https://")) && uri.bytes().all(|b| b.is_ascii_graphic() && !b"@[]\"'|".contains(&b));
+        let (Some(uri), Some(release), Some("main"), Some("Debian")) =
+            (fields.next(), fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        let Some(rank) = wanted.iter().position(|w| w == release) else {
+            continue;
+        };
+        let clean = (uri.starts_with("http://") || uri.starts_with("https://"))
+            && uri.bytes().all(|b| b.is_ascii_graphic() && !b"@[]\"'|".contains(&b));
         if clean {
             let entry = (rank, format!("deb {uri} {release} main"));
             if !found.contains(&entry) {
@@ -357,7 +452,11 @@ fn sources(targets: &str, suite: &str) -> Vec<String> {
     found.sort();
     // Without the security updates it is better to let the tool choose.
     let complete = [0, 2].iter().all(|rank| found.iter().any(|(r, _)| r == rank));
-    if complete { found.into_iter().map(|(_, line)| line).collect() } else { Vec::new() }
+    if complete {
+        found.into_iter().map(|(_, line)| line).collect()
+    } else {
+        Vec::new()
+    }
 }
 
 /// The proxies that the host's apt uses. They serve the build; the option's file is kept out of the image.
@@ -367,8 +466,12 @@ async fn proxies() -> Vec<(&'static str, String)> {
         return out;
     }
     for kind in ["http", "https"] {
-        let Ok(run) = Run::new(APT_CONFIG, LOOKUP) else { continue };
-        let run = run.args(["--format", "%v%n", "dump", "--no-empty"]).arg(format!("Acquire::{kind}::Proxy"));
+        let Ok(run) = Run::new(APT_CONFIG, LOOKUP) else {
+            continue;
+        };
+        let run = run
+            .args(["--format", "%v%n", "dump", "--no-empty"])
+            .arg(format!("Acquire::{kind}::Proxy"));
         if let Ok(text) = run.output(4096).await
             && let Some(proxy) = String::from_utf8_lossy(&text).lines().next().map(str::trim)
             && !proxy.is_empty()
@@ -394,7 +497,8 @@ impl BootstrapProgress {
     fn line(&mut self, line: &str) -> Option<(Step, u64, u64)> {
         if line.starts_with("I: ") {
             // Package lists are downloaded before; they are no packages.
-            self.downloading = line.contains("downloading packages") || (self.downloading && !line.contains("running apt-get update"));
+            self.downloading =
+                line.contains("downloading packages") || (self.downloading && !line.contains("running apt-get update"));
             return match line {
                 "I: creating tarball..." => Some((Step::WriteImage, 0, 0)),
                 _ => None,
@@ -408,7 +512,11 @@ impl BootstrapProgress {
         }
         if line.starts_with("Get:") && self.downloading {
             self.downloaded += 1;
-            return Some((Step::DownloadPackages, self.downloaded, self.packages.max(self.downloaded)));
+            return Some((
+                Step::DownloadPackages,
+                self.downloaded,
+                self.packages.max(self.downloaded),
+            ));
         }
         if line.starts_with("Setting up ") {
             self.set_up += 1;
@@ -444,11 +552,22 @@ mod tests {
     #[test]
     fn progress_of_the_tool() {
         let mut p = BootstrapProgress::default();
-        for quiet in ["I: running apt-get update...", "Get:1 http://x bookworm InRelease [151 kB]", "I: downloading packages with apt...", "0 upgraded, 2 newly installed, 0 to remove and 0 not upgraded."] {
+        for quiet in [
+            "I: running apt-get update...",
+            "Get:1 http://x bookworm InRelease [151 kB]",
+            "I: downloading packages with apt...",
+            "0 upgraded, 2 newly installed, 0 to remove and 0 not upgraded.",
+        ] {
             assert_eq!(p.line(quiet), None, "{quiet}");
         }
-        assert_eq!(p.line("Get:1 http://x bookworm/main amd64 libc6 [1 kB]"), Some((Step::DownloadPackages, 1, 2)));
-        assert_eq!(p.line("Setting up libc6:amd64 (2.36) ..."), Some((Step::InstallPackages, 1, 2)));
+        assert_eq!(
+            p.line("Get:1 http://x bookworm/main amd64 libc6 [1 kB]"),
+            Some((Step::DownloadPackages, 1, 2))
+        );
+        assert_eq!(
+            p.line("Setting up libc6:amd64 (2.36) ..."),
+            Some((Step::InstallPackages, 1, 2))
+        );
         assert_eq!(p.line("I: creating tarball..."), Some((Step::WriteImage, 0, 0)));
     }
 

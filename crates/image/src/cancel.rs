@@ -22,7 +22,10 @@ impl Cancel {
 
     /// Wraps a reader so that it fails once nobody waits any more.
     pub(crate) fn reader<R: Read>(&self, inner: R) -> CancelReader<R> {
-        CancelReader { inner, cancel: self.clone() }
+        CancelReader {
+            inner,
+            cancel: self.clone(),
+        }
     }
 }
 

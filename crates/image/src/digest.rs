@@ -97,7 +97,9 @@ impl Serialize for Digest {
 
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -157,7 +159,15 @@ mod tests {
 
     #[test]
     fn other_texts_are_refused() {
-        for text in ["", "sha256:", "ba78", "sha256:../../etc", "sha512:00", &format!("sha256:{}", "A".repeat(64)), &format!("sha256:{}", "a".repeat(65))] {
+        for text in [
+            "",
+            "sha256:",
+            "ba78",
+            "sha256:../../etc",
+            "sha512:00",
+            &format!("sha256:{}", "A".repeat(64)),
+            &format!("sha256:{}", "a".repeat(65)),
+        ] {
             assert!(text.parse::<Digest>().is_err(), "{text}");
         }
     }

@@ -193,13 +193,23 @@ impl Error {
 
     /// An archive ended too early.
     pub(crate) fn is_truncated(&self) -> bool {
-        matches!(self, Self::Tar { source: TarError::Truncated, .. })
+        matches!(
+            self,
+            Self::Tar {
+                source: TarError::Truncated,
+                ..
+            }
+        )
     }
 
     /// Turns an I/O error into one that says what was being done. A full disk gets its own variant wherever it shows up.
     pub(crate) fn io(what: impl Into<String>, source: io::Error) -> Self {
         let what = what.into();
-        if is_full(&source) { Self::NoSpace { what } } else { Self::Io { what, source } }
+        if is_full(&source) {
+            Self::NoSpace { what }
+        } else {
+            Self::Io { what, source }
+        }
     }
 }
 
@@ -213,11 +223,17 @@ fn network_hint(last_words: &[String]) -> Option<String> {
     if says("No space left on device") {
         return Some("free some space, or set TMPDIR to a place that has more".to_owned());
     }
-    if says("Could not resolve") || says("Temporary failure resolving") || says("Failed to fetch") || says("Cannot initiate the connection") {
+    if says("Could not resolve")
+        || says("Temporary failure resolving")
+        || says("Failed to fetch")
+        || says("Cannot initiate the connection")
+    {
         return Some("the package mirror cannot be reached: check the network and apt's configuration".to_owned());
     }
     if says("NO_PUBKEY") || says("keyring") {
-        return Some("the distribution's archive keys are missing; install: apt-get install debian-archive-keyring".to_owned());
+        return Some(
+            "the distribution's archive keys are missing; install: apt-get install debian-archive-keyring".to_owned(),
+        );
     }
     None
 }

@@ -9,19 +9,30 @@ use crate::error::{IoContext, Result};
 
 /// Makes a directory and its parents, for this user alone.
 pub(crate) fn make_dir(path: &Path) -> Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).on("make the directory", path)
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .on("make the directory", path)
 }
 
 /// Writes a new file and brings it to the disk.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).on("make the file", path)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .on("make the file", path)?;
     file.write_all(bytes).on("write", path)?;
     file.sync_data().on("write", path)
 }
 
 /// Brings a directory's entries to the disk.
 pub(crate) fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path).and_then(|dir| dir.sync_all()).on("write the directory", path)
+    File::open(path)
+        .and_then(|dir| dir.sync_all())
+        .on("write the directory", path)
 }
 
 /// Removes a tree. Does nothing where there is none. Never descends into another file system: an installation that was cut short may
@@ -36,7 +47,10 @@ pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
 
 fn remove_below(path: &Path, meta: &fs::Metadata, device: u64) -> io::Result<()> {
     if meta.dev() != device {
-        return Err(io::Error::new(io::ErrorKind::CrossesDevices, format!("something is mounted on {}", path.display())));
+        return Err(io::Error::new(
+            io::ErrorKind::CrossesDevices,
+            format!("something is mounted on {}", path.display()),
+        ));
     }
     if !meta.is_dir() {
         return fs::remove_file(path);
@@ -73,6 +87,11 @@ mod tests {
 
     #[test]
     fn other_file_systems_are_left_alone() {
-        assert_eq!(remove_below(Path::new("/proc/self"), &fs::metadata("/proc/self").unwrap(), 0).unwrap_err().kind(), io::ErrorKind::CrossesDevices);
+        assert_eq!(
+            remove_below(Path::new("/proc/self"), &fs::metadata("/proc/self").unwrap(), 0)
+                .unwrap_err()
+                .kind(),
+            io::ErrorKind::CrossesDevices
+        );
     }
 }

@@ -21,7 +21,11 @@ pub enum Node<'a> {
 }
 
 /// The nodes of an initramfs. `modules` are file names with contents, `order` the file of that name.
-pub fn nodes<'a>(agent: &'a [u8], modules: &'a BTreeMap<String, Vec<u8>>, order: &'a [u8]) -> BTreeMap<String, Node<'a>> {
+pub fn nodes<'a>(
+    agent: &'a [u8],
+    modules: &'a BTreeMap<String, Vec<u8>>,
+    order: &'a [u8],
+) -> BTreeMap<String, Node<'a>> {
     let mut out = BTreeMap::new();
     for dir in ["dev", "modules", "newroot", "proc", "sys"] {
         out.insert(dir.to_owned(), Node::Directory);

@@ -1,6 +1,7 @@
 //! How programs are run: with a clean environment, in a process group of their own (a terminal's Ctrl-C is not theirs), with a
 //! deadline, with the end of what they say kept for the error, and never outliving the future that waits for them.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -23,14 +24,33 @@ const GRACE: Duration = Duration::from_secs(10);
 
 /// Variables that are handed on: where programs and the user's files are, and how to reach the network.
 const KEPT_ENV: &[&str] = &[
-    "HOME", "USER", "LOGNAME", "APT_CONFIG", "http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
-    "FTP_PROXY", "NO_PROXY", "all_proxy", "ALL_PROXY",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "APT_CONFIG",
+    "http_proxy",
+    "https_proxy",
+    "ftp_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "FTP_PROXY",
+    "NO_PROXY",
+    "all_proxy",
+    "ALL_PROXY",
 ];
 
 /// Where programs are looked for: the user's path, and the places of system programs that a user's path often lacks.
 fn search_path() -> OsString {
     let mut path = std::env::var_os("PATH").unwrap_or_default();
-    for dir in ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"] {
+    for dir in [
+        "/usr/local/sbin",
+        "/usr/local/bin",
+        "/usr/sbin",
+        "/usr/bin",
+        "/sbin",
+        "/bin",
+    ] {
         if !std::env::split_paths(&path).any(|p| p == Path::new(dir)) {
             if !path.is_empty() {
                 path.push(":");
@@ -47,7 +67,10 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&search_path())
         .filter(|dir| dir.is_absolute())
         .map(|dir| dir.join(name))
-        .find(|path| path.metadata().is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0))
+        .find(|path| {
+            path.metadata()
+                .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+        })
 }
 
 /// A program that is needed.
@@ -64,7 +87,11 @@ pub struct Program {
 impl Program {
     /// Where it is.
     pub fn find(&self) -> Result<PathBuf> {
-        find_program(self.name).ok_or(Error::ProgramMissing { program: self.name.to_owned(), purpose: self.purpose, package: self.package })
+        find_program(self.name).ok_or(Error::ProgramMissing {
+            program: self.name.to_owned(),
+            purpose: self.purpose,
+            package: self.package,
+        })
     }
 }
 
@@ -74,21 +101,39 @@ pub struct Run {
     shown: String,
     command: Command,
     deadline: Duration,
+    held: Held,
 }
+
+/// What must not go before the program has ended.
+type Held = Vec<Box<dyn Any + Send>>;
 
 impl Run {
     /// A run of `program` that is ended after `deadline`.
     pub fn new(program: Program, deadline: Duration) -> Result<Self> {
         let mut command = Command::new(program.find()?);
-        command.env_clear().env("PATH", search_path()).env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive");
+        command
+            .env_clear()
+            .env("PATH", search_path())
+            .env("LC_ALL", "C")
+            .env("DEBIAN_FRONTEND", "noninteractive");
         for name in KEPT_ENV {
             if let Some(value) = std::env::var_os(name) {
                 command.env(name, value);
             }
         }
         // The group is killed on drop (see `Group`); this is for the moment between fork and the group's guard.
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0).kill_on_drop(true);
-        Ok(Self { shown: program.name.to_owned(), command, deadline })
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true);
+        Ok(Self {
+            shown: program.name.to_owned(),
+            command,
+            deadline,
+            held: Vec::new(),
+        })
     }
 
     /// Adds an argument.
@@ -119,6 +164,13 @@ impl Run {
         self
     }
 
+    /// Drops `what` only when the program has ended, also when it is ended because nobody waits for it any more.
+    #[must_use]
+    pub fn hold(mut self, what: impl Any + Send) -> Self {
+        self.held.push(Box::new(what));
+        self
+    }
+
     /// Shows the program with its most telling argument in errors.
     #[must_use]
     pub fn shown(mut self, as_text: impl Into<String>) -> Self {
@@ -138,10 +190,17 @@ impl Run {
             let mut out = Vec::new();
             if let Some(stdout) = stdout {
                 let cap = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
-                stdout.take(cap).read_to_end(&mut out).await.map_err(|source| Error::io(format!("read the output of `{shown}`"), source))?;
+                stdout
+                    .take(cap)
+                    .read_to_end(&mut out)
+                    .await
+                    .map_err(|source| Error::io(format!("read the output of `{shown}`"), source))?;
             }
             if out.len() > limit {
-                return Err(Error::io(format!("read the output of `{shown}`"), io::Error::other(format!("it is longer than {limit} bytes"))));
+                return Err(Error::io(
+                    format!("read the output of `{shown}`"),
+                    io::Error::other(format!("it is longer than {limit} bytes")),
+                ));
             }
             Ok(out)
         })
@@ -168,12 +227,23 @@ impl Run {
         .await
     }
 
-    async fn run<T>(mut self, on_line: impl FnMut(&str) + Send, consume: impl AsyncFnOnce(Option<ChildStdout>) -> Result<T>) -> Result<T> {
-        let mut child = self.command.spawn().map_err(|source| Error::io(format!("start `{}`", self.shown), source))?;
+    async fn run<T>(
+        mut self,
+        on_line: impl FnMut(&str) + Send,
+        consume: impl AsyncFnOnce(Option<ChildStdout>) -> Result<T>,
+    ) -> Result<T> {
+        let mut child = self
+            .command
+            .spawn()
+            .map_err(|source| Error::io(format!("start `{}`", self.shown), source))?;
         let pid = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
         let stdout = child.stdout.take();
         let stderr = child.stderr.take();
-        let mut group = Group { child: Some(child), pid };
+        let mut group = Group {
+            child: Some(child),
+            pid,
+            held: std::mem::take(&mut self.held),
+        };
         let mut tail = Tail::default();
 
         let work = async {
@@ -184,12 +254,19 @@ impl Run {
             // A consumer that gives up closes the pipe; the program then ends by itself or at the deadline.
             let (result, heard) = work.await;
             heard.map_err(|source| Error::io(format!("read the messages of `{}`", self.shown), source))?;
-            let status = group.wait().await.map_err(|source| Error::io(format!("wait for `{}`", self.shown), source))?;
+            let status = group
+                .wait()
+                .await
+                .map_err(|source| Error::io(format!("wait for `{}`", self.shown), source))?;
             Ok::<_, Error>((result, status))
         })
         .await;
         match outcome {
-            Err(_) => Err(Error::ProgramTimeout { program: self.shown, after: self.deadline, last_words: tail.into_lines() }),
+            Err(_) => Err(Error::ProgramTimeout {
+                program: self.shown,
+                after: self.deadline,
+                last_words: tail.into_lines(),
+            }),
             Ok(Err(error)) => Err(error),
             Ok(Ok((Ok(value), status))) if status.success() => Ok(value),
             Ok(Ok((Err(error), _))) if !error.is_truncated() => Err(error),
@@ -202,15 +279,24 @@ impl Run {
 /// The error of a program that ended badly. A full disk is recognised by what the program says.
 fn failed(program: String, status: ExitStatus, last_words: Vec<String>) -> Error {
     use std::os::unix::process::ExitStatusExt;
-    if last_words.iter().any(|line| line.contains("No space left on device") || line.contains("Disk quota exceeded")) {
-        return Error::NoSpace { what: format!("run `{program}`") };
+    if last_words
+        .iter()
+        .any(|line| line.contains("No space left on device") || line.contains("Disk quota exceeded"))
+    {
+        return Error::NoSpace {
+            what: format!("run `{program}`"),
+        };
     }
     let how = match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit status {code}"),
         (None, Some(signal)) => format!("signal {signal}"),
         (None, None) => "unknown status".to_owned(),
     };
-    Error::ProgramFailed { program, how, last_words }
+    Error::ProgramFailed {
+        program,
+        how,
+        last_words,
+    }
 }
 
 /// A process group that ends when it is dropped: asked first, so that it can clean up after itself, then killed.
@@ -218,6 +304,7 @@ fn failed(program: String, status: ExitStatus, last_words: Vec<String>) -> Error
 struct Group {
     child: Option<Child>,
     pid: Option<Pid>,
+    held: Held,
 }
 
 impl Group {
@@ -235,7 +322,10 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        let (Some(mut child), Some(pid)) = (self.child.take(), self.pid) else { return };
+        let (Some(mut child), Some(pid)) = (self.child.take(), self.pid) else {
+            return;
+        };
+        let held = std::mem::take(&mut self.held);
         // The leader is not reaped yet, so its pid still names this group and no other.
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => {
@@ -245,6 +335,7 @@ impl Drop for Group {
                         let _ = kill_process_group(pid, Signal::KILL);
                         let _ = child.wait().await;
                     }
+                    drop(held);
                 });
             }
             Err(_) => {
@@ -309,7 +400,11 @@ impl LineSplitter {
 
     fn finish(&mut self, emit: &mut impl FnMut(String)) {
         let line = String::from_utf8_lossy(&self.line);
-        let line: String = line.trim_end().chars().map(|c| if c.is_control() && c != '\t' { '?' } else { c }).collect();
+        let line: String = line
+            .trim_end()
+            .chars()
+            .map(|c| if c.is_control() && c != '\t' { '?' } else { c })
+            .collect();
         if !line.is_empty() {
             emit(line);
         }
@@ -321,7 +416,11 @@ impl LineSplitter {
 mod tests {
     use super::*;
 
-    const SH: Program = Program { name: "sh", package: "dash", purpose: "test" };
+    const SH: Program = Program {
+        name: "sh",
+        package: "dash",
+        purpose: "test",
+    };
 
     fn sh(script: &str, deadline: Duration) -> Run {
         Run::new(SH, deadline).unwrap().arg("-c").arg(script)
@@ -329,14 +428,25 @@ mod tests {
 
     #[tokio::test]
     async fn output_and_clean_environment() {
-        let out = sh("echo $LC_ALL; echo ${CARGO_PKG_NAME-unset}", Duration::from_secs(20)).output(100).await.unwrap();
+        let out = sh("echo $LC_ALL; echo ${CARGO_PKG_NAME-unset}", Duration::from_secs(20))
+            .output(100)
+            .await
+            .unwrap();
         assert_eq!(out, b"C\nunset\n");
     }
 
     #[tokio::test]
     async fn failure_keeps_bounded_last_words() {
-        let error = sh("i=0; while [ $i -lt 100 ]; do echo line $i >&2; i=$((i+1)); done; exit 3", Duration::from_secs(20)).output(100).await.unwrap_err();
-        let Error::ProgramFailed { how, last_words, .. } = error else { panic!("{error:?}") };
+        let error = sh(
+            "i=0; while [ $i -lt 100 ]; do echo line $i >&2; i=$((i+1)); done; exit 3",
+            Duration::from_secs(20),
+        )
+        .output(100)
+        .await
+        .unwrap_err();
+        let Error::ProgramFailed { how, last_words, .. } = error else {
+            panic!("{error:?}")
+        };
         assert_eq!(how, "exit status 3");
         assert_eq!(last_words.len(), TAIL_LINES);
         assert_eq!(last_words.last().unwrap(), "line 99");
@@ -344,7 +454,13 @@ mod tests {
 
     #[tokio::test]
     async fn full_disk_is_recognised() {
-        let error = sh("echo 'cp: write error: No space left on device' >&2; exit 1", Duration::from_secs(20)).output(100).await.unwrap_err();
+        let error = sh(
+            "echo 'cp: write error: No space left on device' >&2; exit 1",
+            Duration::from_secs(20),
+        )
+        .output(100)
+        .await
+        .unwrap_err();
         assert!(error.is_no_space());
     }
 
@@ -392,11 +508,17 @@ mod tests {
     #[tokio::test]
     async fn program_error_wins_over_truncated_output() {
         let error = sh("echo no >&2; exit 9", Duration::from_secs(20))
-            .stream(|_| {}, |mut file| {
-                let mut buf = Vec::new();
-                io::Read::read_to_end(&mut file, &mut buf).unwrap();
-                Err::<(), _>(Error::Tar { what: "x".into(), source: crate::tar::TarError::Truncated })
-            })
+            .stream(
+                |_| {},
+                |mut file| {
+                    let mut buf = Vec::new();
+                    io::Read::read_to_end(&mut file, &mut buf).unwrap();
+                    Err::<(), _>(Error::Tar {
+                        what: "x".into(),
+                        source: crate::tar::TarError::Truncated,
+                    })
+                },
+            )
             .await
             .unwrap_err();
         assert!(matches!(error, Error::ProgramFailed { .. }), "{error:?}");
@@ -404,7 +526,11 @@ mod tests {
 
     #[test]
     fn missing_program_is_typed() {
-        let program = Program { name: "no-such-program-here", package: "thepackage", purpose: "test" };
+        let program = Program {
+            name: "no-such-program-here",
+            package: "thepackage",
+            purpose: "test",
+        };
         let error = Run::new(program, GRACE).unwrap_err();
         assert!(error.hint().unwrap().contains("thepackage"));
     }

@@ -87,16 +87,31 @@ impl Progress {
 
     /// Reports that a step begins whose extent is not known.
     pub fn begin(&self, step: Step) {
-        self.report(Stage { step, done: 0, total: 0, unit: Unit::Items });
+        self.report(Stage {
+            step,
+            done: 0,
+            total: 0,
+            unit: Unit::Items,
+        });
     }
 
     /// Reports bytes.
     pub fn bytes(&self, step: Step, done: u64, total: u64) {
-        self.report(Stage { step, done, total, unit: Unit::Bytes });
+        self.report(Stage {
+            step,
+            done,
+            total,
+            unit: Unit::Bytes,
+        });
     }
 
     /// Reports items.
     pub fn items(&self, step: Step, done: u64, total: u64) {
-        self.report(Stage { step, done, total, unit: Unit::Items });
+        self.report(Stage {
+            step,
+            done,
+            total,
+            unit: Unit::Items,
+        });
     }
 }

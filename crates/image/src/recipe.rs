@@ -40,9 +40,32 @@ pub const RECIPES: &[Recipe] = &[
         suite: "bookworm",
         variant: "minbase",
         packages: &[
-            "systemd", "systemd-sysv", "dbus", "libpam-systemd", "openssh-server", "sudo", "ca-certificates", "curl", "git", "gcc",
-            "g++", "make", "libc6-dev", "patch", "pkg-config", "python3-minimal", "iproute2", "iputils-ping", "procps", "less",
-            "vim-tiny", "xz-utils", "bzip2", "file", "kmod", "netbase",
+            "systemd",
+            "systemd-sysv",
+            "dbus",
+            "libpam-systemd",
+            "openssh-server",
+            "sudo",
+            "ca-certificates",
+            "curl",
+            "git",
+            "gcc",
+            "g++",
+            "make",
+            "libc6-dev",
+            "patch",
+            "pkg-config",
+            "python3-minimal",
+            "iproute2",
+            "iputils-ping",
+            "procps",
+            "less",
+            "vim-tiny",
+            "xz-utils",
+            "bzip2",
+            "file",
+            "kmod",
+            "netbase",
         ],
         path_filters: NO_DOCUMENTS,
     },
@@ -75,8 +98,19 @@ mod tests {
     fn recipes_are_well_formed() {
         for recipe in RECIPES {
             assert_eq!(find(recipe.name), Some(recipe));
-            assert!(recipe.packages.iter().all(|p| p.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))), "{}", recipe.name);
-            assert!(recipe.path_filters.iter().all(|p| p.starts_with("path-exclude=/") || p.starts_with("path-include=/")));
+            assert!(
+                recipe.packages.iter().all(|p| p
+                    .bytes()
+                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))),
+                "{}",
+                recipe.name
+            );
+            assert!(
+                recipe
+                    .path_filters
+                    .iter()
+                    .all(|p| p.starts_with("path-exclude=/") || p.starts_with("path-include=/"))
+            );
         }
         assert_eq!(find("../debian"), None);
     }

@@ -20,8 +20,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
-use serde::{Deserialize, Serialize};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::build::{self, SCRATCH_PREFIX, Scratch};
 use crate::cancel::Cancel;
@@ -125,7 +125,12 @@ struct FileIdentity {
 
 impl FileIdentity {
     fn of(meta: &fs::Metadata) -> Self {
-        Self { device: meta.dev(), inode: meta.ino(), size: meta.len(), changed: (meta.ctime(), meta.ctime_nsec()) }
+        Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.len(),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        }
     }
 }
 
@@ -138,7 +143,10 @@ impl Store {
         }
         // Paths end up in other files (a disk names its image), so they must hold from anywhere.
         let root = fs::canonicalize(&root).on("find the directory", &root)?;
-        Ok(Self { root, agents: Arc::default() })
+        Ok(Self {
+            root,
+            agents: Arc::default(),
+        })
     }
 
     fn kernel_dir(&self, digest: &Digest) -> PathBuf {
@@ -152,19 +160,28 @@ impl Store {
     /// A kernel, if it is in the store.
     pub fn kernel(&self, digest: &Digest) -> Result<Option<KernelFiles>> {
         let dir = self.kernel_dir(digest);
-        let Some(info) = read_json::<KernelInfo>(&dir.join("kernel.json"))? else { return Ok(None) };
+        let Some(info) = read_json::<KernelInfo>(&dir.join("kernel.json"))? else {
+            return Ok(None);
+        };
         // One that an older or newer version made in another form is as good as none: it is imported again.
         if info.format != KERNEL_FORMAT {
             return Ok(None);
         }
-        Ok(Some(KernelFiles { vmlinux: dir.join("vmlinux"), package: dir.join("package.deb"), info }))
+        Ok(Some(KernelFiles {
+            vmlinux: dir.join("vmlinux"),
+            package: dir.join("package.deb"),
+            info,
+        }))
     }
 
     /// An image, if it is in the store.
     pub fn image(&self, digest: &Digest) -> Result<Option<ImageFiles>> {
         let dir = self.image_dir(digest);
         let info = read_json::<ImageInfo>(&dir.join("image.json"))?;
-        Ok(info.map(|info| ImageFiles { rootfs: dir.join("rootfs.ext4"), info }))
+        Ok(info.map(|info| ImageFiles {
+            rootfs: dir.join("rootfs.ext4"),
+            info,
+        }))
     }
 
     /// All kernels, by digest.
@@ -215,8 +232,16 @@ impl Store {
     }
 
     /// Imports the kernel of a Debian kernel package. `source` says where it came from; the file's name if none.
-    pub async fn import_kernel_deb(&self, package: &Path, source: Option<&str>, progress: &Progress) -> Result<KernelInfo> {
-        let source = source.map_or_else(|| package.file_name().unwrap_or_default().to_string_lossy().into_owned(), str::to_owned);
+    pub async fn import_kernel_deb(
+        &self,
+        package: &Path,
+        source: Option<&str>,
+        progress: &Progress,
+    ) -> Result<KernelInfo> {
+        let source = source.map_or_else(
+            || package.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            str::to_owned,
+        );
         let staging = Staging::new(&self.root)?;
         self.import(staging, package.to_owned(), source, progress).await
     }
@@ -230,7 +255,13 @@ impl Store {
         self.import(staging, found.path, found.source, progress).await
     }
 
-    async fn import(&self, staging: Staging, package: PathBuf, source: String, progress: &Progress) -> Result<KernelInfo> {
+    async fn import(
+        &self,
+        staging: Staging,
+        package: PathBuf,
+        source: String,
+        progress: &Progress,
+    ) -> Result<KernelInfo> {
         let store = self.clone();
         let progress = progress.clone();
         let (cancel, _guard) = Cancel::new();
@@ -253,17 +284,34 @@ impl Store {
                 size_bytes: tree_bytes(&dir).on("read the directory", &dir)?,
                 source,
                 created_at: now_ms(),
-                modules: found.order.iter().map(|f| f.trim_end_matches(".ko").to_owned()).collect(),
+                modules: found
+                    .order
+                    .iter()
+                    .map(|f| f.trim_end_matches(".ko").to_owned())
+                    .collect(),
             };
             write_json(&dir.join("kernel.json"), &info)?;
             let target = store.kernel_dir(&info.digest);
-            store.settle(&staging, &dir, &target, || Ok(store.kernel(&info.digest)?.map(|k| k.info)), info.clone())
+            store.settle(
+                &staging,
+                &dir,
+                &target,
+                || Ok(store.kernel(&info.digest)?.map(|k| k.info)),
+                info.clone(),
+            )
         })
         .await
     }
 
     /// Moves what is complete into its place. If another was faster, its is as good.
-    fn settle<T>(&self, staging: &Staging, made: &Path, target: &Path, present: impl Fn() -> Result<Option<T>>, ours: T) -> Result<T> {
+    fn settle<T>(
+        &self,
+        staging: &Staging,
+        made: &Path,
+        target: &Path,
+        present: impl Fn() -> Result<Option<T>>,
+        ours: T,
+    ) -> Result<T> {
         files::sync_dir(made)?;
         let mut attempts = 0;
         loop {
@@ -274,7 +322,11 @@ impl Store {
                     }
                     return Ok(ours);
                 }
-                Err(error) if matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) => {}
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists
+                    ) => {}
                 Err(error) => return Err(Error::io(format!("move {} into the store", target.display()), error)),
             }
             // A damaged or outdated one gives way; it is removed with the staging directory.
@@ -283,10 +335,15 @@ impl Store {
             }
             attempts += 1;
             if attempts > 10 {
-                return Err(Error::Damaged { path: target.to_owned(), why: "it cannot be replaced".to_owned() });
+                return Err(Error::Damaged {
+                    path: target.to_owned(),
+                    why: "it cannot be replaced".to_owned(),
+                });
             }
             match fs::rename(target, staging.path().join(format!("replaced-{attempts}"))) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io(format!("replace {}", target.display()), error)),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(Error::io(format!("replace {}", target.display()), error));
+                }
                 _ => {}
             }
         }
@@ -302,7 +359,12 @@ impl Store {
 
     fn initramfs_blocking(&self, kernel: &Digest, agent: &Path) -> Result<PathBuf> {
         let agent_digest = self.agent_digest(agent)?;
-        let name = format!("{}-{}-{}.{KERNEL_FORMAT}.cpio", kernel.short(), agent_digest.short(), initramfs::FORMAT);
+        let name = format!(
+            "{}-{}-{}.{KERNEL_FORMAT}.cpio",
+            kernel.short(),
+            agent_digest.short(),
+            initramfs::FORMAT
+        );
         let path = self.root.join("initramfs").join(name);
         if path.exists() {
             return Ok(path);
@@ -319,7 +381,10 @@ impl Store {
         let agent_bytes = read_limited(agent, MAX_AGENT)?;
         // Replaced between the two looks: the name must fit the content.
         if Digest::of(&agent_bytes) != agent_digest {
-            return Err(Error::Damaged { path: agent.to_owned(), why: "it changed while it was read".to_owned() });
+            return Err(Error::Damaged {
+                path: agent.to_owned(),
+                why: "it changed while it was read".to_owned(),
+            });
         }
         let archive = initramfs::archive(&initramfs::nodes(&agent_bytes, &modules, &order));
         let staging = Staging::new(&self.root)?;
@@ -389,27 +454,45 @@ impl Store {
         } else {
             let scratch = Scratch::outside()?;
             // For the sweep, should we not live to remove it.
-            files::write(&staging.path().join("outside"), scratch.path().as_os_str().as_encoded_bytes())?;
+            files::write(
+                &staging.path().join("outside"),
+                scratch.path().as_os_str().as_encoded_bytes(),
+            )?;
             scratch
         };
-        let made = build::bootstrap(recipe, scratch, dir.join("rootfs.ext4"), progress).await?;
+        let made = build::bootstrap(recipe, scratch, staging.clone(), dir.join("rootfs.ext4"), progress).await?;
         let source = format!("recipe {} {}", recipe.name, recipe.version);
-        self.settle_image(staging, dir, made, source, Some(recipe.version), progress).await
+        self.settle_image(staging, dir, made, source, Some(recipe.version), progress)
+            .await
     }
 
     /// Makes an image of a tar file as it is.
     pub async fn import_tar(&self, tar: &Path, source: Option<&str>, progress: &Progress) -> Result<ImageInfo> {
-        let source = source.map_or_else(|| tar.file_name().unwrap_or_default().to_string_lossy().into_owned(), str::to_owned);
+        let source = source.map_or_else(
+            || tar.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            str::to_owned,
+        );
         let staging = Arc::new(Staging::new(&self.root)?);
         let dir = staging.path().join("image");
         files::make_dir(&dir)?;
         let (cancel, _guard) = Cancel::new();
-        let (path, name, told, target) = (tar.to_owned(), source.clone(), progress.clone(), dir.join("rootfs.ext4"));
+        let (path, name, told, target) = (
+            tar.to_owned(),
+            source.clone(),
+            progress.clone(),
+            dir.join("rootfs.ext4"),
+        );
         let held = staging.clone();
         let made = blocking(move || {
             let _held = held;
             let file = File::open(&path).on("open", &path)?;
-            build::ingest(cancel.reader(io::BufReader::with_capacity(1 << 18, file)), &name, Scrub::Nothing, &target, &told)
+            build::ingest(
+                cancel.reader(io::BufReader::with_capacity(1 << 18, file)),
+                &name,
+                Scrub::Nothing,
+                &target,
+                &told,
+            )
         })
         .await?;
         self.settle_image(staging, dir, made, source, None, progress).await
@@ -444,7 +527,13 @@ impl Store {
             };
             write_json(&dir.join("image.json"), &info)?;
             let target = store.image_dir(&info.digest);
-            store.settle(&staging, &dir, &target, || Ok(store.image(&info.digest)?.map(|i| i.info)), info.clone())
+            store.settle(
+                &staging,
+                &dir,
+                &target,
+                || Ok(store.image(&info.digest)?.map(|i| i.info)),
+                info.clone(),
+            )
         })
         .await
     }
@@ -462,7 +551,9 @@ impl Store {
             sweep_outside(&path);
             match files::remove_tree(&path) {
                 Ok(()) => removed += 1,
-                Err(error) => tracing::warn!(path = %path.display(), %error, "cannot remove what unfinished work left behind"),
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove what unfinished work left behind")
+                }
             }
         }
         Ok(removed)
@@ -471,20 +562,29 @@ impl Store {
 
 /// Removes the scratch directory outside of the store that a build noted in its staging directory.
 fn sweep_outside(staging: &Path) {
-    let Ok(bytes) = read_limited(&staging.join("outside"), 4096) else { return };
+    let Ok(bytes) = read_limited(&staging.join("outside"), 4096) else {
+        return;
+    };
     let Ok(text) = String::from_utf8(bytes) else { return };
     let path = Path::new(&text);
     // Only what was made for this purpose, and by this user.
-    let named = path.is_absolute() && path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(SCRATCH_PREFIX));
+    let named = path.is_absolute()
+        && path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .is_some_and(|n| n.starts_with(SCRATCH_PREFIX));
     let owned = fs::symlink_metadata(path).is_ok_and(|m| m.is_dir() && m.uid() == rustix::process::getuid().as_raw());
-    if named && owned && let Err(error) = files::remove_tree(path) {
+    if named
+        && owned
+        && let Err(error) = files::remove_tree(path)
+    {
         tracing::warn!(path = %path.display(), %error, "cannot remove what an unfinished build left behind");
     }
 }
 
 /// A directory in which something is made. Locked while it is in use, removed afterwards.
 #[derive(Debug)]
-struct Staging {
+pub(crate) struct Staging {
     path: PathBuf,
     _lock: File,
 }
@@ -493,7 +593,11 @@ impl Staging {
     fn new(root: &Path) -> Result<Self> {
         let base = root.join("staging");
         loop {
-            let path = tempfile::Builder::new().prefix("work-").tempdir_in(&base).on("make a directory in", &base)?.keep();
+            let path = tempfile::Builder::new()
+                .prefix("work-")
+                .tempdir_in(&base)
+                .on("make a directory in", &base)?
+                .keep();
             let lock = match File::open(&path) {
                 Ok(lock) => lock,
                 // A sweep was faster than the lock.
@@ -527,7 +631,9 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 }
 
 fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 fn tree_bytes(dir: &Path) -> io::Result<u64> {
@@ -535,7 +641,11 @@ fn tree_bytes(dir: &Path) -> io::Result<u64> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         let meta = entry.metadata()?;
-        sum += if meta.is_dir() { tree_bytes(&entry.path())? } else { meta.len() };
+        sum += if meta.is_dir() {
+            tree_bytes(&entry.path())?
+        } else {
+            meta.len()
+        };
     }
     Ok(sum)
 }
@@ -549,23 +659,32 @@ fn remove_file(path: &Path) -> Result<()> {
 
 fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut out = Vec::new();
-    File::open(path).and_then(|f| f.take(limit + 1).read_to_end(&mut out)).on("read", path)?;
+    File::open(path)
+        .and_then(|f| f.take(limit + 1).read_to_end(&mut out))
+        .on("read", path)?;
     if out.len() as u64 > limit {
-        return Err(Error::Damaged { path: path.to_owned(), why: format!("it is larger than {limit} bytes") });
+        return Err(Error::Damaged {
+            path: path.to_owned(),
+            why: format!("it is larger than {limit} bytes"),
+        });
     }
     Ok(out)
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     match read_limited(path, MAX_JSON) {
-        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::Damaged { path: path.to_owned(), why: e.to_string() }),
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|e| Error::Damaged {
+            path: path.to_owned(),
+            why: e.to_string(),
+        }),
         Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
 
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::io(format!("write {}", path.display()), e.into()))?;
+    let mut bytes =
+        serde_json::to_vec_pretty(value).map_err(|e| Error::io(format!("write {}", path.display()), e.into()))?;
     bytes.push(b'\n');
     files::write(path, &bytes)
 }

@@ -59,11 +59,18 @@ pub fn create_root(image: &Path, target: &Path, size_bytes: u64) -> Result<()> {
     let image = fs::canonicalize(image).on("find the image", image)?;
     let file = File::open(&image).on("open the image", &image)?;
     let mut superblock = [0; grow::SUPER_BYTES];
-    file.read_exact_at(&mut superblock, grow::SUPER_OFFSET).on("read the image", &image)?;
-    let fs_error = |source| Error::FileSystem { path: image.clone(), source };
+    file.read_exact_at(&mut superblock, grow::SUPER_OFFSET)
+        .on("read the image", &image)?;
+    let fs_error = |source| Error::FileSystem {
+        path: image.clone(),
+        source,
+    };
     let smallest = grow::size_of(&superblock).map_err(fs_error)?;
     if size_bytes < smallest {
-        return Err(Error::DiskSize { size_bytes, why: format!("the image needs {} MiB", smallest.div_ceil(1 << 20)) });
+        return Err(Error::DiskSize {
+            size_bytes,
+            why: format!("the image needs {} MiB", smallest.div_ceil(1 << 20)),
+        });
     }
     let mut descriptors = vec![0; 4096];
     let at = grow::descriptors_offset(&superblock).map_err(fs_error)?;
@@ -72,7 +79,10 @@ pub fn create_root(image: &Path, target: &Path, size_bytes: u64) -> Result<()> {
     let clusters = clusters(&file, &patches).on("read the image", &image)?;
     // Sectors are whole; what is lost is less than a block, which the file system could not use either.
     let size = size_bytes / 512 * 512;
-    let overlay = qcow2::overlay(image.as_os_str().as_bytes(), size, &clusters).map_err(|e| Error::DiskSize { size_bytes, why: e.to_string() })?;
+    let overlay = qcow2::overlay(image.as_os_str().as_bytes(), size, &clusters).map_err(|e| Error::DiskSize {
+        size_bytes,
+        why: e.to_string(),
+    })?;
     make(target, |file| {
         file.set_len(overlay.length)?;
         for (at, bytes) in &overlay.pieces {
@@ -115,10 +125,17 @@ fn read_cluster(image: &File, number: u64) -> io::Result<Vec<u8>> {
 
 /// Makes a root disk larger, while no engine uses it.
 pub fn grow_root(target: &Path, size_bytes: u64) -> Result<()> {
-    let file = OpenOptions::new().read(true).write(true).open(target).on("open", target)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(target)
+        .on("open", target)?;
     let mut start = [0; qcow2::HEADER_BYTES];
     file.read_exact_at(&mut start, 0).on("read", target)?;
-    let patches = qcow2::grown(&start, size_bytes / 512 * 512).map_err(|e| Error::DiskSize { size_bytes, why: e.to_string() })?;
+    let patches = qcow2::grown(&start, size_bytes / 512 * 512).map_err(|e| Error::DiskSize {
+        size_bytes,
+        why: e.to_string(),
+    })?;
     for (at, bytes) in patches {
         file.write_all_at(&bytes, at).on("write", target)?;
     }
@@ -128,7 +145,10 @@ pub fn grow_root(target: &Path, size_bytes: u64) -> Result<()> {
 /// Makes a work disk: an ext4 file system of its own with an empty root directory for user 0 alone.
 pub fn create_work(target: &Path, size_bytes: u64, label: &'static str) -> Result<()> {
     if size_bytes < MIN_WORK_BYTES {
-        return Err(Error::DiskSize { size_bytes, why: format!("at least {} MiB are needed", MIN_WORK_BYTES >> 20) });
+        return Err(Error::DiskSize {
+            size_bytes,
+            why: format!("at least {} MiB are needed", MIN_WORK_BYTES >> 20),
+        });
     }
     let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let finish = Finish {
@@ -140,14 +160,31 @@ pub fn create_work(target: &Path, size_bytes: u64, label: &'static str) -> Resul
         time: u32::try_from(time).unwrap_or(u32::MAX),
     };
     let fs_error = |source: Ext4Error| match source {
-        Ext4Error::Size { why, .. } => Error::DiskSize { size_bytes, why: why.to_owned() },
+        Ext4Error::Size { why, .. } => Error::DiskSize {
+            size_bytes,
+            why: why.to_owned(),
+        },
         Ext4Error::Write(source) => Error::io(format!("write {}", target.display()), source),
-        source => Error::FileSystem { path: target.to_owned(), source },
+        source => Error::FileSystem {
+            path: target.to_owned(),
+            source,
+        },
     };
     make_with(target, |file| {
         let copy = file.try_clone().on("open", target)?;
-        let mut writer = Writer::new(copy, Limits { bytes: size_bytes, ..Limits::default() }).map_err(fs_error)?;
-        let meta = Meta { mode: 0o700, mtime: i64::from(finish.time), ..Meta::default() };
+        let mut writer = Writer::new(
+            copy,
+            Limits {
+                bytes: size_bytes,
+                ..Limits::default()
+            },
+        )
+        .map_err(fs_error)?;
+        let meta = Meta {
+            mode: 0o700,
+            mtime: i64::from(finish.time),
+            ..Meta::default()
+        };
         writer.directory(&[], meta).map_err(fs_error)?;
         writer.finish(&finish).map_err(fs_error)?;
         // The device is exactly as large as asked for, though the file system may leave a little at its end.
@@ -160,7 +197,10 @@ pub fn grow_work(target: &Path, size_bytes: u64) -> Result<()> {
     let file = OpenOptions::new().write(true).open(target).on("open", target)?;
     let now = file.metadata().on("read", target)?.len();
     if size_bytes < now {
-        return Err(Error::DiskSize { size_bytes, why: format!("it is {} MiB large, and disks only grow", now >> 20) });
+        return Err(Error::DiskSize {
+            size_bytes,
+            why: format!("it is {} MiB large, and disks only grow", now >> 20),
+        });
     }
     file.set_len(size_bytes / 512 * 512).on("write", target)
 }
@@ -178,7 +218,9 @@ pub(crate) fn journal_blocks(size_bytes: u64) -> u64 {
 /// A random UUID, version 4.
 fn random_uuid() -> Result<[u8; 16]> {
     let mut uuid = [0; 16];
-    File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut uuid)).doing(|| "read /dev/urandom")?;
+    File::open("/dev/urandom")
+        .and_then(|mut f| f.read_exact(&mut uuid))
+        .doing(|| "read /dev/urandom")?;
     Ok(as_uuid(uuid))
 }
 
@@ -195,7 +237,13 @@ fn make(target: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<()>
 
 /// Makes a file that must not be there yet, and takes it away again if it cannot be filled.
 fn make_with(target: &Path, fill: impl FnOnce(&File) -> Result<()>) -> Result<()> {
-    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(target).on("make the disk", target)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(target)
+        .on("make the disk", target)?;
     fill(&file).inspect_err(|_| {
         let _ = fs::remove_file(target);
     })

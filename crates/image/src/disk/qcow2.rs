@@ -51,10 +51,11 @@ pub fn overlay(backing: &[u8], size: u64, clusters: &BTreeMap<u64, Vec<u8>>) -> 
     if backing.is_empty() || backing.len() > MAX_BACKING {
         return Err(Qcow2Error::BackingTooLong);
     }
-    if size == 0 || size % 512 != 0 || size > l1_capacity(CLUSTER) {
+    if size == 0 || !size.is_multiple_of(512) || size > l1_capacity(CLUSTER) {
         return Err(Qcow2Error::Size(size));
     }
-    if clusters.keys().any(|n| n.saturating_mul(CLUSTER) >= size) || clusters.values().any(|c| c.len() != CLUSTER_USIZE) {
+    if clusters.keys().any(|n| n.saturating_mul(CLUSTER) >= size) || clusters.values().any(|c| c.len() != CLUSTER_USIZE)
+    {
         return Err(Qcow2Error::Size(size));
     }
     let mut next = 4;
@@ -90,7 +91,10 @@ pub fn overlay(backing: &[u8], size: u64, clusters: &BTreeMap<u64, Vec<u8>>) -> 
     pieces.push((2 * CLUSTER, refcounts));
     pieces.push((L1_OFFSET, l1));
     pieces.sort_by_key(|(at, _)| *at);
-    Ok(Pieces { length: next * CLUSTER, pieces })
+    Ok(Pieces {
+        length: next * CLUSTER,
+        pieces,
+    })
 }
 
 /// The header with its extension and the backing file's name. Its format is named, so that nobody ever probes it.
@@ -127,18 +131,35 @@ fn header(backing: &[u8], size: u64) -> Vec<u8> {
 /// What to write at the start of an overlay to make it `size` bytes large: offsets and bytes. `start` is its first bytes.
 pub fn grown(start: &[u8], size: u64) -> Result<Vec<(u64, Vec<u8>)>, Qcow2Error> {
     let foreign = Qcow2Error::Foreign;
-    let word = |at: usize| start.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_be_bytes).ok_or(foreign("it is too short"));
-    let long = |at: usize| start.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_be_bytes).ok_or(foreign("it is too short"));
+    let word = |at: usize| {
+        start
+            .get(at..at + 4)
+            .and_then(|b| b.try_into().ok())
+            .map(u32::from_be_bytes)
+            .ok_or(foreign("it is too short"))
+    };
+    let long = |at: usize| {
+        start
+            .get(at..at + 8)
+            .and_then(|b| b.try_into().ok())
+            .map(u64::from_be_bytes)
+            .ok_or(foreign("it is too short"))
+    };
     if start.get(..8) != Some(b"QFI\xfb\0\0\0\x03") || word(20)? != CLUSTER_BITS {
         return Err(foreign("its header is another"));
     }
     if long(40)? != L1_OFFSET || long(72)? != 0 || word(60)? != 0 {
-        return Err(foreign("its tables are elsewhere, it has snapshots, or it was not closed"));
+        return Err(foreign(
+            "its tables are elsewhere, it has snapshots, or it was not closed",
+        ));
     }
-    if size < long(24)? || size % 512 != 0 || size > l1_capacity(CLUSTER) {
+    if size < long(24)? || !size.is_multiple_of(512) || size > l1_capacity(CLUSTER) {
         return Err(Qcow2Error::Size(size));
     }
-    Ok(vec![(24, size.to_be_bytes().to_vec()), (36, low32(l1_entries(size)).to_be_bytes().to_vec())])
+    Ok(vec![
+        (24, size.to_be_bytes().to_vec()),
+        (36, low32(l1_entries(size)).to_be_bytes().to_vec()),
+    ])
 }
 
 /// The size that an overlay shows to the guest.
@@ -161,7 +182,10 @@ fn low32(n: u64) -> u32 {
 }
 
 fn put(out: &mut [u8], at: u64, bytes: &[u8]) {
-    if let Some(place) = usize::try_from(at).ok().and_then(|at| out.get_mut(at..)?.get_mut(..bytes.len())) {
+    if let Some(place) = usize::try_from(at)
+        .ok()
+        .and_then(|at| out.get_mut(at..)?.get_mut(..bytes.len()))
+    {
         place.copy_from_slice(bytes);
     }
 }

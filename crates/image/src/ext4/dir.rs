@@ -32,11 +32,25 @@ fn entry_size(name: &[u8]) -> usize {
 
 /// Makes the blocks of a directory.
 pub(super) fn build(ino: u32, parent: u32, entries: &[Entry<'_>], seed: &[u8; 16]) -> Result<Directory> {
-    let dot = [Entry { name: b".", ino, kind: 2 }, Entry { name: b"..", ino: parent, kind: 2 }];
+    let dot = [
+        Entry {
+            name: b".",
+            ino,
+            kind: 2,
+        },
+        Entry {
+            name: b"..",
+            ino: parent,
+            kind: 2,
+        },
+    ];
     let total: usize = 24 + entries.iter().map(|e| entry_size(e.name)).sum::<usize>();
     if total <= BLOCK_USIZE {
         let all: Vec<Entry<'_>> = dot.iter().chain(entries).copied().collect();
-        return Ok(Directory { bytes: leaf(&all), indexed: false });
+        return Ok(Directory {
+            bytes: leaf(&all),
+            indexed: false,
+        });
     }
 
     let mut hashed: Vec<(u32, u32, Entry<'_>)> = entries
@@ -65,12 +79,23 @@ pub(super) fn build(ino: u32, parent: u32, entries: &[Entry<'_>], seed: &[u8; 16
         }
     }
     if leaves.len() > ROOT_LIMIT * NODE_LIMIT {
-        return Err(Ext4Error::TooMany { what: "entries in a directory", limit: (ROOT_LIMIT * NODE_LIMIT) as u64 });
+        return Err(Ext4Error::TooMany {
+            what: "entries in a directory",
+            limit: (ROOT_LIMIT * NODE_LIMIT) as u64,
+        });
     }
 
-    let nodes = if leaves.len() > ROOT_LIMIT { leaves.len().div_ceil(NODE_LIMIT) } else { 0 };
+    let nodes = if leaves.len() > ROOT_LIMIT {
+        leaves.len().div_ceil(NODE_LIMIT)
+    } else {
+        0
+    };
     let first_leaf = 1 + nodes;
-    let index: Vec<(u32, usize)> = leaves.iter().enumerate().map(|(i, (hash, _))| (*hash, first_leaf + i)).collect();
+    let index: Vec<(u32, usize)> = leaves
+        .iter()
+        .enumerate()
+        .map(|(i, (hash, _))| (*hash, first_leaf + i))
+        .collect();
 
     let mut bytes = Vec::with_capacity((first_leaf + leaves.len()) * BLOCK_USIZE);
     let mut root = vec![0; BLOCK_USIZE];
@@ -82,7 +107,11 @@ pub(super) fn build(ino: u32, parent: u32, entries: &[Entry<'_>], seed: &[u8; 16
         bytes.extend(root);
     } else {
         let chunks: Vec<&[(u32, usize)]> = index.chunks(NODE_LIMIT).collect();
-        let tops: Vec<(u32, usize)> = chunks.iter().enumerate().map(|(i, chunk)| (chunk.first().map_or(0, |c| c.0), 1 + i)).collect();
+        let tops: Vec<(u32, usize)> = chunks
+            .iter()
+            .enumerate()
+            .map(|(i, chunk)| (chunk.first().map_or(0, |c| c.0), 1 + i))
+            .collect();
         put_index(&mut root, 32, ROOT_LIMIT, &tops);
         bytes.extend(root);
         for chunk in chunks {
@@ -103,7 +132,11 @@ fn leaf(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut block = vec![0; BLOCK_USIZE];
     let mut at = 0;
     for (i, entry) in entries.iter().enumerate() {
-        let size = if i + 1 == entries.len() { BLOCK_USIZE - at } else { entry_size(entry.name) };
+        let size = if i + 1 == entries.len() {
+            BLOCK_USIZE - at
+        } else {
+            entry_size(entry.name)
+        };
         put_entry(&mut block, at, entry, size);
         at += size;
     }
@@ -113,7 +146,11 @@ fn leaf(entries: &[Entry<'_>]) -> Vec<u8> {
 fn put_entry(block: &mut [u8], at: usize, entry: &Entry<'_>, size: usize) {
     put32(block, at, entry.ino);
     put16(block, at + 4, small(size));
-    put(block, at + 6, &[u8::try_from(entry.name.len()).unwrap_or(u8::MAX), entry.kind]);
+    put(
+        block,
+        at + 6,
+        &[u8::try_from(entry.name.len()).unwrap_or(u8::MAX), entry.kind],
+    );
     put(block, at + 8, entry.name);
 }
 
@@ -166,13 +203,26 @@ fn transform(state: &mut [u32; 4], input: &[u32; 8]) {
     type Mix = fn(u32, u32, u32) -> u32;
     const ROUNDS: [(Mix, u32, [usize; 8], [u32; 4]); 3] = [
         (|x, y, z| z ^ (x & (y ^ z)), 0, [0, 1, 2, 3, 4, 5, 6, 7], [3, 7, 11, 19]),
-        (|x, y, z| (x & y).wrapping_add((x ^ y) & z), 0x5a82_7999, [1, 3, 5, 7, 0, 2, 4, 6], [3, 5, 9, 13]),
-        (|x, y, z| x ^ y ^ z, 0x6ed9_eba1, [3, 7, 2, 6, 1, 5, 0, 4], [3, 9, 11, 15]),
+        (
+            |x, y, z| (x & y).wrapping_add((x ^ y) & z),
+            0x5a82_7999,
+            [1, 3, 5, 7, 0, 2, 4, 6],
+            [3, 5, 9, 13],
+        ),
+        (
+            |x, y, z| x ^ y ^ z,
+            0x6ed9_eba1,
+            [3, 7, 2, 6, 1, 5, 0, 4],
+            [3, 9, 11, 15],
+        ),
     ];
     let [mut a, mut b, mut c, mut d] = *state;
     for (mix, constant, order, shifts) in ROUNDS {
         for (step, word) in order.into_iter().enumerate() {
-            let sum = a.wrapping_add(mix(b, c, d)).wrapping_add(input[word]).wrapping_add(constant);
+            let sum = a
+                .wrapping_add(mix(b, c, d))
+                .wrapping_add(input[word])
+                .wrapping_add(constant);
             // The four registers take turns.
             (a, b, c, d) = (d, sum.rotate_left(shifts[step % 4]), b, c);
         }

@@ -187,7 +187,10 @@ impl Descriptor {
         put16(&mut out, 16, low16(self.directories.into()));
         put16(&mut out, 18, self.flags);
         put16(&mut out, 28, low16(self.unused_inodes.into()));
-        let sum = crc16(crc16(crc16(0xffff, uuid), &low32(self.group).to_le_bytes()), out.get(..30).unwrap_or_default());
+        let sum = crc16(
+            crc16(crc16(0xffff, uuid), &low32(self.group).to_le_bytes()),
+            out.get(..30).unwrap_or_default(),
+        );
         put16(&mut out, 30, sum);
         out
     }

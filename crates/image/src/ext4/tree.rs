@@ -48,8 +48,14 @@ pub enum Special {
 
 #[derive(Debug, Clone)]
 pub(crate) enum Kind {
-    Dir { children: BTreeMap<Box<[u8]>, usize>, parent: usize },
-    File { size: u64, runs: Vec<Run> },
+    Dir {
+        children: BTreeMap<Box<[u8]>, usize>,
+        parent: usize,
+    },
+    File {
+        size: u64,
+        runs: Vec<Run>,
+    },
     Symlink(Vec<u8>),
     Special(Special),
 }
@@ -76,13 +82,30 @@ pub(crate) const ROOT: usize = 0;
 
 impl Tree {
     pub(crate) fn new(max_nodes: usize) -> Self {
-        let root = Node { kind: Kind::Dir { children: BTreeMap::new(), parent: ROOT }, meta: Meta { mode: 0o755, ..Meta::default() }, links: 1 };
-        Self { nodes: vec![root], types: vec![2], max_nodes }
+        let root = Node {
+            kind: Kind::Dir {
+                children: BTreeMap::new(),
+                parent: ROOT,
+            },
+            meta: Meta {
+                mode: 0o755,
+                ..Meta::default()
+            },
+            links: 1,
+        };
+        Self {
+            nodes: vec![root],
+            types: vec![2],
+            max_nodes,
+        }
     }
 
     fn add(&mut self, kind: Kind, meta: Meta) -> Result<usize> {
         if self.nodes.len() >= self.max_nodes {
-            return Err(Ext4Error::TooMany { what: "files", limit: self.max_nodes as u64 });
+            return Err(Ext4Error::TooMany {
+                what: "files",
+                limit: self.max_nodes as u64,
+            });
         }
         self.types.push(match kind {
             Kind::File { .. } => 1,
@@ -104,16 +127,28 @@ impl Tree {
     }
 
     fn set_child(&mut self, dir: usize, name: &[u8], node: usize) {
-        if let Some(Node { kind: Kind::Dir { children, .. }, .. }) = self.nodes.get_mut(dir) {
+        if let Some(Node {
+            kind: Kind::Dir { children, .. },
+            ..
+        }) = self.nodes.get_mut(dir)
+        {
             children.insert(name.into(), node);
         }
     }
 
     /// The directory in which `path` is, made where it is not there, and the last name.
     fn parent<'p>(&mut self, path: &'p [Vec<u8>]) -> Result<(usize, &'p [u8])> {
-        let Some((name, parents)) = path.split_last() else { return Err(conflict(path, "is the root directory")) };
+        let Some((name, parents)) = path.split_last() else {
+            return Err(conflict(path, "is the root directory"));
+        };
         for name in path {
-            if name.is_empty() || name.len() > MAX_NAME || name.contains(&b'/') || name.contains(&0) || name == b"." || name == b".." {
+            if name.is_empty()
+                || name.len() > MAX_NAME
+                || name.contains(&b'/')
+                || name.contains(&0)
+                || name == b"."
+                || name == b".."
+            {
                 return Err(conflict(path, "has an impossible name in it"));
             }
         }
@@ -122,7 +157,16 @@ impl Tree {
             dir = match self.child(dir, name, path)? {
                 Some(node) => node,
                 None => {
-                    let node = self.add(Kind::Dir { children: BTreeMap::new(), parent: dir }, Meta { mode: 0o755, ..Meta::default() })?;
+                    let node = self.add(
+                        Kind::Dir {
+                            children: BTreeMap::new(),
+                            parent: dir,
+                        },
+                        Meta {
+                            mode: 0o755,
+                            ..Meta::default()
+                        },
+                    )?;
                     self.set_child(dir, name, node);
                     node
                 }
@@ -142,12 +186,22 @@ impl Tree {
         let (dir, name) = self.parent(path)?;
         match self.child(dir, name, path)? {
             None => {
-                let node = self.add(Kind::Dir { children: BTreeMap::new(), parent: dir }, meta)?;
+                let node = self.add(
+                    Kind::Dir {
+                        children: BTreeMap::new(),
+                        parent: dir,
+                    },
+                    meta,
+                )?;
                 self.set_child(dir, name, node);
                 Ok(())
             }
             Some(node) => match self.nodes.get_mut(node) {
-                Some(Node { kind: Kind::Dir { .. }, meta: old, .. }) => {
+                Some(Node {
+                    kind: Kind::Dir { .. },
+                    meta: old,
+                    ..
+                }) => {
                     *old = meta;
                     Ok(())
                 }
@@ -169,10 +223,15 @@ impl Tree {
     pub(crate) fn hard_link(&mut self, path: &[Vec<u8>], target: &[Vec<u8>]) -> Result<()> {
         let mut node = ROOT;
         for name in target {
-            node = self.child(node, name, target)?.ok_or_else(|| conflict(target, "is the target of a hard link, and is not there"))?;
+            node = self
+                .child(node, name, target)?
+                .ok_or_else(|| conflict(target, "is the target of a hard link, and is not there"))?;
         }
         let links = match self.nodes.get(node) {
-            Some(Node { kind: Kind::Dir { .. }, .. }) | None => return Err(conflict(target, "is a directory and the target of a hard link")),
+            Some(Node {
+                kind: Kind::Dir { .. }, ..
+            })
+            | None => return Err(conflict(target, "is a directory and the target of a hard link")),
             Some(node) => node.links,
         };
         let (dir, name) = self.parent(path)?;
@@ -180,7 +239,10 @@ impl Tree {
             return Ok(());
         }
         if links >= MAX_LINKS {
-            return Err(Ext4Error::TooMany { what: "hard links to one file", limit: MAX_LINKS.into() });
+            return Err(Ext4Error::TooMany {
+                what: "hard links to one file",
+                limit: MAX_LINKS.into(),
+            });
         }
         self.give_way(dir, name, path)?;
         if let Some(node) = self.nodes.get_mut(node) {
@@ -191,9 +253,13 @@ impl Tree {
     }
 
     fn give_way(&mut self, dir: usize, name: &[u8], path: &[Vec<u8>]) -> Result<()> {
-        let Some(old) = self.child(dir, name, path)? else { return Ok(()) };
+        let Some(old) = self.child(dir, name, path)? else {
+            return Ok(());
+        };
         match self.nodes.get_mut(old) {
-            Some(Node { kind: Kind::Dir { .. }, .. }) => Err(conflict(path, "is a directory and something else")),
+            Some(Node {
+                kind: Kind::Dir { .. }, ..
+            }) => Err(conflict(path, "is a directory and something else")),
             Some(node) => {
                 node.links = node.links.saturating_sub(1);
                 Ok(())
@@ -209,7 +275,12 @@ impl Tree {
 
     /// Nodes that still have a name, but for the root.
     pub(crate) fn live(&self) -> impl Iterator<Item = usize> + '_ {
-        self.nodes.iter().enumerate().skip(1).filter(|(_, node)| node.links > 0).map(|(i, _)| i)
+        self.nodes
+            .iter()
+            .enumerate()
+            .skip(1)
+            .filter(|(_, node)| node.links > 0)
+            .map(|(i, _)| i)
     }
 }
 

@@ -1,16 +1,16 @@
 //! Writes a file system in one pass: content of files goes to its final place as it comes, the metadata follows at the end.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 
 use super::dir::{self, Entry};
-use super::layout::{
-    BLOCK, BLOCK_USIZE, BLOCKS_PER_GROUP, DESC_SIZE, Descriptor, FIRST_INO, Geometry, INODE_SIZE, INODE_UNINIT, INODES_PER_GROUP,
-    JOURNAL_INO, META_GROUP, ROOT_INO, Super, descriptor_block, first_block, has_super, inode_bitmap, inode_table, leading_bitmap, low16,
-    low32, overhead, put, put16, put32, set_bit,
-};
 use super::layout::{self, BLOCK_UNINIT};
+use super::layout::{
+    BLOCK, BLOCK_USIZE, BLOCKS_PER_GROUP, DESC_SIZE, Descriptor, FIRST_INO, Geometry, INODE_SIZE, INODE_UNINIT,
+    INODES_PER_GROUP, JOURNAL_INO, META_GROUP, ROOT_INO, Super, descriptor_block, first_block, has_super, inode_bitmap,
+    inode_table, leading_bitmap, low16, low32, overhead, put, put16, put32, set_bit,
+};
 use super::tree::{Kind, MAX_TARGET, Meta, ROOT, Run, Special, Tree, show};
 use super::xattr;
 use super::{Ext4Error, Result};
@@ -32,7 +32,10 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { nodes: 4_000_000, bytes: 1 << 40 }
+        Self {
+            nodes: 4_000_000,
+            bytes: 1 << 40,
+        }
     }
 }
 
@@ -90,8 +93,23 @@ impl Writer {
     pub fn new(file: File, limits: Limits) -> Result<Self> {
         let mut tree = Tree::new(limits.nodes);
         // The first inode that is not reserved: where repairs look for it.
-        tree.directory(&[b"lost+found".to_vec()], Meta { mode: 0o700, ..Meta::default() })?;
-        Ok(Self { out: Sink { file, buffer: Vec::with_capacity(BUFFER), at: 0 }, tree, cursor: 0, limits })
+        tree.directory(
+            &[b"lost+found".to_vec()],
+            Meta {
+                mode: 0o700,
+                ..Meta::default()
+            },
+        )?;
+        Ok(Self {
+            out: Sink {
+                file,
+                buffer: Vec::with_capacity(BUFFER),
+                at: 0,
+            },
+            tree,
+            cursor: 0,
+            limits,
+        })
     }
 
     /// Enters a directory; its parents are made where they are missing. The empty path is the root.
@@ -111,11 +129,15 @@ impl Writer {
                 let room = (end - at).saturating_mul(BLOCK).min(buffer.len() as u64);
                 let want = usize::try_from(room.min(left)).unwrap_or(0);
                 let chunk = buffer.get_mut(..want).unwrap_or_default();
-                content.read_exact(chunk).map_err(|source| Ext4Error::Content { path: show(path), source })?;
+                content.read_exact(chunk).map_err(|source| Ext4Error::Content {
+                    path: show(path),
+                    source,
+                })?;
                 // Whole blocks, so that the next file's are neighbours.
                 let whole = want.next_multiple_of(BLOCK_USIZE);
                 buffer.get_mut(want..whole).unwrap_or_default().fill(0);
-                self.out.write_sparse(at * BLOCK, buffer.get(..whole).unwrap_or_default())?;
+                self.out
+                    .write_sparse(at * BLOCK, buffer.get(..whole).unwrap_or_default())?;
                 left -= want as u64;
                 at += (want as u64).div_ceil(BLOCK);
                 if want == 0 {
@@ -129,7 +151,10 @@ impl Writer {
     /// Enters a symbolic link.
     pub fn symlink(&mut self, path: &[Vec<u8>], meta: Meta, target: &[u8]) -> Result<()> {
         if target.is_empty() || target.len() > MAX_TARGET || target.contains(&0) {
-            return Err(Ext4Error::Conflict { path: show(path), why: "is a symbolic link with an impossible target" });
+            return Err(Ext4Error::Conflict {
+                path: show(path),
+                why: "is a symbolic link with an impossible target",
+            });
         }
         self.tree.insert(path, Kind::Symlink(target.to_vec()), meta)
     }
@@ -139,7 +164,10 @@ impl Writer {
         if let Special::Char(major, minor) | Special::Block(major, minor) = special
             && (major >= 1 << 12 || minor >= 1 << 20)
         {
-            return Err(Ext4Error::Conflict { path: show(path), why: "is a device with impossible numbers" });
+            return Err(Ext4Error::Conflict {
+                path: show(path),
+                why: "is a device with impossible numbers",
+            });
         }
         self.tree.insert(path, Kind::Special(special), meta)
     }
@@ -158,7 +186,9 @@ impl Writer {
         let mut directories: Vec<u32> = Vec::new();
 
         for index in std::iter::once(ROOT).chain(self.tree.live().collect::<Vec<_>>()) {
-            let Some(ino) = numbers.get(index).copied() else { continue };
+            let Some(ino) = numbers.get(index).copied() else {
+                continue;
+            };
             let inode = self.inode(index, ino, &numbers, finish, &mut used)?;
             if matches!(self.tree.nodes.get(index).map(|n| &n.kind), Some(Kind::Dir { .. })) {
                 directories.push(ino);
@@ -195,7 +225,11 @@ impl Writer {
         }
         self.out.flush()?;
         self.out.file.set_len(geometry.bytes()).map_err(Ext4Error::Write)?;
-        Ok(Summary { size_bytes: geometry.bytes(), free_bytes: sb.free_blocks * BLOCK, files: inodes.len() as u64 - 1 })
+        Ok(Summary {
+            size_bytes: geometry.bytes(),
+            free_bytes: sb.free_blocks * BLOCK,
+            files: inodes.len() as u64 - 1,
+        })
     }
 
     /// Numbers of the nodes' inodes; 0 for those without a name.
@@ -206,7 +240,10 @@ impl Writer {
             if let Some(number) = numbers.get_mut(index) {
                 *number = next;
             }
-            next = next.checked_add(1).ok_or(Ext4Error::TooMany { what: "files", limit: u32::MAX.into() })?;
+            next = next.checked_add(1).ok_or(Ext4Error::TooMany {
+                what: "files",
+                limit: u32::MAX.into(),
+            })?;
         }
         if let Some(root) = numbers.get_mut(ROOT) {
             *root = ROOT_INO;
@@ -217,14 +254,20 @@ impl Writer {
     /// Takes blocks, in runs between the tables of groups.
     fn allocate(&mut self, mut blocks: u64) -> Result<Vec<Run>> {
         if (self.cursor.saturating_add(blocks)).saturating_mul(BLOCK) > self.limits.bytes {
-            return Err(Ext4Error::TooMany { what: "bytes", limit: self.limits.bytes });
+            return Err(Ext4Error::TooMany {
+                what: "bytes",
+                limit: self.limits.bytes,
+            });
         }
         let mut runs: Vec<Run> = Vec::new();
         while blocks > 0 {
             let group = self.cursor / BLOCKS_PER_GROUP;
             self.cursor = self.cursor.max(first_block(group) + overhead(group));
             let take = blocks.min(first_block(group + 1) - self.cursor);
-            runs.push(Run { start: self.cursor, blocks: take });
+            runs.push(Run {
+                start: self.cursor,
+                blocks: take,
+            });
             self.cursor += take;
             blocks -= take;
         }
@@ -236,7 +279,9 @@ impl Writer {
         let runs = self.allocate((bytes.len() as u64).div_ceil(BLOCK))?;
         let mut rest = bytes;
         for run in &runs {
-            let n = rest.len().min(usize::try_from(run.blocks * BLOCK).unwrap_or(usize::MAX));
+            let n = rest
+                .len()
+                .min(usize::try_from(run.blocks * BLOCK).unwrap_or(usize::MAX));
             let (now, later) = rest.split_at(n);
             self.out.write(run.start * BLOCK, now)?;
             rest = later;
@@ -246,9 +291,18 @@ impl Writer {
     }
 
     /// The bytes of a node's inode. What it needs beside them is written.
-    fn inode(&mut self, index: usize, ino: u32, numbers: &[u32], finish: &Finish, used: &mut Vec<Run>) -> Result<Vec<u8>> {
+    fn inode(
+        &mut self,
+        index: usize,
+        ino: u32,
+        numbers: &[u32],
+        finish: &Finish,
+        used: &mut Vec<Run>,
+    ) -> Result<Vec<u8>> {
         let mut inode = vec![0; INODE_SIZE];
-        let Some(node) = self.tree.nodes.get_mut(index) else { return Ok(inode) };
+        let Some(node) = self.tree.nodes.get_mut(index) else {
+            return Ok(inode);
+        };
         let meta = std::mem::take(&mut node.meta);
         let links = node.links;
         // The content is taken out: nobody looks at it again but for the children of directories.
@@ -294,7 +348,11 @@ impl Writer {
                 };
                 match numbers {
                     Some((major, minor)) if major < 256 && minor < 256 => put32(&mut inode, 0x28, major << 8 | minor),
-                    Some((major, minor)) => put32(&mut inode, 0x2c, minor & 0xff | major << 8 | (minor & !0xff) << 12),
+                    Some((major, minor)) => put32(
+                        &mut inode,
+                        0x2c,
+                        (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12),
+                    ),
                     None => {}
                 }
                 (file_type, links)
@@ -313,7 +371,13 @@ impl Writer {
     }
 
     /// The blocks of a directory, and how many directories are in it.
-    fn directory_blocks(&self, index: usize, ino: u32, numbers: &[u32], finish: &Finish) -> Result<(dir::Directory, u32)> {
+    fn directory_blocks(
+        &self,
+        index: usize,
+        ino: u32,
+        numbers: &[u32],
+        finish: &Finish,
+    ) -> Result<(dir::Directory, u32)> {
         let Some(Kind::Dir { children, parent }) = self.tree.nodes.get(index).map(|n| &n.kind) else {
             return Ok((dir::build(ino, ino, &[], &finish.hash_seed)?, 0));
         };
@@ -324,9 +388,16 @@ impl Writer {
             let child_ino = number(*child);
             let kind = self.tree.file_type(*child);
             subdirectories += u32::from(kind == 2);
-            entries.push(Entry { name, ino: child_ino, kind });
+            entries.push(Entry {
+                name,
+                ino: child_ino,
+                kind,
+            });
         }
-        Ok((dir::build(ino, number(*parent), &entries, &finish.hash_seed)?, subdirectories))
+        Ok((
+            dir::build(ino, number(*parent), &entries, &finish.hash_seed)?,
+            subdirectories,
+        ))
     }
 
     /// Writes the runs of a file into its inode; returns the sectors that it takes in all.
@@ -344,7 +415,10 @@ impl Writer {
         } else {
             let leaves: Vec<_> = list.chunks(LEAF_EXTENTS).collect();
             if leaves.len() > INLINE_EXTENTS {
-                return Err(Ext4Error::TooMany { what: "pieces of one file", limit: (INLINE_EXTENTS * LEAF_EXTENTS) as u64 });
+                return Err(Ext4Error::TooMany {
+                    what: "pieces of one file",
+                    limit: (INLINE_EXTENTS * LEAF_EXTENTS) as u64,
+                });
             }
             put_extent_header(&mut root, leaves.len(), INLINE_EXTENTS, 1);
             for (i, leaf) in leaves.iter().enumerate() {
@@ -382,12 +456,24 @@ impl Writer {
         let sectors = self.extents(&mut inode, &runs, used)?;
         set_size(&mut inode, blocks * BLOCK);
         put32(&mut inode, 0x20, 0x8_0000);
-        common(&mut inode, 0o100_600, 1, sectors, &Meta { mtime: finish.time.into(), ..Meta::default() });
+        common(
+            &mut inode,
+            0o100_600,
+            1,
+            sectors,
+            &Meta {
+                mtime: finish.time.into(),
+                ..Meta::default()
+            },
+        );
         let mut backup = [0; 17];
-        for (word, bytes) in backup.iter_mut().zip(inode.get(0x28..0x64).unwrap_or_default().chunks_exact(4)) {
+        for (word, bytes) in backup
+            .iter_mut()
+            .zip(inode.get(0x28..0x64).unwrap_or_default().chunks_exact(4))
+        {
             *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         }
-        backup[15] = low32(blocks * BLOCK >> 32);
+        backup[15] = low32((blocks * BLOCK) >> 32);
         backup[16] = low32(blocks * BLOCK);
         Ok((inode, backup))
     }
@@ -408,7 +494,10 @@ impl Writer {
             Size::Exact(size_bytes) => {
                 let geometry = Geometry::for_size(size_bytes)?;
                 if self.cursor > geometry.blocks() || for_inodes > geometry.groups() {
-                    return Err(Ext4Error::Size { size_bytes, why: "too small for the content" });
+                    return Err(Ext4Error::Size {
+                        size_bytes,
+                        why: "too small for the content",
+                    });
                 }
                 Ok(geometry)
             }
@@ -416,7 +505,13 @@ impl Writer {
     }
 
     /// Writes bitmaps where groups are in use, and describes all groups.
-    fn bitmaps(&mut self, geometry: Geometry, used: &[Run], last_ino: u32, directories: &[u32]) -> Result<Vec<Descriptor>> {
+    fn bitmaps(
+        &mut self,
+        geometry: Geometry,
+        used: &[Run],
+        last_ino: u32,
+        directories: &[u32],
+    ) -> Result<Vec<Descriptor>> {
         let groups = usize::try_from(geometry.groups()).unwrap_or(0);
         let mut taken: Vec<Vec<Run>> = vec![Vec::new(); groups];
         for run in used {
@@ -451,8 +546,13 @@ impl Writer {
                 }
                 self.out.write(layout::block_bitmap(group) * BLOCK, &bitmap)?;
             }
-            descriptor.directories =
-                u32::try_from(directories.iter().filter(|ino| (**ino - 1) / INODES_PER_GROUP == (first_ino - 1) / INODES_PER_GROUP).count()).unwrap_or(0);
+            descriptor.directories = u32::try_from(
+                directories
+                    .iter()
+                    .filter(|ino| (**ino - 1) / INODES_PER_GROUP == (first_ino - 1) / INODES_PER_GROUP)
+                    .count(),
+            )
+            .unwrap_or(0);
             descriptors.push(descriptor);
         }
         Ok(descriptors)
@@ -465,10 +565,16 @@ pub(super) fn super_offset(group: u64) -> u64 {
 }
 
 /// The blocks of descriptors and all places they go to. `descriptors` begin at a meta group's first group.
-pub(super) fn descriptor_writes(geometry: Geometry, descriptors: &[Descriptor], uuid: &[u8; 16]) -> Vec<(u64, Vec<u8>)> {
+pub(super) fn descriptor_writes(
+    geometry: Geometry,
+    descriptors: &[Descriptor],
+    uuid: &[u8; 16],
+) -> Vec<(u64, Vec<u8>)> {
     let mut writes = Vec::new();
     for chunk in descriptors.chunks(usize::try_from(META_GROUP).unwrap_or(1)) {
-        let Some(first) = chunk.first().map(|d| d.group) else { continue };
+        let Some(first) = chunk.first().map(|d| d.group) else {
+            continue;
+        };
         let mut block = vec![0; BLOCK_USIZE];
         for (i, descriptor) in chunk.iter().enumerate() {
             put(&mut block, i * DESC_SIZE, &descriptor.encode(uuid));
@@ -573,20 +679,12 @@ impl Sink {
 
     fn flush(&mut self) -> Result<()> {
         if !self.buffer.is_empty() {
-            self.file.write_all_at(&self.buffer, self.at).map_err(Ext4Error::Write)?;
+            self.file
+                .write_all_at(&self.buffer, self.at)
+                .map_err(Ext4Error::Write)?;
             self.at += self.buffer.len() as u64;
             self.buffer.clear();
         }
         Ok(())
-    }
-}
-
-/// The error of a full disk, wherever it hides.
-impl Ext4Error {
-    pub(crate) fn write_error(&self) -> Option<&io::Error> {
-        match self {
-            Self::Write(source) => Some(source),
-            _ => None,
-        }
     }
 }

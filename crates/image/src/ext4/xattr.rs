@@ -19,7 +19,9 @@ pub(super) struct Encoded {
 /// Splits a full name into the index of its prefix and the rest. None for those that this format keeps in another form.
 fn split(name: &[u8]) -> Option<(u8, &[u8])> {
     const PREFIXES: [(&[u8], u8); 3] = [(b"user.", 1), (b"trusted.", 4), (b"security.", 6)];
-    PREFIXES.iter().find_map(|(prefix, index)| name.strip_prefix(*prefix).map(|rest| (*index, rest)))
+    PREFIXES
+        .iter()
+        .find_map(|(prefix, index)| name.strip_prefix(*prefix).map(|rest| (*index, rest)))
 }
 
 /// Whether an attribute of this name can be kept.
@@ -39,16 +41,26 @@ pub(super) fn encode(attributes: &[(Vec<u8>, Vec<u8>)]) -> Result<Encoded> {
     if list.is_empty() {
         return Ok(Encoded::default());
     }
-    let size: usize = list.iter().map(|(_, name, value)| 16 + name.len().next_multiple_of(4) + value.len().next_multiple_of(4)).sum::<usize>() + 4;
+    let size: usize = list
+        .iter()
+        .map(|(_, name, value)| 16 + name.len().next_multiple_of(4) + value.len().next_multiple_of(4))
+        .sum::<usize>()
+        + 4;
     if 4 + size <= IN_INODE {
         let mut bytes = vec![0; IN_INODE];
         put32(&mut bytes, 0, MAGIC);
         // Offsets of values count from behind the magic number.
         fill(&mut bytes, 4, 4, &list);
-        return Ok(Encoded { inode: bytes, block: None });
+        return Ok(Encoded {
+            inode: bytes,
+            block: None,
+        });
     }
     if 32 + size > BLOCK_USIZE {
-        return Err(Ext4Error::TooMany { what: "bytes of extended attributes of one file", limit: (BLOCK_USIZE - 32) as u64 });
+        return Err(Ext4Error::TooMany {
+            what: "bytes of extended attributes of one file",
+            limit: (BLOCK_USIZE - 32) as u64,
+        });
     }
     let mut block = vec![0; BLOCK_USIZE];
     put32(&mut block, 0, MAGIC);
@@ -60,7 +72,10 @@ pub(super) fn encode(attributes: &[(Vec<u8>, Vec<u8>)]) -> Result<Encoded> {
     }
     put32(&mut block, 12, hash);
     fill(&mut block, 32, 0, &list);
-    Ok(Encoded { inode: Vec::new(), block: Some(block) })
+    Ok(Encoded {
+        inode: Vec::new(),
+        block: Some(block),
+    })
 }
 
 /// Entries from `at` on, values from the end down, offsets of values counted from `base`.
@@ -69,7 +84,15 @@ fn fill(out: &mut [u8], mut at: usize, base: usize, list: &[(u8, &[u8], &[u8])])
     for (index, name, value) in list {
         end -= value.len().next_multiple_of(4);
         put(out, at, &[u8::try_from(name.len()).unwrap_or(0), *index]);
-        put16(out, at + 2, if value.is_empty() { 0 } else { u16::try_from(end - base).unwrap_or(0) });
+        put16(
+            out,
+            at + 2,
+            if value.is_empty() {
+                0
+            } else {
+                u16::try_from(end - base).unwrap_or(0)
+            },
+        );
         put32(out, at + 8, u32::try_from(value.len()).unwrap_or(0));
         put32(out, at + 12, entry_hash(name, value));
         put(out, at + 16, name);

@@ -50,7 +50,9 @@ pub fn extract(image: &[u8]) -> Result<Vec<u8>, BzImageError> {
             check_elf(payload)?;
             return Ok(payload.to_vec());
         }
-        return Err(BzImageError::UnknownCompression(payload.iter().take(6).copied().collect()));
+        return Err(BzImageError::UnknownCompression(
+            payload.iter().take(6).copied().collect(),
+        ));
     }
     let elf = decompress::to_vec(compression, payload, MAX_ELF).map_err(BzImageError::Decompress)?;
     check_elf(&elf)?;
@@ -79,7 +81,9 @@ pub fn payload(image: &[u8]) -> Result<&[u8], BzImageError> {
     let start = (setup_sectors + 1) * 512 + word(0x248)?;
     let end = start + word(0x24c)?;
     let range = usize::try_from(start).ok().zip(usize::try_from(end).ok());
-    range.and_then(|(start, end)| image.get(start..end)).ok_or(BzImageError::OutOfBounds)
+    range
+        .and_then(|(start, end)| image.get(start..end))
+        .ok_or(BzImageError::OutOfBounds)
 }
 
 /// 64 bits, little endian, executable or shared, x86-64.

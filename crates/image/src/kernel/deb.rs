@@ -35,12 +35,11 @@ pub enum DebError {
 const MAX_MEMBERS: usize = 16;
 
 /// Finds the file archive of a package and returns a reader of the plain tar.
-pub fn data_tar<R: Read + Seek>(mut package: R) -> Result<Box<dyn Read>, DebError>
-where
-    R: 'static,
-{
+pub fn data_tar<R: Read + Seek + 'static>(mut package: R) -> Result<Box<dyn Read>, DebError> {
     let mut magic = [0; 8];
-    package.read_exact(&mut magic).map_err(|_| DebError::NotAPackage("it is too short"))?;
+    package
+        .read_exact(&mut magic)
+        .map_err(|_| DebError::NotAPackage("it is too short"))?;
     if &magic != b"!<arch>\n" {
         return Err(DebError::NotAPackage("it does not begin like an archive"));
     }
@@ -56,7 +55,11 @@ where
                 b".xz" => Compression::Xz,
                 b".zst" => Compression::Zstd,
                 b".lzma" => Compression::Lzma,
-                _ => return Err(DebError::UnknownCompression(String::from_utf8_lossy(&name).escape_debug().to_string())),
+                _ => {
+                    return Err(DebError::UnknownCompression(
+                        String::from_utf8_lossy(&name).escape_debug().to_string(),
+                    ));
+                }
             };
             return decompress::reader(named, package.take(size)).map_err(DebError::Read);
         }
@@ -70,13 +73,18 @@ where
 /// Reads a member's header: its name and size.
 fn member(package: &mut impl Read) -> Result<(Vec<u8>, u64), DebError> {
     let mut header = [0; 60];
-    package.read_exact(&mut header).map_err(|_| DebError::NotAPackage("it has no `data.tar` member"))?;
+    package
+        .read_exact(&mut header)
+        .map_err(|_| DebError::NotAPackage("it has no `data.tar` member"))?;
     if !header.ends_with(b"`\n") {
         return Err(DebError::NotAPackage("a member's header is malformed"));
     }
     let name = header.get(..16).unwrap_or_default().trim_ascii_end();
     let name = name.strip_suffix(b"/").unwrap_or(name).to_vec();
-    let size = header.get(48..58).and_then(|b| std::str::from_utf8(b.trim_ascii()).ok()).and_then(|s| s.parse().ok());
+    let size = header
+        .get(48..58)
+        .and_then(|b| std::str::from_utf8(b.trim_ascii()).ok())
+        .and_then(|s| s.parse().ok());
     Ok((name, size.ok_or(DebError::NotAPackage("a member's size is no number"))?))
 }
 
@@ -113,7 +121,10 @@ pub fn classify(path: &[Vec<u8>]) -> Result<Item, DebError> {
         },
         [b"lib", b"modules", name, b"modules.builtin"] => Ok(Item::Builtin(release(name)?)),
         [b"lib", b"modules", name, .., file] => match std::str::from_utf8(file) {
-            Ok(file) if super::modules::module_name(file).is_some() => Ok(Item::Module { release: release(name)?, file: file.to_owned() }),
+            Ok(file) if super::modules::module_name(file).is_some() => Ok(Item::Module {
+                release: release(name)?,
+                file: file.to_owned(),
+            }),
             _ => Ok(Item::Other),
         },
         _ => Ok(Item::Other),
@@ -126,5 +137,11 @@ fn release(name: &[u8]) -> Result<String, DebError> {
         && name.len() <= 64
         && name.first().is_some_and(u8::is_ascii_alphanumeric)
         && name.iter().all(|b| b.is_ascii_alphanumeric() || b"-.+~_".contains(b));
-    if sane { Ok(String::from_utf8_lossy(name).into_owned()) } else { Err(DebError::BadRelease(String::from_utf8_lossy(name).escape_debug().take(100).collect())) }
+    if sane {
+        Ok(String::from_utf8_lossy(name).into_owned())
+    } else {
+        Err(DebError::BadRelease(
+            String::from_utf8_lossy(name).escape_debug().take(100).collect(),
+        ))
+    }
 }

@@ -48,7 +48,8 @@ pub fn reader<'a, R: Read + 'a>(compression: Compression, inner: R) -> io::Resul
         Compression::None => Box::new(inner),
         Compression::Gzip => Box::new(flate2::read::GzDecoder::new(inner)),
         Compression::Xz => {
-            let stream = liblzma::stream::Stream::new_stream_decoder(MEMORY_LIMIT, liblzma::stream::CONCATENATED).map_err(io::Error::other)?;
+            let stream = liblzma::stream::Stream::new_stream_decoder(MEMORY_LIMIT, liblzma::stream::CONCATENATED)
+                .map_err(io::Error::other)?;
             Box::new(liblzma::read::XzDecoder::new_stream(inner, stream))
         }
         Compression::Lzma => {
@@ -56,7 +57,8 @@ pub fn reader<'a, R: Read + 'a>(compression: Compression, inner: R) -> io::Resul
             Box::new(liblzma::read::XzDecoder::new_stream(inner, stream))
         }
         Compression::Zstd => {
-            let decoder = ruzstd::decoding::StreamingDecoder::new_with_max_window_size(inner, MEMORY_LIMIT).map_err(|e| io::Error::other(e.to_string()))?;
+            let decoder = ruzstd::decoding::StreamingDecoder::new_with_max_window_size(inner, MEMORY_LIMIT)
+                .map_err(|e| io::Error::other(e.to_string()))?;
             Box::new(decoder)
         }
         Compression::Lz4Legacy => Box::new(Lz4Legacy::new(inner)),
@@ -72,7 +74,9 @@ pub fn to_vec(compression: Compression, bytes: &[u8], limit: usize) -> io::Resul
         // A second stream would be an error here: what follows is no stream.
         Compression::Xz => {
             let stream = liblzma::stream::Stream::new_stream_decoder(MEMORY_LIMIT, 0).map_err(io::Error::other)?;
-            liblzma::read::XzDecoder::new_stream(bytes, stream).take(cap).read_to_end(&mut out)?;
+            liblzma::read::XzDecoder::new_stream(bytes, stream)
+                .take(cap)
+                .read_to_end(&mut out)?;
         }
         _ => {
             reader(compression, bytes)?.take(cap).read_to_end(&mut out)?;
@@ -96,7 +100,12 @@ const LZ4_BLOCK: usize = 8 << 20;
 
 impl<R: Read> Lz4Legacy<R> {
     fn new(inner: R) -> Self {
-        Self { inner, started: false, block: Vec::new(), at: 0 }
+        Self {
+            inner,
+            started: false,
+            block: Vec::new(),
+            at: 0,
+        }
     }
 
     /// Reads the next block; false at the end.
@@ -109,7 +118,11 @@ impl<R: Read> Lz4Legacy<R> {
         let mut compressed = Vec::new();
         let n = (&mut self.inner).take(4).read_to_end(&mut compressed)?;
         let Ok(word) = <[u8; 4]>::try_from(compressed.as_slice()) else {
-            return if n == 0 { Ok(false) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+            return if n == 0 {
+                Ok(false)
+            } else {
+                Err(io::ErrorKind::UnexpectedEof.into())
+            };
         };
         let length = u32::from_le_bytes(word);
         compressed.clear();
@@ -121,10 +134,14 @@ impl<R: Read> Lz4Legacy<R> {
             return Ok(false);
         }
         if compressed.len() != usize::try_from(length).unwrap_or(usize::MAX) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "an LZ4 block is cut off or too long"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "an LZ4 block is cut off or too long",
+            ));
         }
         self.block.resize(LZ4_BLOCK, 0);
-        let n = lz4_flex::block::decompress_into(&compressed, &mut self.block).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e.to_string()))?;
+        let n = lz4_flex::block::decompress_into(&compressed, &mut self.block)
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e.to_string()))?;
         self.block.truncate(n);
         self.at = 0;
         Ok(n > 0)

@@ -5,10 +5,10 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
+use super::bzimage;
 use super::deb::{self, DebError, Item};
 use super::decompress::{self, Compression};
 use super::modules::{self, MAX_MODULES, ModuleError, ModuleInfo, WANTED};
-use super::bzimage;
 use crate::cancel::Cancel;
 use crate::digest::Digest;
 use crate::error::{Error, IoContext, Result};
@@ -17,7 +17,12 @@ use crate::progress::{Progress, Step};
 use crate::tar::{self, Kind, Limits, Reader, policy};
 
 /// Bounds of a kernel package.
-const LIMITS: Limits = Limits { entries: 100_000, file_bytes: 256 << 20, total_bytes: 4 << 30, extension_bytes: 64 << 10 };
+const LIMITS: Limits = Limits {
+    entries: 100_000,
+    file_bytes: 256 << 20,
+    total_bytes: 4 << 30,
+    extension_bytes: 64 << 10,
+};
 /// Largest compressed kernel image.
 const MAX_IMAGE: u64 = 128 << 20;
 /// Largest list of what is built in.
@@ -46,7 +51,10 @@ struct Found {
 /// Extracts `package` into `dir`: `vmlinux`, `modules/NAME.ko`, `order`.
 pub(crate) fn extract(package: &Path, dir: &Path, progress: &Progress, cancel: &Cancel) -> Result<Extracted> {
     progress.begin(Step::ExtractKernel);
-    let wrap = |source| Error::Deb { path: package.to_owned(), source };
+    let wrap = |source| Error::Deb {
+        path: package.to_owned(),
+        source,
+    };
     let file = File::open(package).on("open", package)?;
     let tar = deb::data_tar(std::io::BufReader::with_capacity(1 << 18, cancel_file(file, cancel))).map_err(wrap)?;
     // Which modules are needed is known only when all have been seen, so they are spooled.
@@ -57,7 +65,10 @@ pub(crate) fn extract(package: &Path, dir: &Path, progress: &Progress, cancel: &
     }
 
     let (release, image) = found.image.ok_or_else(|| wrap(DebError::NoKernel))?;
-    let elf = bzimage::extract(&image).map_err(|source| Error::Kernel { name: format!("boot/vmlinuz-{release}"), source })?;
+    let elf = bzimage::extract(&image).map_err(|source| Error::Kernel {
+        name: format!("boot/vmlinuz-{release}"),
+        source,
+    })?;
     let digest = Digest::of(&elf);
     files::write(&dir.join("vmlinux"), &elf)?;
 
@@ -70,14 +81,22 @@ pub(crate) fn extract(package: &Path, dir: &Path, progress: &Progress, cancel: &
             infos.insert(name, info);
         }
     }
-    let names = modules::closure(WANTED, &infos, &builtin).map_err(|source| Error::Modules { release: release.clone(), source })?;
+    let names = modules::closure(WANTED, &infos, &builtin).map_err(|source| Error::Modules {
+        release: release.clone(),
+        source,
+    })?;
     let target = dir.join("modules");
     std::fs::create_dir(&target).on("make the directory", &target)?;
     let mut order = Vec::new();
     for name in names {
-        let Some((offset, length)) = places.get(&name) else { continue };
+        let Some((offset, length)) = places.get(&name) else {
+            continue;
+        };
         let mut bytes = vec![0; usize::try_from(*length).unwrap_or(0)];
-        spool.seek(SeekFrom::Start(*offset)).and_then(|_| spool.read_exact(&mut bytes)).doing(|| "read the spooled modules")?;
+        spool
+            .seek(SeekFrom::Start(*offset))
+            .and_then(|_| spool.read_exact(&mut bytes))
+            .doing(|| "read the spooled modules")?;
         let file = format!("{name}.ko");
         files::write(&target.join(&file), &bytes)?;
         order.push(file);
@@ -89,7 +108,10 @@ pub(crate) fn extract(package: &Path, dir: &Path, progress: &Progress, cancel: &
 }
 
 fn cancel_file(file: File, cancel: &Cancel) -> impl Read + Seek + 'static {
-    SeekCancel { file, cancel: cancel.clone() }
+    SeekCancel {
+        file,
+        cancel: cancel.clone(),
+    }
 }
 
 struct SeekCancel {
@@ -111,7 +133,10 @@ impl Seek for SeekCancel {
 
 /// Reads the whole package, keeping what may be needed.
 fn scan(tar: Box<dyn Read>, spool: &mut File, package: &Path, progress: &Progress) -> Result<Found> {
-    let deb_error = |source| Error::Deb { path: package.to_owned(), source };
+    let deb_error = |source| Error::Deb {
+        path: package.to_owned(),
+        source,
+    };
     let tar_error = |source: tar::TarError| deb_error(DebError::Tar(source));
     let mut found = Found::default();
     let mut spooled = 0;
@@ -131,29 +156,46 @@ fn scan(tar: Box<dyn Read>, spool: &mut File, package: &Path, progress: &Progres
                 if found.image.is_some() {
                     return Err(deb_error(DebError::SeveralKernels));
                 }
-                found.image = Some((release, content(&mut reader, entry.size, MAX_IMAGE, "the kernel image").map_err(tar_error)?));
+                found.image = Some((
+                    release,
+                    content(&mut reader, entry.size, MAX_IMAGE, "the kernel image").map_err(tar_error)?,
+                ));
             }
             Item::Builtin(release) => {
-                let text = content(&mut reader, entry.size, MAX_LIST, "the list of what is built in").map_err(tar_error)?;
-                found.builtin.insert(release, modules::builtin_names(&String::from_utf8_lossy(&text)));
+                let text =
+                    content(&mut reader, entry.size, MAX_LIST, "the list of what is built in").map_err(tar_error)?;
+                found
+                    .builtin
+                    .insert(release, modules::builtin_names(&String::from_utf8_lossy(&text)));
             }
             Item::Module { release, file } => {
-                let module = |source| Error::Modules { release: release.clone(), source };
+                let module = |source| Error::Modules {
+                    release: release.clone(),
+                    source,
+                };
                 let bytes = content(&mut reader, entry.size, MAX_MODULE as u64, "a module").map_err(tar_error)?;
                 let compression = Compression::detect(&bytes);
                 let bytes = if compression == Compression::None {
                     bytes
                 } else {
-                    decompress::to_vec(compression, &bytes, MAX_MODULE)
-                        .map_err(|_| module(ModuleError::Malformed { file: file.clone(), why: "it cannot be decompressed" }))?
+                    decompress::to_vec(compression, &bytes, MAX_MODULE).map_err(|_| {
+                        module(ModuleError::Malformed {
+                            file: file.clone(),
+                            why: "it cannot be decompressed",
+                        })
+                    })?
                 };
                 let info = modules::parse(&file, &bytes).map_err(module)?;
                 if found.modules.len() >= MAX_MODULES {
                     return Err(module(ModuleError::TooMany { limit: MAX_MODULES }));
                 }
-                let Some(name) = modules::module_name(&file) else { continue };
+                let Some(name) = modules::module_name(&file) else {
+                    continue;
+                };
                 spool.write_all(&bytes).doing(|| "spool the modules")?;
-                found.modules.insert((release, name), (info, spooled, bytes.len() as u64));
+                found
+                    .modules
+                    .insert((release, name), (info, spooled, bytes.len() as u64));
                 spooled += bytes.len() as u64;
             }
             Item::Other => {}

@@ -10,8 +10,16 @@ use crate::progress::{Progress, Step};
 /// Packages that depend on the newest kernel made for virtual machines; the first that apt knows is taken.
 const META_PACKAGES: &[&str] = &["linux-image-cloud-amd64", "linux-image-amd64"];
 
-const APT_CACHE: Program = Program { name: "apt-cache", package: "apt", purpose: "find the distribution's kernel package" };
-const APT_GET: Program = Program { name: "apt-get", package: "apt", purpose: "download the distribution's kernel package" };
+const APT_CACHE: Program = Program {
+    name: "apt-cache",
+    package: "apt",
+    purpose: "find the distribution's kernel package",
+};
+const APT_GET: Program = Program {
+    name: "apt-get",
+    package: "apt",
+    purpose: "download the distribution's kernel package",
+};
 const LOOKUP: Duration = Duration::from_secs(60);
 const DOWNLOAD: Duration = Duration::from_secs(900);
 const OUTPUT: usize = 1 << 20;
@@ -32,8 +40,14 @@ pub async fn download(dir: &Path, progress: &Progress) -> Result<Downloaded> {
         return Err(Error::NoApt);
     }
     let package = find_package().await?;
-    let size = match Run::new(APT_CACHE, LOOKUP)?.args(["show", "--no-all-versions", &package]).output(OUTPUT).await {
-        Ok(text) => field(&String::from_utf8_lossy(&text), "Size").and_then(|s| s.parse().ok()).unwrap_or(0),
+    let size = match Run::new(APT_CACHE, LOOKUP)?
+        .args(["show", "--no-all-versions", &package])
+        .output(OUTPUT)
+        .await
+    {
+        Ok(text) => field(&String::from_utf8_lossy(&text), "Size")
+            .and_then(|s| s.parse().ok())
+            .unwrap_or(0),
         Err(_) => 0,
     };
     progress.bytes(Step::DownloadKernel, 0, size);
@@ -45,8 +59,16 @@ pub async fn download(dir: &Path, progress: &Progress) -> Result<Downloaded> {
     run.output(OUTPUT).await?;
     let path = downloaded(dir, &package)?;
     progress.bytes(Step::DownloadKernel, size, size);
-    let version = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.split('_').nth(1)).unwrap_or_default().replace("%3a", ":");
-    Ok(Downloaded { path, source: format!("{package} {version}").trim().to_owned() })
+    let version = path
+        .file_name()
+        .and_then(|n| n.to_str())
+        .and_then(|n| n.split('_').nth(1))
+        .unwrap_or_default()
+        .replace("%3a", ":");
+    Ok(Downloaded {
+        path,
+        source: format!("{package} {version}").trim().to_owned(),
+    })
 }
 
 /// The package that the distribution's current kernel is in.
@@ -65,11 +87,18 @@ async fn find_package() -> Result<String> {
             Err(other) => return Err(other),
         }
     }
-    if let Ok(text) = Run::new(APT_CACHE, LOOKUP)?.args(["show", "--no-all-versions", "base-files"]).output(OUTPUT).await {
+    if let Ok(text) = Run::new(APT_CACHE, LOOKUP)?
+        .args(["show", "--no-all-versions", "base-files"])
+        .output(OUTPUT)
+        .await
+    {
         // Installed packages are known without lists, but then without a file to download.
         lists_missing = field(&String::from_utf8_lossy(&text), "Filename").is_none();
     }
-    Err(Error::NoKernelPackage { package: META_PACKAGES.first().copied().unwrap_or_default().to_owned(), lists_missing })
+    Err(Error::NoKernelPackage {
+        package: META_PACKAGES.first().copied().unwrap_or_default().to_owned(),
+        lists_missing,
+    })
 }
 
 /// The first real kernel package in what `apt-cache depends` says.
@@ -82,12 +111,18 @@ fn kernel_dependency(text: &str) -> Option<String> {
 }
 
 fn is_package_name(name: &str) -> bool {
-    name.len() <= 128 && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
+    name.len() <= 128
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
 }
 
 /// A field of the first stanza in what `apt-cache show` says.
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    text.lines().take_while(|line| !line.is_empty()).find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+    text.lines()
+        .take_while(|line| !line.is_empty())
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        .map(str::trim)
 }
 
 /// The file that apt left in `dir`.
@@ -96,11 +131,18 @@ fn downloaded(dir: &Path, package: &str) -> Result<PathBuf> {
     for entry in std::fs::read_dir(dir).on("read the directory", dir)? {
         let entry = entry.on("read the directory", dir)?;
         let name = entry.file_name();
-        if name.to_str().is_some_and(|n| n.starts_with(&prefix) && n.ends_with(".deb")) {
+        if name
+            .to_str()
+            .is_some_and(|n| n.starts_with(&prefix) && n.ends_with(".deb"))
+        {
             return Ok(entry.path());
         }
     }
-    Err(Error::ProgramFailed { program: format!("apt-get download {package}"), how: "it left no file".to_owned(), last_words: Vec::new() })
+    Err(Error::ProgramFailed {
+        program: format!("apt-get download {package}"),
+        how: "it left no file".to_owned(),
+        last_words: Vec::new(),
+    })
 }
 
 #[cfg(test)]
@@ -110,8 +152,12 @@ mod tests {
     #[test]
     fn dependency_is_found() {
         let text = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-56-cloud-amd64\n";
-        assert_eq!(kernel_dependency(text).as_deref(), Some("linux-image-6.1.0-56-cloud-amd64"));
-        let alternatives = "x\n |Depends: foo\n  Depends: <linux-image>\n  PreDepends: linux-image-no\n |Depends: linux-image-6.12\n";
+        assert_eq!(
+            kernel_dependency(text).as_deref(),
+            Some("linux-image-6.1.0-56-cloud-amd64")
+        );
+        let alternatives =
+            "x\n |Depends: foo\n  Depends: <linux-image>\n  PreDepends: linux-image-no\n |Depends: linux-image-6.12\n";
         assert_eq!(kernel_dependency(alternatives).as_deref(), Some("linux-image-6.12"));
         assert_eq!(kernel_dependency("x\n  Depends: linux-image-$(reboot)\n"), None);
         assert_eq!(kernel_dependency(""), None);

@@ -79,31 +79,46 @@ pub struct ModuleInfo {
 
 /// Name of the module in a file: without suffixes, `-` as `_`. None if the file is no module.
 pub fn module_name(file: &str) -> Option<String> {
-    let file = [".xz", ".zst", ".gz"].iter().find_map(|suffix| file.strip_suffix(suffix)).unwrap_or(file);
+    let file = [".xz", ".zst", ".gz"]
+        .iter()
+        .find_map(|suffix| file.strip_suffix(suffix))
+        .unwrap_or(file);
     canonical(file.strip_suffix(".ko")?)
 }
 
 /// A module's name as the kernel writes it. None for what cannot be one.
 fn canonical(name: &str) -> Option<String> {
-    let sane = !name.is_empty() && name.len() <= 64 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+    let sane = !name.is_empty()
+        && name.len() <= 64
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
     sane.then(|| name.replace('-', "_"))
 }
 
 /// Names in `modules.builtin`, one path a line.
 pub fn builtin_names(text: &str) -> BTreeSet<String> {
-    text.lines().filter_map(|line| module_name(line.rsplit('/').next()?)).collect()
+    text.lines()
+        .filter_map(|line| module_name(line.rsplit('/').next()?))
+        .collect()
 }
 
 /// Reads what a module says of itself out of its ELF file.
 pub fn parse(file: &str, elf: &[u8]) -> Result<ModuleInfo, ModuleError> {
-    let bad = |why| ModuleError::Malformed { file: file.chars().take(100).collect(), why };
+    let bad = |why| ModuleError::Malformed {
+        file: file.chars().take(100).collect(),
+        why,
+    };
     let section = modinfo_section(elf).map_err(bad)?;
     let mut info = ModuleInfo::default();
     for record in section.split(|b| *b == 0) {
-        let Ok(text) = std::str::from_utf8(record) else { continue };
+        let Ok(text) = std::str::from_utf8(record) else {
+            continue;
+        };
         if let Some(list) = text.strip_prefix("depends=") {
             for name in list.split(',').filter(|n| !n.is_empty()) {
-                info.depends.push(canonical(name).ok_or_else(|| bad("it depends on an impossible name"))?);
+                info.depends
+                    .push(canonical(name).ok_or_else(|| bad("it depends on an impossible name"))?);
             }
         } else if let Some(list) = text.strip_prefix("softdep=") {
             let mut before = false;
@@ -125,7 +140,10 @@ pub fn parse(file: &str, elf: &[u8]) -> Result<ModuleInfo, ModuleError> {
 
 /// The `.modinfo` section of an ELF file.
 fn modinfo_section(elf: &[u8]) -> Result<&[u8], &'static str> {
-    let u16_at = |at: usize| elf.get(at..at + 2).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])));
+    let u16_at = |at: usize| {
+        elf.get(at..at + 2)
+            .map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])))
+    };
     let u32_at = |at: usize| match elf.get(at..at.checked_add(4)?) {
         Some([a, b, c, d]) => usize::try_from(u32::from_le_bytes([*a, *b, *c, *d])).ok(),
         _ => None,
@@ -138,12 +156,21 @@ fn modinfo_section(elf: &[u8]) -> Result<&[u8], &'static str> {
         return Err("it is no 64-bit ELF file");
     }
     let broken = "its section table is broken";
-    let (table, size, count, names) =
-        (u64_at(0x28).ok_or(broken)?, u16_at(0x3a).ok_or(broken)?, u16_at(0x3c).ok_or(broken)?, u16_at(0x3e).ok_or(broken)?);
+    let (table, size, count, names) = (
+        u64_at(0x28).ok_or(broken)?,
+        u16_at(0x3a).ok_or(broken)?,
+        u16_at(0x3c).ok_or(broken)?,
+        u16_at(0x3e).ok_or(broken)?,
+    );
     if size < 64 {
         return Err(broken);
     }
-    let header = |index: usize| index.checked_mul(size).and_then(|o| table.checked_add(o)).filter(|at| at.checked_add(64).is_some_and(|end| end <= elf.len()));
+    let header = |index: usize| {
+        index
+            .checked_mul(size)
+            .and_then(|o| table.checked_add(o))
+            .filter(|at| at.checked_add(64).is_some_and(|end| end <= elf.len()))
+    };
     let bytes = |index: usize| {
         let at = header(index)?;
         let (offset, length) = (u64_at(at + 0x18)?, u64_at(at + 0x20)?);
@@ -162,13 +189,19 @@ fn modinfo_section(elf: &[u8]) -> Result<&[u8], &'static str> {
 
 /// The modules to load for `wanted`, dependencies first. What is built in needs no loading; what is optional and not there is
 /// left out.
-pub fn closure(wanted: &[Wanted], modules: &BTreeMap<String, ModuleInfo>, builtin: &BTreeSet<String>) -> Result<Vec<String>, ModuleError> {
+pub fn closure(
+    wanted: &[Wanted],
+    modules: &BTreeMap<String, ModuleInfo>,
+    builtin: &BTreeSet<String>,
+) -> Result<Vec<String>, ModuleError> {
     let mut order = Vec::new();
     let mut state: BTreeMap<&str, bool> = BTreeMap::new();
     for want in wanted {
         if !builtin.contains(want.name) && !modules.contains_key(want.name) {
             if want.required {
-                return Err(ModuleError::Missing { name: want.name.to_owned() });
+                return Err(ModuleError::Missing {
+                    name: want.name.to_owned(),
+                });
             }
             continue;
         }

@@ -55,6 +55,10 @@ pub enum TarError {
 
 impl From<std::io::Error> for TarError {
     fn from(error: std::io::Error) -> Self {
-        if error.kind() == std::io::ErrorKind::UnexpectedEof { Self::Truncated } else { Self::Read(error.to_string()) }
+        if error.kind() == std::io::ErrorKind::UnexpectedEof {
+            Self::Truncated
+        } else {
+            Self::Read(error.to_string())
+        }
     }
 }

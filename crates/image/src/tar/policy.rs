@@ -62,7 +62,12 @@ pub enum Scrub {
 /// Directories whose content is made anew by every machine.
 const VOLATILE: &[&str] = &["dev", "proc", "sys", "run", "tmp", "var/tmp"];
 /// Directories of which only directories are kept.
-const FILES_DROPPED: &[&str] = &["var/lib/apt/lists", "var/cache/apt", "var/cache/ldconfig", "var/cache/man"];
+const FILES_DROPPED: &[&str] = &[
+    "var/lib/apt/lists",
+    "var/cache/apt",
+    "var/cache/ldconfig",
+    "var/cache/man",
+];
 /// Files of the host, of the installation, or that must be different in every machine.
 const DROPPED: &[&str] = &[
     "lost+found",
@@ -98,11 +103,21 @@ impl Scrub {
     pub fn verdict(self, path: &[Vec<u8>], is_dir: bool) -> Verdict {
         if self == Self::Nothing {
             // The writer makes its own.
-            return if path == [b"lost+found".to_vec()] { Verdict::Drop } else { Verdict::Keep };
+            return if path == [b"lost+found".to_vec()] {
+                Verdict::Drop
+            } else {
+                Verdict::Keep
+            };
         }
         let joined = path.join(&b'/');
         let is = |list: &[&str]| list.iter().any(|p| p.as_bytes() == joined);
-        let below = |list: &[&str]| list.iter().any(|p| joined.strip_prefix(p.as_bytes()).is_some_and(|rest| rest.first() == Some(&b'/')));
+        let below = |list: &[&str]| {
+            list.iter().any(|p| {
+                joined
+                    .strip_prefix(p.as_bytes())
+                    .is_some_and(|rest| rest.first() == Some(&b'/'))
+            })
+        };
         if is(DROPPED) || below(VOLATILE) || below(&["lost+found"]) {
             return Verdict::Drop;
         }
@@ -112,12 +127,16 @@ impl Scrub {
         if is_dir {
             return Verdict::Keep;
         }
-        if below(FILES_DROPPED) || (below(&["etc/ssh"]) && path.last().is_some_and(|name| name.starts_with(b"ssh_host_"))) {
+        if below(FILES_DROPPED)
+            || (below(&["etc/ssh"]) && path.last().is_some_and(|name| name.starts_with(b"ssh_host_")))
+        {
             return Verdict::Drop;
         }
         if below(&["var/log"]) {
             // Accounting files must be there to be written; what the installation logged need not.
-            let keeps = path.last().is_some_and(|name| [b"wtmp".as_slice(), b"btmp", b"lastlog", b"faillog", b"README"].contains(&name.as_slice()));
+            let keeps = path.last().is_some_and(|name| {
+                [b"wtmp".as_slice(), b"btmp", b"lastlog", b"faillog", b"README"].contains(&name.as_slice())
+            });
             return if keeps { Verdict::Empty } else { Verdict::Drop };
         }
         Verdict::Keep
@@ -134,11 +153,24 @@ mod tests {
 
     #[test]
     fn paths() {
-        assert_eq!(path("./usr//bin/./sh"), [b"usr".to_vec(), b"bin".to_vec(), b"sh".to_vec()]);
+        assert_eq!(
+            path("./usr//bin/./sh"),
+            [b"usr".to_vec(), b"bin".to_vec(), b"sh".to_vec()]
+        );
         assert_eq!(path("./"), Vec::<Vec<u8>>::new());
         assert_eq!(path("/"), Vec::<Vec<u8>>::new());
         assert_eq!(path("/etc/passwd"), path("etc/passwd"));
-        for bad in ["", "..", "a/../b", "../a", "a/..", "a\0b", &"x".repeat(256), &"a/".repeat(300), &"aaa/".repeat(1025)] {
+        for bad in [
+            "",
+            "..",
+            "a/../b",
+            "../a",
+            "a/..",
+            "a\0b",
+            &"x".repeat(256),
+            &"a/".repeat(300),
+            &"aaa/".repeat(1025),
+        ] {
             assert!(components(bad.as_bytes()).is_err(), "{bad:?}");
         }
     }
@@ -147,18 +179,47 @@ mod tests {
     fn fresh_installs_are_scrubbed() {
         let verdict = |p: &str| Scrub::FreshInstall.verdict(&path(p), p.ends_with('/'));
         for dropped in [
-            "etc/ssh/ssh_host_rsa_key", "etc/resolv.conf", "etc/hostname", "var/lib/apt/lists/mirror_dists_InRelease",
-            "var/cache/apt/pkgcache.bin", "dev/null", "run/lock/", "tmp/x", "var/log/dpkg.log", "var/log/apt/history.log",
-            "etc/apt/apt.conf.d/99mmdebstrap", "var/lib/dbus/machine-id", "lost+found/", "lost+found/x",
+            "etc/ssh/ssh_host_rsa_key",
+            "etc/resolv.conf",
+            "etc/hostname",
+            "var/lib/apt/lists/mirror_dists_InRelease",
+            "var/cache/apt/pkgcache.bin",
+            "dev/null",
+            "run/lock/",
+            "tmp/x",
+            "var/log/dpkg.log",
+            "var/log/apt/history.log",
+            "etc/apt/apt.conf.d/99mmdebstrap",
+            "var/lib/dbus/machine-id",
+            "lost+found/",
+            "lost+found/x",
         ] {
             assert_eq!(verdict(dropped), Verdict::Drop, "{dropped}");
         }
         for kept in [
-            "dev/", "run/", "tmp/", "etc/ssh/", "etc/ssh/sshd_config", "var/log/", "var/log/apt/", "var/lib/apt/lists/partial/", "etc/passwd",
-            "var/cache/apt/archives/partial/", "etc/hostname.d/x", "device", "runner/x", "root/.bashrc", "var/lib/dpkg/status", "",
+            "dev/",
+            "run/",
+            "tmp/",
+            "etc/ssh/",
+            "etc/ssh/sshd_config",
+            "var/log/",
+            "var/log/apt/",
+            "var/lib/apt/lists/partial/",
+            "etc/passwd",
+            "var/cache/apt/archives/partial/",
+            "etc/hostname.d/x",
+            "device",
+            "runner/x",
+            "root/.bashrc",
+            "var/lib/dpkg/status",
+            "",
         ] {
             let p = if kept.is_empty() { Vec::new() } else { path(kept) };
-            assert_eq!(Scrub::FreshInstall.verdict(&p, kept.ends_with('/')), Verdict::Keep, "{kept}");
+            assert_eq!(
+                Scrub::FreshInstall.verdict(&p, kept.ends_with('/')),
+                Verdict::Keep,
+                "{kept}"
+            );
         }
         assert_eq!(verdict("etc/machine-id"), Verdict::Empty);
         assert_eq!(verdict("var/log/wtmp"), Verdict::Empty);

@@ -22,7 +22,12 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { entries: 4_000_000, file_bytes: 256 << 30, total_bytes: 512 << 30, extension_bytes: 1 << 20 }
+        Self {
+            entries: 4_000_000,
+            file_bytes: 256 << 30,
+            total_bytes: 512 << 30,
+            extension_bytes: 1 << 20,
+        }
     }
 }
 
@@ -99,7 +104,16 @@ struct Extensions {
 impl<R: Read> Reader<R> {
     /// A reader of `inner`.
     pub fn new(inner: R, limits: Limits) -> Self {
-        Self { inner, limits, entry: 0, total: 0, offset: 0, left: 0, padding: 0, done: false }
+        Self {
+            inner,
+            limits,
+            entry: 0,
+            total: 0,
+            offset: 0,
+            left: 0,
+            padding: 0,
+            done: false,
+        }
     }
 
     /// Bytes read from the stream so far.
@@ -126,7 +140,10 @@ impl<R: Read> Reader<R> {
             }
             self.entry += 1;
             if self.entry > self.limits.entries {
-                return Err(TarError::TooLarge { what: "the number of entries", limit: self.limits.entries });
+                return Err(TarError::TooLarge {
+                    what: "the number of entries",
+                    limit: self.limits.entries,
+                });
             }
             check_sum(&header).ok_or_else(|| self.malformed("its checksum is wrong"))?;
             let size = number(field(&header, 124, 12)).ok_or_else(|| self.malformed("its size is no number"))?;
@@ -151,13 +168,22 @@ impl<R: Read> Reader<R> {
         let path = extensions.path.unwrap_or_else(|| {
             let name = until_nul(field(header, 0, 100));
             let prefix = until_nul(field(header, 345, 155));
-            if ustar && !prefix.is_empty() { [prefix, b"/", name].concat() } else { name.to_vec() }
+            if ustar && !prefix.is_empty() {
+                [prefix, b"/", name].concat()
+            } else {
+                name.to_vec()
+            }
         });
-        let link = extensions.link.unwrap_or_else(|| until_nul(field(header, 157, 100)).to_vec());
-        let small = |at, len, why| -> Result<i64, TarError> { number(field(header, at, len)).ok_or_else(|| self.malformed(why)) };
+        let link = extensions
+            .link
+            .unwrap_or_else(|| until_nul(field(header, 157, 100)).to_vec());
+        let small = |at, len, why| -> Result<i64, TarError> {
+            number(field(header, at, len)).ok_or_else(|| self.malformed(why))
+        };
         let id = |given: Option<u32>, at| match given {
             Some(id) => Ok(id),
-            None => u32::try_from(small(at, 8, "its owner is no number")?).map_err(|_| self.malformed("its owner is out of range")),
+            None => u32::try_from(small(at, 8, "its owner is no number")?)
+                .map_err(|_| self.malformed("its owner is out of range")),
         };
         let uid = id(extensions.uid, 108)?;
         let gid = id(extensions.gid, 116)?;
@@ -166,7 +192,10 @@ impl<R: Read> Reader<R> {
             Some(mtime) => mtime,
             None => (small(136, 12, "its time is no number")?, 0),
         };
-        let device = |at| u32::try_from(small(at, 8, "its device number is no number")?).map_err(|_| self.malformed("its device number is out of range"));
+        let device = |at| {
+            u32::try_from(small(at, 8, "its device number is no number")?)
+                .map_err(|_| self.malformed("its device number is out of range"))
+        };
         let kind = match header[156] {
             b'0' | 0 | b'7' if path.ends_with(b"/") => Kind::Directory,
             b'0' | 0 | b'7' => Kind::File,
@@ -176,7 +205,12 @@ impl<R: Read> Reader<R> {
             b'4' => Kind::Block(device(329)?, device(337)?),
             b'5' => Kind::Directory,
             b'6' => Kind::Fifo,
-            other => return Err(TarError::Unsupported { entry: self.entry, what: format!("type `{}`", char::from(other).escape_debug()) }),
+            other => {
+                return Err(TarError::Unsupported {
+                    entry: self.entry,
+                    what: format!("type `{}`", char::from(other).escape_debug()),
+                });
+            }
         };
         let size = extensions.size.unwrap_or(size);
         if kind != Kind::File && size != 0 && !matches!(kind, Kind::HardLink(_) | Kind::Directory) {
@@ -185,15 +219,31 @@ impl<R: Read> Reader<R> {
         // Some writers give directories and hard links a size without content.
         let size = if kind == Kind::File { size } else { 0 };
         if size > self.limits.file_bytes {
-            return Err(TarError::TooLarge { what: "the size of a file", limit: self.limits.file_bytes });
+            return Err(TarError::TooLarge {
+                what: "the size of a file",
+                limit: self.limits.file_bytes,
+            });
         }
         self.total = self.total.saturating_add(size);
         if self.total > self.limits.total_bytes {
-            return Err(TarError::TooLarge { what: "the size of all files", limit: self.limits.total_bytes });
+            return Err(TarError::TooLarge {
+                what: "the size of all files",
+                limit: self.limits.total_bytes,
+            });
         }
         self.left = size;
         self.padding = size.next_multiple_of(BLOCK_U64) - size;
-        Ok(Entry { path, kind, mode, uid, gid, mtime, mtime_nsec, size, xattrs: extensions.xattrs })
+        Ok(Entry {
+            path,
+            kind,
+            mode,
+            uid,
+            gid,
+            mtime,
+            mtime_nsec,
+            size,
+            xattrs: extensions.xattrs,
+        })
     }
 
     fn malformed(&self, why: &'static str) -> TarError {
@@ -212,7 +262,10 @@ impl<R: Read> Reader<R> {
         let mut buf = [0; 16 * BLOCK];
         while left > 0 {
             let n = left.min(buf.len() as u64);
-            let chunk = usize::try_from(n).ok().and_then(|n| buf.get_mut(..n)).unwrap_or_default();
+            let chunk = usize::try_from(n)
+                .ok()
+                .and_then(|n| buf.get_mut(..n))
+                .unwrap_or_default();
             self.fill(chunk)?;
             left -= n;
         }
@@ -221,7 +274,10 @@ impl<R: Read> Reader<R> {
 
     fn extension(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
         if size > self.limits.extension_bytes {
-            return Err(TarError::TooLarge { what: "the size of an extension header", limit: self.limits.extension_bytes });
+            return Err(TarError::TooLarge {
+                what: "the size of an extension header",
+                limit: self.limits.extension_bytes,
+            });
         }
         let mut data = vec![0; usize::try_from(size.next_multiple_of(BLOCK_U64)).unwrap_or(0)];
         self.fill(&mut data)?;
@@ -241,7 +297,12 @@ impl<R: Read> Reader<R> {
                 b"uid" => out.uid = Some(text()?.parse().map_err(|_| bad())?),
                 b"gid" => out.gid = Some(text()?.parse().map_err(|_| bad())?),
                 b"mtime" => out.mtime = Some(pax_time(text()?).ok_or_else(bad)?),
-                _ if key.starts_with(b"GNU.sparse.") => return Err(TarError::Unsupported { entry: self.entry, what: "sparse file".to_owned() }),
+                _ if key.starts_with(b"GNU.sparse.") => {
+                    return Err(TarError::Unsupported {
+                        entry: self.entry,
+                        what: "sparse file".to_owned(),
+                    });
+                }
                 _ => {
                     if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                         if name.is_empty() || name.len() > 255 || out.xattrs.len() >= 128 {
@@ -261,7 +322,13 @@ impl<R: Read> Reader<R> {
             match record {
                 Some((b"comment" | b"charset" | b"hdrcharset", _)) => {}
                 Some((key, _)) => {
-                    return Err(TarError::Unsupported { entry: self.entry, what: format!("global header `{}`", String::from_utf8_lossy(key).escape_debug().take(60).collect::<String>()) });
+                    return Err(TarError::Unsupported {
+                        entry: self.entry,
+                        what: format!(
+                            "global header `{}`",
+                            String::from_utf8_lossy(key).escape_debug().take(60).collect::<String>()
+                        ),
+                    });
                 }
                 None => return Err(self.malformed("its PAX header is malformed")),
             }
@@ -291,7 +358,13 @@ fn until_nul(bytes: &[u8]) -> &[u8] {
 
 fn check_sum(header: &[u8; BLOCK]) -> Option<()> {
     let expected = number(field(header, 148, 8))?;
-    let sum = |value: fn(u8) -> i64| -> i64 { header.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { value(*b) }).sum() };
+    let sum = |value: fn(u8) -> i64| -> i64 {
+        header
+            .iter()
+            .enumerate()
+            .map(|(i, b)| if (148..156).contains(&i) { 32 } else { value(*b) })
+            .sum()
+    };
     // Some old writers took bytes as signed.
     (expected == sum(i64::from) || expected == sum(|b| i64::from(b.cast_signed()))).then_some(())
 }
@@ -354,5 +427,9 @@ fn pax_time(text: &str) -> Option<(i64, u32)> {
     for i in 0..9 {
         nanos = nanos * 10 + fraction.as_bytes().get(i).map_or(0, |b| u32::from(b - b'0'));
     }
-    if whole.starts_with('-') && nanos > 0 { Some((seconds.checked_sub(1)?, 1_000_000_000 - nanos)) } else { Some((seconds, nanos)) }
+    if whole.starts_with('-') && nanos > 0 {
+        Some((seconds.checked_sub(1)?, 1_000_000_000 - nanos))
+    } else {
+        Some((seconds, nanos))
+    }
 }
