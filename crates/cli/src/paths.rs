@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
+/// Longest path that fits a Unix socket's address, its final zero left out.
+const SOCKET_PATH_MAX: usize = 107;
+
 /// What of the environment decides about paths; a value, so that tests can make one up.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Places {
@@ -47,7 +50,16 @@ impl Places {
         if fallback {
             check_private(&dir, self.uid)?;
         }
-        Ok(dir.join("bangerd.sock"))
+        let socket = dir.join("bangerd.sock");
+        let length = socket.as_os_str().len();
+        if length > SOCKET_PATH_MAX {
+            return Err(Error::unavailable(format!(
+                "the runtime directory {} is too long for the address of a socket ({length} bytes, {SOCKET_PATH_MAX} are possible)",
+                dir.display()
+            ))
+            .hint("set XDG_RUNTIME_DIR to a shorter path"));
+        }
+        Ok(socket)
     }
 
     /// Directory of what lasts: `$XDG_STATE_HOME/banger`.
