@@ -25,11 +25,7 @@ fn nothing_is_left(env: &TestEnv) {
         0,
         "files are left"
     );
-    let engines = || {
-        env.processes()
-            .into_iter()
-            .any(|p| p.name.starts_with("qemu") || p.name == "banger-shim")
-    };
+    let engines = || !env.machinery().is_empty();
     processes::until("the engine to be gone", Duration::from_secs(5), || !engines());
 }
 
@@ -60,7 +56,7 @@ fn a_guest_that_never_answers() {
         .banger(["vm", "create", "--name", "m", "--timeout", "6s"])
         .deadline(60)
         .spawn();
-    let engine = || env.processes().into_iter().find(|p| p.name.starts_with("qemu"));
+    let engine = || env.engines().into_iter().next();
     processes::until("the engine to run", Duration::from_secs(10), || engine().is_some());
     // The guest is held in the middle of its boot.
     std::thread::sleep(Duration::from_millis(800));
@@ -192,7 +188,7 @@ fn a_failed_start_leaves_a_stopped_machine() {
     let env = TestEnv::new("failed-start");
     env.ok("vm create --name m --no-start");
     let running = env.banger(["vm", "start", "m", "--timeout", "5s"]).deadline(60).spawn();
-    let engine = || env.processes().into_iter().find(|p| p.name.starts_with("qemu"));
+    let engine = || env.engines().into_iter().next();
     processes::until("the engine to run", Duration::from_secs(10), || engine().is_some());
     processes::signal(&engine().unwrap(), Signal::STOP);
     running.wait().code(7);
@@ -208,7 +204,7 @@ fn a_failed_start_leaves_a_stopped_machine() {
 fn a_cancelled_create() {
     let env = TestEnv::new("cancelled");
     let running = env.banger(["vm", "create", "--name", "m"]).spawn();
-    let engine = || env.processes().into_iter().any(|p| p.name.starts_with("qemu"));
+    let engine = || !env.engines().is_empty();
     processes::until("the engine to run", Duration::from_secs(10), engine);
     running.signal(Signal::INT);
     running.wait().code(130);

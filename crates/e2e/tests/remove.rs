@@ -18,11 +18,7 @@ tests! { MACHINES;
 
 fn nothing_is_left(env: &TestEnv) {
     let empty = || std::fs::read_dir(env.state().join("machines")).is_ok_and(|mut d| d.next().is_none());
-    let engines = || {
-        env.processes()
-            .iter()
-            .any(|p| p.name.starts_with("qemu") || p.name == "banger-shim")
-    };
+    let engines = || !env.machinery().is_empty();
     processes::until("everything of the machine to be gone", Duration::from_secs(15), || {
         env.machine_names().is_empty() && empty() && !engines()
     });
@@ -46,7 +42,7 @@ fn gone_after_an_interrupt_while_starting() {
     for signal in [Signal::INT, Signal::TERM] {
         let running = env.banger(["vm", "run", "--rm", "--", "sleep", "60"]).spawn();
         processes::until("the engine to run", Duration::from_secs(30), || {
-            env.processes().iter().any(|p| p.name.starts_with("qemu"))
+            !env.engines().is_empty()
         });
         running.signal(signal);
         let done = running.wait();

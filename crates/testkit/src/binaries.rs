@@ -56,8 +56,10 @@ pub fn target() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
         let me = std::env::current_exe().expect("this program has a path");
+        // The directory of a platform is tagged as well: the outermost is the one.
         me.ancestors()
-            .find(|d| d.join("CACHEDIR.TAG").is_file())
+            .filter(|d| d.join("CACHEDIR.TAG").is_file())
+            .last()
             .unwrap_or_else(|| panic!("{} is not in a cargo target directory", me.display()))
             .to_owned()
     })

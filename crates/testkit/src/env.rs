@@ -279,6 +279,20 @@ impl TestEnv {
         processes::kill(&daemon);
     }
 
+    /// The engines that run in this environment, of whatever machine.
+    pub fn engines(&self) -> Vec<Process> {
+        self.processes()
+            .into_iter()
+            .filter(|p| p.program.starts_with("qemu-system"))
+            .collect()
+    }
+
+    /// What keeps machines going: engines and the shims beside them.
+    pub fn machinery(&self) -> Vec<Process> {
+        let machinery = |p: &Process| p.program.starts_with("qemu-system") || p.program == "banger-shim";
+        self.processes().into_iter().filter(machinery).collect()
+    }
+
     /// Everything that runs in this environment.
     pub fn processes(&self) -> Vec<Process> {
         processes::naming(&[&self.root, &self.runtime])

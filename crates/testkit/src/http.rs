@@ -43,9 +43,14 @@ pub fn raw(socket: &Path, bytes: &[u8]) -> std::io::Result<Answer> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     stream.set_write_timeout(Some(Duration::from_secs(30)))?;
-    stream.write_all(bytes)?;
+    // A server may refuse a request before it has read all of it; its answer counts.
+    let sent = stream.write_all(bytes);
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
+    if let Err(e) = stream.read_to_end(&mut answer)
+        && answer.is_empty()
+    {
+        return Err(sent.err().unwrap_or(e));
+    }
     parse(&answer).ok_or_else(|| {
         std::io::Error::new(
             std::io::ErrorKind::InvalidData,

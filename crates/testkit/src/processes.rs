@@ -17,6 +17,8 @@ pub struct Process {
     pub name: String,
     /// Its arguments, joined by spaces.
     pub command: String,
+    /// Base name of the file it was started from; programs change their names.
+    pub program: String,
 }
 
 /// Reads one process, `None` when it is gone or a zombie.
@@ -32,11 +34,14 @@ pub fn read(pid: i32) -> Option<Process> {
     let start = fields.nth(18)?.parse().ok()?;
     let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let command = String::from_utf8_lossy(&command).replace('\0', " ").trim().to_owned();
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    let program = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Some(Process {
         pid,
         start,
         name,
         command,
+        program,
     })
 }
 
