@@ -11,7 +11,12 @@ use crate::services::Services;
 const LOW: u64 = 5 << 30;
 
 fn check(name: &str, level: CheckLevel, message: impl Into<String>, hint: Option<String>) -> Check {
-    Check { name: name.to_owned(), level, message: message.into(), hint }
+    Check {
+        name: name.to_owned(),
+        level,
+        message: message.into(),
+        hint,
+    }
 }
 
 /// All checks.
@@ -33,7 +38,12 @@ fn architecture() -> Check {
     if arch == "x86_64" {
         check("architecture", CheckLevel::Pass, arch, None)
     } else {
-        check("architecture", CheckLevel::Fail, format!("{arch} is not supported yet"), None)
+        check(
+            "architecture",
+            CheckLevel::Fail,
+            format!("{arch} is not supported yet"),
+            None,
+        )
     }
 }
 
@@ -49,7 +59,11 @@ async fn engine(services: &Services) -> Check {
 
 async fn accel(services: &Services) -> Vec<Check> {
     let host = services.host().await;
-    let level = if host.accel.accel == Accel::Kvm { CheckLevel::Pass } else { CheckLevel::Warn };
+    let level = if host.accel.accel == Accel::Kvm {
+        CheckLevel::Pass
+    } else {
+        CheckLevel::Warn
+    };
     let text = format!("{}: {}", host.accel.accel.as_str(), host.accel.reason);
     let mut checks = vec![check("acceleration", level, text, host.accel.hint.clone())];
     for doubt in &host.doubts {
@@ -58,7 +72,10 @@ async fn accel(services: &Services) -> Vec<Check> {
     checks.push(check(
         "size",
         CheckLevel::Pass,
-        format!("{} CPUs, {} MiB of memory ({} MiB free)", host.usable_cpus, host.memory_mib, host.available_mib),
+        format!(
+            "{} CPUs, {} MiB of memory ({} MiB free)",
+            host.usable_cpus, host.memory_mib, host.available_mib
+        ),
         None,
     ));
     checks
@@ -67,7 +84,12 @@ async fn accel(services: &Services) -> Vec<Check> {
 fn database(services: &Services) -> Check {
     match db::inspect(&services.paths.database()) {
         Ok(Some(version)) => check("database", CheckLevel::Pass, format!("schema {version}"), None),
-        Ok(None) => check("database", CheckLevel::Fail, "the file is gone while the daemon runs", Some("restart the daemon".to_owned())),
+        Ok(None) => check(
+            "database",
+            CheckLevel::Fail,
+            "the file is gone while the daemon runs",
+            Some("restart the daemon".to_owned()),
+        ),
         Err(e) => check("database", CheckLevel::Fail, chain(&e), e.hint()),
     }
 }
@@ -77,9 +99,18 @@ fn space(services: &Services) -> Check {
     match rustix::fs::statvfs(path) {
         Ok(fs) => {
             let free = fs.f_bavail.saturating_mul(fs.f_frsize);
-            let text = format!("{} free in {}", banger_core::size::format(free >> 20 << 20), path.display());
+            let text = format!(
+                "{} free in {}",
+                banger_core::size::format(free >> 20 << 20),
+                path.display()
+            );
             if free < LOW {
-                check("disk space", CheckLevel::Warn, text, Some("delete images and machines that are not needed".to_owned()))
+                check(
+                    "disk space",
+                    CheckLevel::Warn,
+                    text,
+                    Some("delete images and machines that are not needed".to_owned()),
+                )
             } else {
                 check("disk space", CheckLevel::Pass, text, None)
             }
@@ -97,7 +128,12 @@ fn libexec(services: &Services) -> Vec<Check> {
                 check(name, CheckLevel::Pass, path.display().to_string(), None)
             } else {
                 let hint = "install banger anew, or set BANGER_LIBEXEC to the directory that has it";
-                check(name, CheckLevel::Fail, format!("{} is not there", path.display()), Some(hint.to_owned()))
+                check(
+                    name,
+                    CheckLevel::Fail,
+                    format!("{} is not there", path.display()),
+                    Some(hint.to_owned()),
+                )
             }
         })
         .collect()
@@ -106,7 +142,10 @@ fn libexec(services: &Services) -> Vec<Check> {
 /// Whether a program is there.
 pub fn tool(program: &str, purpose: &str, package: &str) -> Check {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    match std::env::split_paths(&path).map(|d| d.join(program)).find(|p| p.is_file()) {
+    match std::env::split_paths(&path)
+        .map(|d| d.join(program))
+        .find(|p| p.is_file())
+    {
         Some(found) => check(program, CheckLevel::Pass, found.display().to_string(), None),
         None => check(
             program,
@@ -119,7 +158,10 @@ pub fn tool(program: &str, purpose: &str, package: &str) -> Check {
 
 fn orphans(services: &Services) -> Vec<Check> {
     let known: Vec<String> = services.machines().iter().map(|m| m.id.to_string()).collect();
-    let entries = std::fs::read_dir(services.paths.machines()).into_iter().flatten().flatten();
+    let entries = std::fs::read_dir(services.paths.machines())
+        .into_iter()
+        .flatten()
+        .flatten();
     let orphans: Vec<String> = entries
         .filter(|e| e.file_name().to_str().is_none_or(|n| !known.iter().any(|k| k == n)))
         .map(|e| e.path().display().to_string())
@@ -128,6 +170,14 @@ fn orphans(services: &Services) -> Vec<Check> {
     if orphans.is_empty() {
         return Vec::new();
     }
-    let hint = format!("they hold disks of machines that the database does not know; if nobody misses them: rm -r {}", orphans.join(" "));
-    vec![check("orphans", CheckLevel::Warn, format!("{} directories without a machine", orphans.len()), Some(hint))]
+    let hint = format!(
+        "they hold disks of machines that the database does not know; if nobody misses them: rm -r {}",
+        orphans.join(" ")
+    );
+    vec![check(
+        "orphans",
+        CheckLevel::Warn,
+        format!("{} directories without a machine", orphans.len()),
+        Some(hint),
+    )]
 }

@@ -36,7 +36,9 @@ pub fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::BadRequest => StatusCode::BAD_REQUEST,
         ErrorCode::InvalidSpec | ErrorCode::Unsupported => StatusCode::UNPROCESSABLE_ENTITY,
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
-        ErrorCode::Ambiguous | ErrorCode::Conflict | ErrorCode::WrongState | ErrorCode::Canceled => StatusCode::CONFLICT,
+        ErrorCode::Ambiguous | ErrorCode::Conflict | ErrorCode::WrongState | ErrorCode::Canceled => {
+            StatusCode::CONFLICT
+        }
         ErrorCode::Engine | ErrorCode::Guest => StatusCode::BAD_GATEWAY,
         ErrorCode::Timeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
@@ -78,7 +80,10 @@ fn is_full(e: &(dyn Error + 'static)) -> bool {
     let mut next = Some(e);
     while let Some(e) = next {
         if let Some(io) = e.downcast_ref::<std::io::Error>()
-            && matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+            && matches!(
+                io.kind(),
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+            )
         {
             return true;
         }
@@ -88,7 +93,8 @@ fn is_full(e: &(dyn Error + 'static)) -> bool {
 }
 
 fn no_space(message: String) -> ApiError {
-    ApiError::new(ErrorCode::NoSpace, message).hint("free some space, or delete images and machines that are not needed")
+    ApiError::new(ErrorCode::NoSpace, message)
+        .hint("free some space, or delete images and machines that are not needed")
 }
 
 /// A failure of the host's file system while `what` was done.
@@ -125,9 +131,13 @@ impl IntoApi for LinkError {
             Self::Timeout { .. } | Self::Handshake(crate::agent::handshake::HandshakeError::Silent(_)) => {
                 ApiError::new(ErrorCode::Timeout, message).hint("look at the guest's console: `banger vm logs`")
             }
-            Self::Broken { .. } => ApiError::new(ErrorCode::Unavailable, message).hint("try again: the daemon connects anew"),
+            Self::Broken { .. } => {
+                ApiError::new(ErrorCode::Unavailable, message).hint("try again: the daemon connects anew")
+            }
             Self::Busy => ApiError::new(ErrorCode::Conflict, message).hint("end some of them"),
-            Self::Handshake(_) | Self::Answer { .. } | Self::WrongMachine { .. } => ApiError::new(ErrorCode::Guest, message),
+            Self::Handshake(_) | Self::Answer { .. } | Self::WrongMachine { .. } => {
+                ApiError::new(ErrorCode::Guest, message)
+            }
         }
     }
 }
@@ -169,11 +179,15 @@ impl IntoApi for ReferenceError {
     fn into_api(self) -> ApiError {
         let message = self.to_string();
         match self {
-            Self::NotFound { similar: Some(name), .. } => {
-                ApiError::new(ErrorCode::NotFound, message).hint(format!("did you mean `{name}`?"))
+            Self::NotFound {
+                similar: Some(name), ..
+            } => ApiError::new(ErrorCode::NotFound, message).hint(format!("did you mean `{name}`?")),
+            Self::NotFound { .. } => {
+                ApiError::new(ErrorCode::NotFound, message).hint("`banger vm list` shows all machines")
             }
-            Self::NotFound { .. } => ApiError::new(ErrorCode::NotFound, message).hint("`banger vm list` shows all machines"),
-            Self::Ambiguous { .. } => ApiError::new(ErrorCode::Ambiguous, message).hint("give more of it, or the whole name"),
+            Self::Ambiguous { .. } => {
+                ApiError::new(ErrorCode::Ambiguous, message).hint("give more of it, or the whole name")
+            }
         }
     }
 }
@@ -183,9 +197,10 @@ impl IntoApi for banger_image::Error {
         let code = match &self {
             Self::NoSpace { .. } => ErrorCode::NoSpace,
             Self::Cancelled => ErrorCode::Canceled,
-            Self::ProgramMissing { .. } | Self::NoApt | Self::NoKernelPackage { .. } | Self::NoSubordinateIds { .. } => {
-                ErrorCode::Unsupported
-            }
+            Self::ProgramMissing { .. }
+            | Self::NoApt
+            | Self::NoKernelPackage { .. }
+            | Self::NoSubordinateIds { .. } => ErrorCode::Unsupported,
             Self::NoRecipe { .. } | Self::NoKernel(_) | Self::NoImage(_) => ErrorCode::NotFound,
             Self::DiskSize { .. } => ErrorCode::InvalidSpec,
             Self::ProgramTimeout { .. } => ErrorCode::Timeout,
@@ -205,13 +220,19 @@ mod tests {
     #[test]
     fn a_full_disk_is_told_wherever_it_hides() {
         let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-        let engine = EngineError::Io { what: "write x".to_owned(), source: full };
+        let engine = EngineError::Io {
+            what: "write x".to_owned(),
+            source: full,
+        };
         assert_eq!(engine.into_api().code, ErrorCode::NoSpace);
     }
 
     #[test]
     fn causes_are_told_once() {
-        let e = EngineError::Io { what: "open /x".to_owned(), source: std::io::Error::other("nope") };
+        let e = EngineError::Io {
+            what: "open /x".to_owned(),
+            source: std::io::Error::other("nope"),
+        };
         assert_eq!(chain(&e), "cannot open /x: nope");
     }
 }

@@ -48,16 +48,22 @@ static POINTS: OnceLock<BTreeMap<String, Action>> = OnceLock::new();
 pub fn parse(text: &str) -> Result<BTreeMap<String, Action>, String> {
     let mut points = BTreeMap::new();
     for item in text.split(',').map(str::trim).filter(|i| !i.is_empty()) {
-        let (name, action) = item.split_once('=').ok_or_else(|| format!("failpoint `{item}` lacks an action"))?;
+        let (name, action) = item
+            .split_once('=')
+            .ok_or_else(|| format!("failpoint `{item}` lacks an action"))?;
         if !NAMES.contains(&name) {
-            return Err(format!("there is no failpoint `{name}`; there are: {}", NAMES.join(", ")));
+            return Err(format!(
+                "there is no failpoint `{name}`; there are: {}",
+                NAMES.join(", ")
+            ));
         }
         let action = match action.split_once(':') {
             None if action == "abort" => Action::Abort,
             None if action == "error" => Action::Error,
-            Some(("delay", ms)) => {
-                Action::Delay(Duration::from_millis(ms.parse().map_err(|_| format!("failpoint `{name}`: `{ms}` is no number"))?))
-            }
+            Some(("delay", ms)) => Action::Delay(Duration::from_millis(
+                ms.parse()
+                    .map_err(|_| format!("failpoint `{name}`: `{ms}` is no number"))?,
+            )),
             _ => return Err(format!("failpoint `{name}`: unknown action `{action}`")),
         };
         points.insert(name.to_owned(), action);
@@ -109,7 +115,13 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_refused() {
-        for text in ["nowhere=abort", "create.row", "create.row=explode", "create.row=delay:x", "create.row=delay"] {
+        for text in [
+            "nowhere=abort",
+            "create.row",
+            "create.row=explode",
+            "create.row=delay:x",
+            "create.row=delay",
+        ] {
             assert!(parse(text).is_err(), "{text}");
         }
     }

@@ -10,6 +10,7 @@
 //! * [`stock`]: images and kernels by name, made on demand,
 //! * [`ssh`]: keys and known hosts,
 //! * [`doctor`], [`stats`]: looking only,
+//! * [`memory`]: keeps the process small,
 //! * [`error`]: from the errors below to what clients see.
 
 pub mod agent;
@@ -20,6 +21,7 @@ pub mod error;
 pub mod failpoint;
 pub mod log;
 pub mod machine;
+pub mod memory;
 pub mod ops;
 pub mod paths;
 pub mod provision;

@@ -28,7 +28,12 @@ impl BoundedFile {
     pub fn open(path: &Path, max: u64) -> io::Result<Self> {
         let file = append(path)?;
         let length = file.metadata()?.len();
-        Ok(Self { path: path.to_owned(), file, length, max })
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            length,
+            max,
+        })
     }
 
     fn turn_over(&mut self) -> io::Result<()> {
@@ -70,7 +75,11 @@ pub fn init(path: &Path, level: &str) -> io::Result<()> {
         .with_target("banger_image", level)
         .with_target("banger_vmm", level)
         .with_target("bangerd", level);
-    let lines = tracing_subscriber::fmt::layer().json().flatten_event(true).with_span_list(false).with_writer(writer);
+    let lines = tracing_subscriber::fmt::layer()
+        .json()
+        .flatten_event(true)
+        .with_span_list(false)
+        .with_writer(writer);
     // A second call in one process (tests) keeps the first log.
     let _ = tracing_subscriber::registry().with(targets).with(lines).try_init();
     Ok(())

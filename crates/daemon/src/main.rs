@@ -70,12 +70,10 @@ fn start(ready_fd: Option<OwnedFd>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            let line = e.line();
-            tracing::error!(error = line, "the daemon does not run");
-            if let Some(mut ready) = told.take() {
-                let _ = writeln!(ready, "{line}");
-            }
-            let _ = writeln!(std::io::stderr(), "bangerd: {line}");
+            tracing::error!(error = e.line(), "the daemon does not run");
+            // Once: whoever started it reads both descriptors, and the closed one says enough.
+            drop(told);
+            let _ = writeln!(std::io::stderr(), "{}", e.words());
             ExitCode::from(e.exit_status())
         }
     }

@@ -84,8 +84,11 @@ impl Op {
             match result {
                 Ok(()) => o.state = OperationState::Done,
                 Err(mut error) => {
-                    o.state =
-                        if error.code == ErrorCode::Canceled { OperationState::Canceled } else { OperationState::Failed };
+                    o.state = if error.code == ErrorCode::Canceled {
+                        OperationState::Canceled
+                    } else {
+                        OperationState::Failed
+                    };
                     error.operation = Some(o.id.clone());
                     o.error = Some(error);
                 }
@@ -109,15 +112,24 @@ impl Ops {
             if operation.state == OperationState::Running {
                 operation.state = OperationState::Failed;
                 operation.ended_at = Some(time::now());
-                let mut error = ApiError::new(ErrorCode::Unavailable, "the daemon ended while the operation was under way")
-                    .hint("look at the machine (`banger vm show`): the next daemon has finished or undone the operation");
+                let mut error = ApiError::new(
+                    ErrorCode::Unavailable,
+                    "the daemon ended while the operation was under way",
+                )
+                .hint("look at the machine (`banger vm show`): the next daemon has finished or undone the operation");
                 error.operation = Some(operation.id.clone());
                 operation.error = Some(error);
                 db.put_operation(operation.clone(), KEEP).await?;
             }
-            list.push_back(Op { state: Arc::new(watch::Sender::new(operation)), cancel: CancellationToken::new() });
+            list.push_back(Op {
+                state: Arc::new(watch::Sender::new(operation)),
+                cancel: CancellationToken::new(),
+            });
         }
-        Ok(Self { list: Mutex::new(list), db })
+        Ok(Self {
+            list: Mutex::new(list),
+            db,
+        })
     }
 
     /// A new operation. It must be given to [`Ops::run`].
@@ -126,7 +138,9 @@ impl Ops {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         list.push_back(op.clone());
         while list.len() > KEEP {
-            let Some(oldest) = list.iter().position(Op::ended) else { break };
+            let Some(oldest) = list.iter().position(Op::ended) else {
+                break;
+            };
             list.remove(oldest);
         }
         op
@@ -150,7 +164,10 @@ impl Ops {
             started_at: time::now(),
             ended_at: None,
         };
-        Op { state: Arc::new(watch::Sender::new(operation)), cancel: CancellationToken::new() }
+        Op {
+            state: Arc::new(watch::Sender::new(operation)),
+            cancel: CancellationToken::new(),
+        }
     }
 
     /// Carries an operation out, to its end whatever happens: a panic in it is a failure of it. Every log line in it carries
@@ -193,17 +210,33 @@ impl Ops {
 
     /// The operation with this id.
     pub fn get(&self, id: &str) -> Option<Op> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).iter().find(|o| o.state.borrow().id == id).cloned()
+        self.list
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .find(|o| o.state.borrow().id == id)
+            .cloned()
     }
 
     /// All that are remembered, newest first.
     pub fn list(&self) -> Vec<Operation> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).iter().rev().map(Op::snapshot).collect()
+        self.list
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .rev()
+            .map(Op::snapshot)
+            .collect()
     }
 
     /// How many are under way.
     pub fn running(&self) -> usize {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).iter().filter(|o| !o.ended()).count()
+        self.list
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .filter(|o| !o.ended())
+            .count()
     }
 }
 
@@ -215,7 +248,10 @@ struct Ending {
 impl Drop for Ending {
     fn drop(&mut self) {
         if !self.op.ended() {
-            self.op.finish(Err(ApiError::new(ErrorCode::Internal, "the operation was dropped before its end")));
+            self.op.finish(Err(ApiError::new(
+                ErrorCode::Internal,
+                "the operation was dropped before its end",
+            )));
         }
     }
 }

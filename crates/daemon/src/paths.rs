@@ -81,7 +81,11 @@ impl Paths {
         let length = runtime.as_os_str().len();
         let max = SOCKET_PATH_MAX - SOCKET_TAIL;
         if length > max {
-            return Err(PathError::TooLong { path: runtime, length, max });
+            return Err(PathError::TooLong {
+                path: runtime,
+                length,
+                max,
+            });
         }
         Ok(Self {
             runtime,
@@ -137,7 +141,10 @@ impl Paths {
 
     /// Files of one machine.
     pub fn machine(&self, id: &MachineId) -> MachinePaths {
-        MachinePaths { state: self.machines().join(id.as_str()), run: self.machines_run().join(id.as_str()) }
+        MachinePaths {
+            state: self.machines().join(id.as_str()),
+            run: self.machines_run().join(id.as_str()),
+        }
     }
 
     /// Makes the directories. The runtime directory must be ours alone; it may stand in `/tmp`.
@@ -159,14 +166,23 @@ impl Paths {
 
 /// Makes a directory and those above it, with the process's umask.
 fn make_all(path: &Path) -> Result<(), PathError> {
-    std::fs::create_dir_all(path).map_err(|source| PathError::Io { path: path.to_owned(), source })
+    std::fs::create_dir_all(path).map_err(|source| PathError::Io {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Makes a directory that only its owner can enter, or makes sure that an existing one is that: a real directory, owned by
 /// `uid`. Looser permissions of an own directory are tightened. Everything is decided on the open descriptor.
 pub fn private_dir(path: &Path, uid: u32) -> Result<OwnedFd, PathError> {
-    let io = |source: rustix::io::Errno| PathError::Io { path: path.to_owned(), source: source.into() };
-    let untrusted = |why: String| PathError::Untrusted { path: path.to_owned(), why };
+    let io = |source: rustix::io::Errno| PathError::Io {
+        path: path.to_owned(),
+        source: source.into(),
+    };
+    let untrusted = |why: String| PathError::Untrusted {
+        path: path.to_owned(),
+        why,
+    };
     match rustix::fs::mkdir(path, Mode::RWXU) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => {}
         Err(e) => return Err(io(e)),
@@ -201,7 +217,11 @@ mod tests {
 
     #[test]
     fn xdg_variables_win_and_relative_ones_do_not_count() {
-        let paths = Paths::from_env(env(&[("HOME", "/h"), ("XDG_RUNTIME_DIR", "/run/u"), ("XDG_STATE_HOME", "rel")]), 7).unwrap();
+        let paths = Paths::from_env(
+            env(&[("HOME", "/h"), ("XDG_RUNTIME_DIR", "/run/u"), ("XDG_STATE_HOME", "rel")]),
+            7,
+        )
+        .unwrap();
         assert_eq!(paths.socket(), Path::new("/run/u/banger/bangerd.sock"));
         assert_eq!(paths.state, Path::new("/h/.local/state/banger"));
         assert_eq!(paths.config, Path::new("/h/.config/banger/config.toml"));
@@ -217,7 +237,10 @@ mod tests {
     #[test]
     fn a_runtime_directory_too_long_for_sockets_is_refused() {
         let long = format!("/{}", "x".repeat(90));
-        assert!(matches!(Paths::from_env(env(&[("HOME", "/h"), ("XDG_RUNTIME_DIR", &long)]), 7), Err(PathError::TooLong { .. })));
+        assert!(matches!(
+            Paths::from_env(env(&[("HOME", "/h"), ("XDG_RUNTIME_DIR", &long)]), 7),
+            Err(PathError::TooLong { .. })
+        ));
     }
 
     #[test]

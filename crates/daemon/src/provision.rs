@@ -24,14 +24,23 @@ const TRIES: usize = 8;
 
 /// Creates a machine: everything is checked, the row is written, and the work is begun.
 pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<(Op, Arc<Machine>), ApiError> {
-    let name = request.name.as_deref().map(MachineName::parse).transpose().map_err(IntoApi::into_api)?;
+    let name = request
+        .name
+        .as_deref()
+        .map(MachineName::parse)
+        .transpose()
+        .map_err(IntoApi::into_api)?;
     let resolved = spec::resolve(&request, &services.config, services.shape().await).map_err(IntoApi::into_api)?;
     let image_size = services.stock.check_image(&resolved.image).await?;
     services.stock.check_kernel(&resolved.kernel).await?;
     if let Some(size) = image_size
         && resolved.disk_bytes < size
     {
-        return Err(spec::SpecError::DiskBelowImage { wanted: resolved.disk_bytes, image: size }.into_api());
+        return Err(spec::SpecError::DiskBelowImage {
+            wanted: resolved.disk_bytes,
+            image: size,
+        }
+        .into_api());
     }
     let engine = services.engine().await?;
     let spec = MachineSpec {
@@ -56,7 +65,9 @@ pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<
     let (asks, queue) = mpsc::channel(task::QUEUE);
     let m = Machine::new(services.clone(), row, asks);
     services.remember(m.clone());
-    let first = task::yields(&op, |superseded| Box::pin(create::run(m.clone(), op.clone(), creation, superseded)));
+    let first = task::yields(&op, |superseded| {
+        Box::pin(create::run(m.clone(), op.clone(), creation, superseded))
+    });
     tokio::spawn(task::run(m.clone(), queue, Some(first)));
     Ok((op, m))
 }
@@ -73,7 +84,9 @@ async fn insert(
             Some(name) => name.as_str().to_owned(),
             None => {
                 let taken: Vec<String> = services.machines().iter().map(|m| m.name()).collect();
-                name::invent(random, |n| taken.iter().any(|t| t == n)).as_str().to_owned()
+                name::invent(random, |n| taken.iter().any(|t| t == n))
+                    .as_str()
+                    .to_owned()
             }
         };
         let mut bytes = [0; 8];
@@ -119,7 +132,11 @@ pub async fn reconcile(services: &Arc<Services>) -> Result<(), ApiError> {
             let work = adopt::reconcile(&m).await;
             let first = work.map(|(work, blocked)| Current {
                 work,
-                manner: if blocked { Manner::Blocked } else { Manner::Bounded(None) },
+                manner: if blocked {
+                    Manner::Blocked
+                } else {
+                    Manner::Bounded(None)
+                },
             });
             tokio::spawn(task::run(m, queue, first));
         });
@@ -135,10 +152,14 @@ pub async fn reconcile(services: &Arc<Services>) -> Result<(), ApiError> {
 
 /// Removes sockets that no row knows. An engine that still has its sockets there is somebody's and stays.
 async fn sweep(services: &Arc<Services>) {
-    let Ok(entries) = std::fs::read_dir(services.paths.machines_run()) else { return };
+    let Ok(entries) = std::fs::read_dir(services.paths.machines_run()) else {
+        return;
+    };
     let known: Vec<MachineId> = services.machines().iter().map(|m| m.id.clone()).collect();
     for entry in entries.flatten() {
-        let Some(id) = entry.file_name().to_str().and_then(|n| MachineId::parse(n).ok()) else { continue };
+        let Some(id) = entry.file_name().to_str().and_then(|n| MachineId::parse(n).ok()) else {
+            continue;
+        };
         if known.contains(&id) {
             continue;
         }

@@ -15,7 +15,7 @@ use crate::ops::Ops;
 use crate::paths::{PathError, Paths};
 use crate::services::Services;
 use crate::stock::Stock;
-use crate::{failpoint, log, provision, server, version};
+use crate::{failpoint, log, memory, provision, server, version};
 
 /// Exit status of a daemon that finds another one in its place.
 pub const EXIT_RUNNING: u8 = 11;
@@ -81,9 +81,18 @@ impl StartError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Db(e) => e.hint(),
-            Self::Config { path, .. } => Some(format!("correct {}, or move it away to use the defaults", path.display())),
+            Self::Config { path, .. } => Some(format!(
+                "correct {}, or move it away to use the defaults",
+                path.display()
+            )),
             _ => None,
         }
+    }
+
+    /// What a person or the command line reads: the error, and what to do about it on a line of its own.
+    pub fn words(&self) -> String {
+        let hint = self.hint().map(|h| format!("\nhint: {h}"));
+        format!("error: {}{}", chain(self), hint.unwrap_or_default())
     }
 
     /// All of it in one line.
@@ -106,6 +115,7 @@ pub struct Prepared {
 
 /// Does everything that must be done before there are threads.
 pub fn prepare() -> Result<Prepared, StartError> {
+    memory::limit();
     rustix::process::umask(Mode::from_raw_mode(0o077));
     let uid = rustix::process::geteuid().as_raw();
     let paths = Paths::from_env(|name| std::env::var_os(name), uid)?;
@@ -115,12 +125,21 @@ pub fn prepare() -> Result<Prepared, StartError> {
     let level = std::env::var("BANGER_LOG_LEVEL").unwrap_or_else(|_| config.log_level.as_str().to_owned());
     log::init(&paths.log(), &level).map_err(|source| io_error("open the log", &paths.log(), source))?;
     failpoint::init(std::env::var("BANGER_FAILPOINT").ok().as_deref()).map_err(StartError::Failpoint)?;
-    let socket = server::bind(&paths.socket()).map_err(|source| io_error("bind the socket", &paths.socket(), source))?;
-    Ok(Prepared { paths, config, socket, _locks: locks })
+    let socket =
+        server::bind(&paths.socket()).map_err(|source| io_error("bind the socket", &paths.socket(), source))?;
+    Ok(Prepared {
+        paths,
+        config,
+        socket,
+        _locks: locks,
+    })
 }
 
 fn io_error(what: &str, path: &Path, source: io::Error) -> StartError {
-    StartError::Io { what: format!("{what} {}", path.display()), source }
+    StartError::Io {
+        what: format!("{what} {}", path.display()),
+        source,
+    }
 }
 
 fn lock(path: &Path) -> Result<OwnedFd, StartError> {
@@ -140,7 +159,10 @@ fn lock(path: &Path) -> Result<OwnedFd, StartError> {
 
 fn read_config(path: &Path) -> Result<Config, StartError> {
     use std::io::Read;
-    let failed = |source| StartError::ConfigFile { path: path.to_owned(), source };
+    let failed = |source| StartError::ConfigFile {
+        path: path.to_owned(),
+        source,
+    };
     let mut text = String::new();
     match File::open(path) {
         Ok(file) => {
@@ -149,7 +171,10 @@ fn read_config(path: &Path) -> Result<Config, StartError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Config::default()),
         Err(e) => return Err(failed(e)),
     }
-    Config::parse(&text).map_err(|source| StartError::Config { path: path.to_owned(), source })
+    Config::parse(&text).map_err(|source| StartError::Config {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Where `banger-shim` and `banger-agent` are: beside the daemon, or in `../lib/banger`, or where `BANGER_LIBEXEC` says.
@@ -159,20 +184,32 @@ pub fn libexec() -> PathBuf {
     }
     let own = std::env::current_exe().unwrap_or_default();
     // A running binary that was replaced by an update still knows its place.
-    let own = own.to_str().map_or(own.clone(), |p| PathBuf::from(p.trim_end_matches(" (deleted)")));
+    let own = own
+        .to_str()
+        .map_or(own.clone(), |p| PathBuf::from(p.trim_end_matches(" (deleted)")));
     let beside = own.parent().map(Path::to_owned).unwrap_or_default();
     let installed = beside.join("../lib/banger");
-    if !beside.join("banger-shim").is_file() && installed.join("banger-shim").is_file() { installed } else { beside }
+    if !beside.join("banger-shim").is_file() && installed.join("banger-shim").is_file() {
+        installed
+    } else {
+        beside
+    }
 }
 
 /// Runs the daemon to its end. `listening` is called once clients are served.
 pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), StartError> {
-    let Prepared { paths, config, socket, _locks } = prepared;
+    let Prepared {
+        paths,
+        config,
+        socket,
+        _locks,
+    } = prepared;
     tracing::info!(version = version::VERSION, commit = version::COMMIT, state = %paths.state.display(), "daemon starts");
     let db = Db::open(&paths.database())?;
     let ops = Arc::new(Ops::open(db.clone()).await?);
     let libexec = libexec();
-    let stock = Stock::open(&paths, db.clone(), ops.clone(), &libexec).map_err(|source| io_error("open the store", &paths.store(), source))?;
+    let stock = Stock::open(&paths, db.clone(), ops.clone(), &libexec)
+        .map_err(|source| io_error("open the store", &paths.store(), source))?;
     let socket_path = paths.socket();
     let services = Arc::new(Services::new(paths, config, db, ops, stock, libexec));
     // A row that can't be read is told to whoever starts the daemon.
@@ -191,6 +228,7 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     let served = server::serve(socket, services.clone()).await;
     services.stopping.cancel();
     let _ = std::fs::remove_file(&socket_path);
+    services.db.checkpoint().await;
     tracing::info!("daemon ends, machines run on");
     served.map_err(|source| io_error("serve", &socket_path, source))
 }

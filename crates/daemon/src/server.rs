@@ -129,7 +129,15 @@ impl axum::serve::Listener for Listener {
             };
             match stream.peer_cred() {
                 Ok(peer) if may_connect(peer.uid(), self.uid) => match self.clients.enter() {
-                    Some(client) => return (Connection { stream, _client: client }, ()),
+                    Some(client) => {
+                        return (
+                            Connection {
+                                stream,
+                                _client: client,
+                            },
+                            (),
+                        );
+                    }
                     None => tracing::warn!(limit = MAX_CLIENTS, "too many clients: closed"),
                 },
                 Ok(peer) => tracing::warn!(uid = peer.uid(), pid = peer.pid(), "a peer of another user: closed"),
@@ -152,7 +160,11 @@ fn may_connect(peer: u32, own: u32) -> bool {
 pub async fn serve(socket: std::os::unix::net::UnixListener, services: Arc<Services>) -> io::Result<()> {
     let clients = Arc::new(Clients::default());
     let uid = rustix::process::geteuid().as_raw();
-    let listener = Listener { socket: UnixListener::from_std(socket)?, uid, clients: clients.clone() };
+    let listener = Listener {
+        socket: UnixListener::from_std(socket)?,
+        uid,
+        clients: clients.clone(),
+    };
     let idle_exit = services.config.daemon.idle_exit.0;
     if !idle_exit.is_zero() {
         tokio::spawn(exit_when_idle(services.clone(), clients, idle_exit));

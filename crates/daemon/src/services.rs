@@ -51,7 +51,9 @@ pub struct Services {
 
 impl std::fmt::Debug for Services {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Services").field("paths", &self.paths).finish_non_exhaustive()
+        f.debug_struct("Services")
+            .field("paths", &self.paths)
+            .finish_non_exhaustive()
     }
 }
 
@@ -92,7 +94,10 @@ impl Services {
     /// Size of the host, for defaults and limits.
     pub async fn shape(&self) -> Shape {
         let host = self.host().await;
-        Shape { cpus: host.usable_cpus, memory_mib: host.memory_mib }
+        Shape {
+            cpus: host.usable_cpus,
+            memory_mib: host.memory_mib,
+        }
     }
 
     /// The engine driver. One that is not installed is looked for again at every request.
@@ -103,21 +108,31 @@ impl Services {
         let mut options = Options::new(self.libexec.join("banger-shim"));
         options.binary = self.config.qemu_bin.as_ref().map(PathBuf::from);
         let detected = tokio::task::spawn_blocking(move || Qemu::detect(options)).await;
-        let detected = detected.map_err(|e| ApiError::new(ErrorCode::Unavailable, format!("the daemon is stopping: {e}")))?;
+        let detected =
+            detected.map_err(|e| ApiError::new(ErrorCode::Unavailable, format!("the daemon is stopping: {e}")))?;
         let engine: Arc<dyn Engine> = Arc::new(detected.map_err(IntoApi::into_api)?);
         Ok(self.engine.get_or_init(|| engine).clone())
     }
 
     /// All machines, oldest first.
     pub fn machines(&self) -> Vec<Arc<Machine>> {
-        let mut list: Vec<_> = self.machines.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let mut list: Vec<_> = self
+            .machines
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect();
         list.sort_by_cached_key(|m| (m.row().created_at, m.id.clone()));
         list
     }
 
     /// Makes a machine known.
     pub fn remember(&self, machine: Arc<Machine>) {
-        self.machines.write().unwrap_or_else(PoisonError::into_inner).insert(machine.id.clone(), machine);
+        self.machines
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(machine.id.clone(), machine);
     }
 
     /// Forgets a machine that is no more.

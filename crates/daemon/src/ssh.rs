@@ -57,7 +57,11 @@ pub struct Ssh {
 impl Ssh {
     /// Those below `dir`.
     pub fn new(dir: PathBuf) -> Self {
-        Self { dir, user_key: OnceCell::new(), known_hosts: Mutex::new(()) }
+        Self {
+            dir,
+            user_key: OnceCell::new(),
+            known_hosts: Mutex::new(()),
+        }
     }
 
     /// The private key of banger.
@@ -83,13 +87,21 @@ impl Ssh {
     }
 
     async fn keys(&self, dir: &Path, id: &MachineId, name: &str) -> Result<MachineKeys, SshError> {
-        let user = self.user_key.get_or_try_init(|| async { keypair(&self.key_path(), "banger").await }).await?;
+        let user = self
+            .user_key
+            .get_or_try_init(|| async { keypair(&self.key_path(), "banger").await })
+            .await?;
         let path = dir.join("ssh_host_ed25519_key");
         let public = keypair(&path, &format!("{id}.banger")).await?;
-        let host_key = std::fs::read_to_string(&path)
-            .map_err(|source| SshError::Io { what: format!("read {}", path.display()), source })?;
+        let host_key = std::fs::read_to_string(&path).map_err(|source| SshError::Io {
+            what: format!("read {}", path.display()),
+            source,
+        })?;
         self.pin(id, name, Some(&public)).await?;
-        Ok(MachineKeys { authorized_keys: vec![user.clone()], host_key: Some(host_key) })
+        Ok(MachineKeys {
+            authorized_keys: vec![user.clone()],
+            host_key: Some(host_key),
+        })
     }
 
     /// Renames a machine's entry.
@@ -108,7 +120,10 @@ impl Ssh {
 
     async fn pin(&self, id: &MachineId, name: &str, public: Option<&str>) -> Result<(), SshError> {
         let path = self.known_hosts_path();
-        let failed = |what: &str, source| SshError::Io { what: format!("{what} {}", path.display()), source };
+        let failed = |what: &str, source| SshError::Io {
+            what: format!("{what} {}", path.display()),
+            source,
+        };
         let _turn = self.known_hosts.lock().await;
         let old = match std::fs::read_to_string(&path) {
             Ok(text) => text,
@@ -162,20 +177,29 @@ async fn keypair(path: &Path, comment: &str) -> Result<String, SshError> {
     // Half a pair, of a making that was cut off, is made anew.
     let _ = std::fs::remove_file(path);
     let mut keygen = Command::new("ssh-keygen");
-    keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", comment, "-f"]).arg(path);
+    keygen
+        .args(["-q", "-t", "ed25519", "-N", "", "-C", comment, "-f"])
+        .arg(path);
     keygen.stdin(std::process::Stdio::null()).kill_on_drop(true);
     let output = match tokio::time::timeout(KEYGEN, keygen.output()).await {
         Err(_) => return Err(SshError::Failed(format!("it did not end within {KEYGEN:?}"))),
         Ok(Err(e)) if e.kind() == std::io::ErrorKind::NotFound => return Err(SshError::Missing),
-        Ok(Err(source)) => return Err(SshError::Io { what: "run ssh-keygen".to_owned(), source }),
+        Ok(Err(source)) => {
+            return Err(SshError::Io {
+                what: "run ssh-keygen".to_owned(),
+                source,
+            });
+        }
         Ok(Ok(output)) => output,
     };
     if !output.status.success() {
         let words: String = String::from_utf8_lossy(&output.stderr).chars().take(300).collect();
         return Err(SshError::Failed(words.trim().to_owned()));
     }
-    let text = std::fs::read_to_string(&public)
-        .map_err(|source| SshError::Io { what: format!("read {}", public.display()), source })?;
+    let text = std::fs::read_to_string(&public).map_err(|source| SshError::Io {
+        what: format!("read {}", public.display()),
+        source,
+    })?;
     Ok(text.trim().to_owned())
 }
 
@@ -192,7 +216,10 @@ mod tests {
     #[test]
     fn a_machine_has_two_lines_and_a_rename_moves_one() {
         let one = edit("", &id(1), "box", Some("ssh-ed25519 AAAA comment"));
-        assert_eq!(one, "0101010101010101.banger ssh-ed25519 AAAA 0101010101010101.banger\nbox.vm ssh-ed25519 AAAA 0101010101010101.banger\n");
+        assert_eq!(
+            one,
+            "0101010101010101.banger ssh-ed25519 AAAA 0101010101010101.banger\nbox.vm ssh-ed25519 AAAA 0101010101010101.banger\n"
+        );
         let renamed = edit(&one, &id(1), "other", Some("ssh-ed25519 AAAA comment"));
         assert!(renamed.contains("\nother.vm ") && !renamed.contains("box.vm"));
         assert_eq!(edit(&renamed, &id(1), "", None), "");
@@ -226,7 +253,10 @@ mod tests {
 
     #[tokio::test]
     async fn keys_are_made_once_and_stay() {
-        if !["/usr/bin/ssh-keygen", "/bin/ssh-keygen"].iter().any(|p| Path::new(p).exists()) {
+        if !["/usr/bin/ssh-keygen", "/bin/ssh-keygen"]
+            .iter()
+            .any(|p| Path::new(p).exists())
+        {
             eprintln!("skipped: no ssh-keygen");
             return;
         }
@@ -239,7 +269,13 @@ mod tests {
         let second = Ssh::new(tmp.path().to_owned()).keys(&dir, &id(1), "box").await.unwrap();
         assert_eq!(first.authorized_keys, second.authorized_keys);
         assert_eq!(first.host_key, second.host_key);
-        assert_eq!(std::fs::metadata(dir.join("ssh_host_ed25519_key")).unwrap().mode() & 0o777, 0o600);
-        assert_eq!(std::fs::read_to_string(ssh.known_hosts_path()).unwrap().lines().count(), 2);
+        assert_eq!(
+            std::fs::metadata(dir.join("ssh_host_ed25519_key")).unwrap().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(
+            std::fs::read_to_string(ssh.known_hosts_path()).unwrap().lines().count(),
+            2
+        );
     }
 }

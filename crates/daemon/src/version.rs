@@ -14,5 +14,9 @@ pub const COMMIT: &str = match option_env!("BANGER_COMMIT") {
 
 /// What this build is, as the API says it.
 pub fn info() -> VersionInfo {
-    VersionInfo { version: VERSION.to_owned(), commit: COMMIT.to_owned(), api_version: API_VERSION }
+    VersionInfo {
+        version: VERSION.to_owned(),
+        commit: COMMIT.to_owned(),
+        api_version: API_VERSION,
+    }
 }

@@ -38,7 +38,10 @@ pub fn request(method: Method, path: &str, body: Body) -> Result<Request<Body>, 
         .method(method)
         .uri(&uri)
         .body(body)
-        .map_err(|e| LinkError::Answer { what: path.to_owned(), why: format!("an impossible request: {e}") })
+        .map_err(|e| LinkError::Answer {
+            what: path.to_owned(),
+            why: format!("an impossible request: {e}"),
+        })
 }
 
 /// Encodes a value for a query.
@@ -64,7 +67,10 @@ impl Link {
             return Ok(health);
         }
         let found = sanitize::text(&health.machine_id, 32);
-        Err(LinkError::WrongMachine { wanted: self.id().to_string(), found })
+        Err(LinkError::WrongMachine {
+            wanted: self.id().to_string(),
+            found,
+        })
     }
 
     /// Makes the machine itself.
@@ -95,14 +101,19 @@ impl Link {
 
     /// Figures from inside.
     pub async fn stats(&self, within: Duration) -> Result<GuestStats, LinkError> {
-        self.call(Method::GET, "/v1/stats", empty(), Instant::now() + within, within).await
+        self.call(Method::GET, "/v1/stats", empty(), Instant::now() + within, within)
+            .await
     }
 
     /// Asks the guest to go down.
     pub async fn shutdown(&self, graceful: bool, within: Duration) -> Result<(), LinkError> {
         let body = full(json(&Shutdown { graceful })?);
         let answer = self
-            .send(request(Method::POST, "/v1/shutdown", body)?, Instant::now() + within, Some(within))
+            .send(
+                request(Method::POST, "/v1/shutdown", body)?,
+                Instant::now() + within,
+                Some(within),
+            )
             .await?;
         refusal("shutdown", answer).await.map(|_| ())
     }
@@ -114,12 +125,19 @@ impl Link {
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, LinkError> {
-        self.call(Method::GET, path, empty(), Instant::now() + RECONNECT, CALL).await
+        self.call(Method::GET, path, empty(), Instant::now() + RECONNECT, CALL)
+            .await
     }
 
-    async fn post<T: DeserializeOwned>(&self, path: &str, value: &impl Serialize, within: Duration) -> Result<T, LinkError> {
+    async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        value: &impl Serialize,
+        within: Duration,
+    ) -> Result<T, LinkError> {
         let body = full(json(value)?);
-        self.call(Method::POST, path, body, Instant::now() + within, within).await
+        self.call(Method::POST, path, body, Instant::now() + within, within)
+            .await
     }
 
     async fn call<T: DeserializeOwned>(
@@ -130,7 +148,9 @@ impl Link {
         connect_by: Instant,
         within: Duration,
     ) -> Result<T, LinkError> {
-        let answer = self.send(request(method, path, body)?, connect_by, Some(within)).await?;
+        let answer = self
+            .send(request(method, path, body)?, connect_by, Some(within))
+            .await?;
         let answer = refusal(path, answer).await?;
         read(answer, path, within).await
     }
@@ -140,14 +160,22 @@ async fn read<T: DeserializeOwned>(answer: Response<Incoming>, path: &str, withi
     let what = || path.split('?').next().unwrap_or(path).to_owned();
     let bytes = timeout(within, collect(answer.into_body()))
         .await
-        .map_err(|_| LinkError::Timeout { what: format!("finish its answer to {}", what()), after: within })?
+        .map_err(|_| LinkError::Timeout {
+            what: format!("finish its answer to {}", what()),
+            after: within,
+        })?
         .map_err(|why| LinkError::Answer { what: what(), why })?;
-    serde_json::from_slice(&bytes)
-        .map_err(|e| LinkError::Answer { what: what(), why: format!("JSON that does not fit: {e}") })
+    serde_json::from_slice(&bytes).map_err(|e| LinkError::Answer {
+        what: what(),
+        why: format!("JSON that does not fit: {e}"),
+    })
 }
 
 fn json(value: &impl Serialize) -> Result<Vec<u8>, LinkError> {
-    serde_json::to_vec(value).map_err(|e| LinkError::Answer { what: "a request".to_owned(), why: e.to_string() })
+    serde_json::to_vec(value).map_err(|e| LinkError::Answer {
+        what: "a request".to_owned(),
+        why: e.to_string(),
+    })
 }
 
 async fn collect(body: Incoming) -> Result<Bytes, String> {
@@ -164,7 +192,9 @@ pub async fn refusal(what: &str, answer: Response<Incoming>) -> Result<Response<
     if status.is_success() {
         return Ok(answer);
     }
-    let bytes = timeout(CALL, collect(answer.into_body())).await.unwrap_or_else(|_| Err(String::new()));
+    let bytes = timeout(CALL, collect(answer.into_body()))
+        .await
+        .unwrap_or_else(|_| Err(String::new()));
     match bytes.ok().and_then(|b| serde_json::from_slice::<ErrorBody>(&b).ok()) {
         Some(body) => Err(LinkError::Refused(sanitize::error(&body.error))),
         None => Err(LinkError::Answer {

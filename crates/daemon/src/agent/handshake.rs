@@ -81,12 +81,19 @@ where
     .await
     .map_err(|_| silent())?
     .map_err(broken)?;
-    Ok(Channel { stream, answer: answer.encode(), pending: rest, skipping: true })
+    Ok(Channel {
+        stream,
+        answer: answer.encode(),
+        pending: rest,
+        skipping: true,
+    })
 }
 
 fn broken(e: io::Error) -> HandshakeError {
     match e.kind() {
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof => HandshakeError::Closed,
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof => {
+            HandshakeError::Closed
+        }
         _ => HandshakeError::Io(e),
     }
 }
@@ -245,7 +252,9 @@ mod tests {
     async fn a_guest_that_never_answers_is_given_up_in_time() {
         let (host, guest) = tokio::io::duplex(64);
         let began = Instant::now();
-        let error = shake(host, NONCE, Instant::now() + Duration::from_millis(300)).await.unwrap_err();
+        let error = shake(host, NONCE, Instant::now() + Duration::from_millis(300))
+            .await
+            .unwrap_err();
         assert!(matches!(error, HandshakeError::Silent(_)), "{error}");
         assert!(began.elapsed() < Duration::from_secs(2));
         drop(guest);
@@ -261,9 +270,16 @@ mod tests {
     #[tokio::test]
     async fn another_protocol_is_named() {
         let (host, mut guest) = tokio::io::duplex(4096);
-        let other = Greeting { kind: GreetingKind::Answer, protocol: 99, nonce: NONCE };
+        let other = Greeting {
+            kind: GreetingKind::Answer,
+            protocol: 99,
+            nonce: NONCE,
+        };
         guest.write_all(&other.encode()).await.unwrap();
-        assert!(matches!(shake(host, NONCE, soon()).await, Err(HandshakeError::Protocol { found: 99 })));
+        assert!(matches!(
+            shake(host, NONCE, soon()).await,
+            Err(HandshakeError::Protocol { found: 99 })
+        ));
     }
 
     #[tokio::test]
@@ -271,7 +287,10 @@ mod tests {
         let (host, mut guest) = tokio::io::duplex(1 << 16);
         let flood = tokio::spawn(async move { while guest.write_all(&[0; 4096]).await.is_ok() {} });
         let error = shake(host, NONCE, soon()).await.unwrap_err();
-        assert!(matches!(error, HandshakeError::Silent(_) | HandshakeError::Noise(_)), "{error}");
+        assert!(
+            matches!(error, HandshakeError::Silent(_) | HandshakeError::Noise(_)),
+            "{error}"
+        );
         let _ = flood.await;
     }
 }

@@ -147,7 +147,12 @@ impl std::fmt::Debug for Link {
 impl Link {
     /// A link that is not connected yet.
     pub fn new(id: MachineId, dial: Box<dyn Dial>) -> Self {
-        Self { id, dial, connection: Mutex::new(None), relays: Arc::new(Semaphore::new(MAX_RELAYS)) }
+        Self {
+            id,
+            dial,
+            connection: Mutex::new(None),
+            relays: Arc::new(Semaphore::new(MAX_RELAYS)),
+        }
     }
 
     /// The machine.
@@ -163,10 +168,12 @@ impl Link {
     /// The connection, made if there is none. Whoever comes second waits for the first one's handshake.
     pub async fn connect(&self, deadline: Instant) -> Result<http2::SendRequest<Body>, LinkError> {
         let began = Instant::now();
-        let mut held = timeout_at(deadline, self.connection.lock()).await.map_err(|_| LinkError::Timeout {
-            what: "be connected".to_owned(),
-            after: deadline.duration_since(began),
-        })?;
+        let mut held = timeout_at(deadline, self.connection.lock())
+            .await
+            .map_err(|_| LinkError::Timeout {
+                what: "be connected".to_owned(),
+                after: deadline.duration_since(began),
+            })?;
         if let Some(connection) = &*held
             && !connection.send.is_closed()
         {
@@ -177,13 +184,19 @@ impl Link {
             old.driver.abort();
             drop(old);
         }
-        let stream = timeout(CONNECT.min(deadline.duration_since(began)), self.dial.dial()).await.map_err(|_| {
-            LinkError::Timeout { what: "be connected: the engine accepted no connection".to_owned(), after: CONNECT }
-        })??;
+        let stream = timeout(CONNECT.min(deadline.duration_since(began)), self.dial.dial())
+            .await
+            .map_err(|_| LinkError::Timeout {
+                what: "be connected: the engine accepted no connection".to_owned(),
+                after: CONNECT,
+            })??;
         let mut nonce = [0; 16];
         getrandom::fill(&mut nonce).map_err(|e| HandshakeError::Io(std::io::Error::other(e)))?;
         let channel = shake(stream, nonce, deadline).await?;
-        let connection = start(channel).await.map_err(|source| LinkError::Broken { doing: "connecting".to_owned(), source })?;
+        let connection = start(channel).await.map_err(|source| LinkError::Broken {
+            doing: "connecting".to_owned(),
+            source,
+        })?;
         tracing::debug!(machine = %self.id, ms = began.elapsed().as_millis() as u64, "agent connected");
         let send = connection.send.clone();
         *held = Some(connection);
@@ -203,18 +216,27 @@ impl Link {
         answer_within: Option<Duration>,
     ) -> Result<Response<Incoming>, LinkError> {
         let what = format!("{} {}", request.method(), request.uri().path());
-        let broken = |source| LinkError::Broken { doing: what.clone(), source };
+        let broken = |source| LinkError::Broken {
+            doing: what.clone(),
+            source,
+        };
         let mut send = self.connect(connect_by).await?;
         timeout_at(connect_by, send.ready())
             .await
-            .map_err(|_| LinkError::Timeout { what: format!("take {what}"), after: CONNECT })?
+            .map_err(|_| LinkError::Timeout {
+                what: format!("take {what}"),
+                after: CONNECT,
+            })?
             .map_err(broken)?;
         let answer = send.send_request(request);
         match answer_within {
             None => answer.await.map_err(broken),
             Some(after) => timeout(after, answer)
                 .await
-                .map_err(|_| LinkError::Timeout { what: format!("answer {what}"), after })?
+                .map_err(|_| LinkError::Timeout {
+                    what: format!("answer {what}"),
+                    after,
+                })?
                 .map_err(broken),
         }
     }

@@ -14,5 +14,7 @@ pub mod sanitize;
 
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+mod tests;
 
 pub use link::{Link, LinkError};

@@ -71,7 +71,12 @@ pub async fn session(socket: WebSocket, link: &Link, path: &str, sanitize_error:
 
 async fn close(mut sink: SplitSink<WebSocket, Message>, mut stream: SplitStream<WebSocket>) {
     let closing = async {
-        let _ = sink.send(Message::Close(Some(CloseFrame { code: 1000, reason: "".into() }))).await;
+        let _ = sink
+            .send(Message::Close(Some(CloseFrame {
+                code: 1000,
+                reason: "".into(),
+            })))
+            .await;
         while let Some(Ok(_)) = stream.next().await {}
     };
     let _ = tokio::time::timeout(CLOSE, closing).await;
@@ -148,7 +153,9 @@ impl Cutter {
     /// The next frame in the form of the WebSocket: the kind is written over the header's last byte, so that the payload
     /// stays where it is.
     fn next(&mut self) -> Result<Option<(Kind, Bytes)>, String> {
-        let Some(head) = self.buffer.get(..HEADER) else { return Ok(None) };
+        let Some(head) = self.buffer.get(..HEADER) else {
+            return Ok(None);
+        };
         let kind = Kind::from_u8(head[0]).ok_or_else(|| FrameError::UnknownKind(head[0]).to_string())?;
         if !is_agents(kind) {
             return Err(format!("a {kind:?} frame, which only clients send"));
@@ -169,16 +176,23 @@ impl Cutter {
 
 async fn frames_down(mut body: Incoming, sink: &mut SplitSink<WebSocket, Message>) -> Result<(), LinkError> {
     let mut cutter = Cutter::default();
-    let wrong = |why: String| LinkError::Answer { what: "the session".to_owned(), why };
+    let wrong = |why: String| LinkError::Answer {
+        what: "the session".to_owned(),
+        why,
+    };
     let mut last = false;
     while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|source| LinkError::Broken { doing: "relaying the session".to_owned(), source })?;
+        let frame = frame.map_err(|source| LinkError::Broken {
+            doing: "relaying the session".to_owned(),
+            source,
+        })?;
         let Ok(data) = frame.into_data() else { continue };
         cutter.push(&data);
         drop(data);
         while let Some((kind, mut message)) = cutter.next().map_err(wrong)? {
             if kind == Kind::Error {
-                let error: ApiError = serde_json::from_slice(&message[1..]).map_err(|e| wrong(format!("an error that does not fit: {e}")))?;
+                let error: ApiError = serde_json::from_slice(&message[1..])
+                    .map_err(|e| wrong(format!("an error that does not fit: {e}")))?;
                 message = Frame::json(Kind::Error, &sanitize::error(&error)).to_message().into();
             }
             last |= matches!(kind, Kind::Exit | Kind::Error);
@@ -191,7 +205,11 @@ async fn frames_down(mut body: Incoming, sink: &mut SplitSink<WebSocket, Message
             return Ok(());
         }
     }
-    if last { Ok(()) } else { Err(wrong("an end before the session's last frame".to_owned())) }
+    if last {
+        Ok(())
+    } else {
+        Err(wrong("an end before the session's last frame".to_owned()))
+    }
 }
 
 /// Relays raw bytes until both directions have ended, or one is broken. The client ends its direction with an empty message,
@@ -206,7 +224,10 @@ pub async fn raw(socket: WebSocket, link: &Link, path: &str, sanitize_error: imp
             let answer = link.send(request, Instant::now() + RECONNECT, None).await?;
             let mut body = refusal("the connection", answer).await?.into_body();
             while let Some(frame) = body.frame().await {
-                let frame = frame.map_err(|source| LinkError::Broken { doing: "relaying a connection".to_owned(), source })?;
+                let frame = frame.map_err(|source| LinkError::Broken {
+                    doing: "relaying a connection".to_owned(),
+                    source,
+                })?;
                 if let Ok(data) = frame.into_data()
                     && !data.is_empty()
                     && sink.send(Message::Binary(data)).await.is_err()
@@ -229,8 +250,18 @@ pub async fn raw(socket: WebSocket, link: &Link, path: &str, sanitize_error: imp
     if let Err(error) = outcome {
         let error = sanitize_error(error);
         tracing::info!(machine = %link.id(), error = %error.message, "connection relay ended");
-        let reason = error.message.chars().take(100).filter(char::is_ascii).collect::<String>();
-        let _ = sink.send(Message::Close(Some(CloseFrame { code: 1011, reason: reason.into() }))).await;
+        let reason = error
+            .message
+            .chars()
+            .take(100)
+            .filter(char::is_ascii)
+            .collect::<String>();
+        let _ = sink
+            .send(Message::Close(Some(CloseFrame {
+                code: 1011,
+                reason: reason.into(),
+            })))
+            .await;
     }
     close(sink, stream).await;
 }

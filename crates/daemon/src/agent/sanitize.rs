@@ -15,7 +15,11 @@ const ARGUMENTS: usize = 64;
 
 /// Cuts to `max` characters and replaces what is not printable.
 pub fn text(text: &str, max: usize) -> String {
-    let mut out: String = text.chars().take(max).map(|c| if printable(c) { c } else { '\u{fffd}' }).collect();
+    let mut out: String = text
+        .chars()
+        .take(max)
+        .map(|c| if printable(c) { c } else { '\u{fffd}' })
+        .collect();
     if text.chars().nth(max).is_some() {
         out.push('…');
     }
@@ -24,7 +28,8 @@ pub fn text(text: &str, max: usize) -> String {
 
 /// Control characters and those that turn the direction of text around are not.
 fn printable(c: char) -> bool {
-    !c.is_control() && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}')
+    !c.is_control()
+        && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}')
 }
 
 /// What a guest says of itself.

@@ -27,7 +27,12 @@ pub(super) async fn status(State(app): State<App>) -> Json<DaemonStatus> {
         started_at: app.started_at.clone(),
         resident_bytes: crate::stats::resident_bytes(std::process::id()).unwrap_or(0),
         machines: machines.len().try_into().unwrap_or(u32::MAX),
-        running: machines.iter().filter(|m| m.state() == MachineState::Running).count().try_into().unwrap_or(u32::MAX),
+        running: machines
+            .iter()
+            .filter(|m| m.state() == MachineState::Running)
+            .count()
+            .try_into()
+            .unwrap_or(u32::MAX),
         state_dir: app.paths.state.display().to_string(),
         socket: app.paths.socket().display().to_string(),
         log: app.paths.log().display().to_string(),
@@ -52,7 +57,9 @@ pub(super) struct Checks {
 /// Looks at everything that banger needs, and changes nothing.
 #[utoipa::path(get, path = "/v1/doctor", tag = "daemon", responses((status = 200, body = Checks)))]
 pub(super) async fn doctor(State(app): State<App>) -> Json<Checks> {
-    Json(Checks { checks: doctor::run(&app).await })
+    Json(Checks {
+        checks: doctor::run(&app).await,
+    })
 }
 
 /// This document.

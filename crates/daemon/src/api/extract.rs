@@ -15,13 +15,19 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     type Rejection = Failure;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Failure> {
-        let bytes = Bytes::from_request(request, state)
-            .await
-            .map_err(|e| Failure(ApiError::new(ErrorCode::BadRequest, format!("the body cannot be read: {e}"))))?;
+        let bytes = Bytes::from_request(request, state).await.map_err(|e| {
+            Failure(ApiError::new(
+                ErrorCode::BadRequest,
+                format!("the body cannot be read: {e}"),
+            ))
+        })?;
         let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
-        serde_json::from_slice(text)
-            .map(Self)
-            .map_err(|e| Failure(ApiError::new(ErrorCode::BadRequest, format!("the body does not fit: {e}"))))
+        serde_json::from_slice(text).map(Self).map_err(|e| {
+            Failure(ApiError::new(
+                ErrorCode::BadRequest,
+                format!("the body does not fit: {e}"),
+            ))
+        })
     }
 }
 
@@ -34,6 +40,11 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failure> {
         Query::try_from_uri(&parts.uri)
             .map(|Query(params)| Self(params))
-            .map_err(|e| Failure(ApiError::new(ErrorCode::BadRequest, format!("the query does not fit: {e}"))))
+            .map_err(|e| {
+                Failure(ApiError::new(
+                    ErrorCode::BadRequest,
+                    format!("the query does not fit: {e}"),
+                ))
+            })
     }
 }

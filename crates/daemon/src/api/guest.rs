@@ -43,7 +43,10 @@ async fn link(app: &App, reference: &str) -> Result<(Arc<Machine>, Arc<Link>), A
     task::check_agent(&m)?;
     let Some(live) = m.live() else {
         let why = m.row().cause.unwrap_or_else(|| "its engine is not up yet".to_owned());
-        return Err(ApiError::new(ErrorCode::WrongState, format!("machine `{}` cannot be talked to: {why}", m.name())));
+        return Err(ApiError::new(
+            ErrorCode::WrongState,
+            format!("machine `{}` cannot be talked to: {why}", m.name()),
+        ));
     };
     Ok((m, live.link))
 }
@@ -60,7 +63,9 @@ pub(super) struct Sessions {
     responses((status = 200, body = Sessions), (status = "4XX", body = ErrorBody)))]
 pub(super) async fn sessions(State(app): State<App>, Path(reference): Path<String>) -> Answer<Json<Sessions>> {
     let (_, link) = link(&app, &reference).await?;
-    Ok(Json(Sessions { sessions: link.sessions().await? }))
+    Ok(Json(Sessions {
+        sessions: link.sessions().await?,
+    }))
 }
 
 /// Opens or attaches to an exec session: a WebSocket whose binary messages are the frames of `banger_proto::frame`.
@@ -72,7 +77,10 @@ pub(super) async fn attach(
     Path((reference, id)): Path<(String, String)>,
     upgrade: WebSocketUpgrade,
 ) -> Answer<Response> {
-    let fits = (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
+    let fits = (1..=64).contains(&id.len())
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-'));
     if !fits {
         let message = "a session id has 1 to 64 characters of a-z, A-Z, 0-9, `_` and `-`";
         return Err(Failure(ApiError::new(ErrorCode::BadRequest, message)));
@@ -107,7 +115,10 @@ pub(super) struct PathParams {
 impl PathParams {
     fn check(&self) -> Result<String, ApiError> {
         if self.path.len() > 4095 || self.path.contains('\0') || !self.path.starts_with('/') {
-            return Err(ApiError::new(ErrorCode::BadRequest, "a path in the guest is absolute and has at most 4095 bytes"));
+            return Err(ApiError::new(
+                ErrorCode::BadRequest,
+                "a path in the guest is absolute and has at most 4095 bytes",
+            ));
         }
         Ok(query_value(&self.path))
     }
@@ -149,7 +160,11 @@ pub(super) async fn write_files(
     let (_, link) = link(&app, &reference).await?;
     let _permit = link.relay_permit()?;
     let body = body.into_body().map_err(Into::into);
-    let request = request(Method::PUT, &format!("/v1/files?path={path}"), crate::agent::link::Body::new(body))?;
+    let request = request(
+        Method::PUT,
+        &format!("/v1/files?path={path}"),
+        crate::agent::link::Body::new(body),
+    )?;
     // No bound in time: as long as bytes flow the transfer goes on, and a client that is gone ends it.
     let answer = link.send(request, Instant::now() + RECONNECT, None).await?;
     Ok(Json(link.finish(answer, "/v1/files").await?))
@@ -201,7 +216,10 @@ pub(super) async fn connect(
         None => params.target == "sshd",
     };
     if !fits {
-        return Err(Failure(ApiError::new(ErrorCode::BadRequest, "a target is `tcp:PORT` or `sshd`")));
+        return Err(Failure(ApiError::new(
+            ErrorCode::BadRequest,
+            "a target is `tcp:PORT` or `sshd`",
+        )));
     }
     let (_, link) = link(&app, &reference).await?;
     let path = format!("/v1/connect?target={}", query_value(&params.target));

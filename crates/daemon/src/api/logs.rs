@@ -51,29 +51,43 @@ pub(super) async fn logs(
     let mut older = path.clone().into_os_string();
     older.push(".1");
     let follow = params.follow.then(|| (m.clone(), app.stopping.clone()));
-    let mut reader = Reader { path, older: Some(PathBuf::from(older)), current: None };
+    let mut reader = Reader {
+        path,
+        older: Some(PathBuf::from(older)),
+        current: None,
+    };
     let first = match params.tail {
-        Some(lines) => reader.tail(lines.min(MAX_TAIL)).await.map_err(|e| Failure(error::io("read the console log", e)))?,
+        Some(lines) => reader
+            .tail(lines.min(MAX_TAIL))
+            .await
+            .map_err(|e| Failure(error::io("read the console log", e)))?,
         None => Vec::new(),
     };
-    let stream = futures_util::stream::unfold((reader, Some(first), follow), |(mut reader, first, follow)| async move {
-        if let Some(first) = first {
-            return Some((Ok(Bytes::from(first)), (reader, None, follow)));
-        }
-        loop {
-            match reader.next().await {
-                Ok(Some(bytes)) => return Some((Ok(bytes), (reader, None, follow))),
-                Ok(None) => {}
-                Err(e) => return Some((Err(e), (reader, None, None))),
+    let stream = futures_util::stream::unfold(
+        (reader, Some(first), follow),
+        |(mut reader, first, follow)| async move {
+            if let Some(first) = first {
+                return Some((Ok(Bytes::from(first)), (reader, None, follow)));
             }
-            let (m, stopping) = follow.as_ref()?;
-            if m.is_gone() || stopping.is_cancelled() {
-                return None;
+            loop {
+                match reader.next().await {
+                    Ok(Some(bytes)) => return Some((Ok(bytes), (reader, None, follow))),
+                    Ok(None) => {}
+                    Err(e) => return Some((Err(e), (reader, None, None))),
+                }
+                let (m, stopping) = follow.as_ref()?;
+                if m.is_gone() || stopping.is_cancelled() {
+                    return None;
+                }
+                tokio::time::sleep(LOOK).await;
             }
-            tokio::time::sleep(LOOK).await;
-        }
-    });
-    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], Body::from_stream(stream)).into_response())
+        },
+    );
+    Ok((
+        [(header::CONTENT_TYPE, "text/plain; charset=utf-8")],
+        Body::from_stream(stream),
+    )
+        .into_response())
 }
 
 /// Reads a log that is turned over now and then: first the older file, then the current one, then whatever takes its place.
@@ -111,7 +125,9 @@ impl Reader {
         if self.current.is_none() {
             self.current = open(&self.path).await?;
         }
-        let Some((file, inode)) = &mut self.current else { return Ok(None) };
+        let Some((file, inode)) = &mut self.current else {
+            return Ok(None);
+        };
         let mut buffer = vec![0; CHUNK];
         let n = file.read(&mut buffer).await?;
         if n > 0 {
@@ -119,7 +135,9 @@ impl Reader {
             return Ok(Some(buffer.into()));
         }
         // At its end: has another file taken its place?
-        let moved = tokio::fs::metadata(&self.path).await.is_ok_and(|now| now.ino() != *inode);
+        let moved = tokio::fs::metadata(&self.path)
+            .await
+            .is_ok_and(|now| now.ino() != *inode);
         if moved {
             self.current = open(&self.path).await?;
             return Box::pin(self.next()).await;
@@ -144,7 +162,11 @@ mod tests {
     use super::*;
 
     fn reader(dir: &FsPath) -> Reader {
-        Reader { path: dir.join("log"), older: Some(dir.join("log.1")), current: None }
+        Reader {
+            path: dir.join("log"),
+            older: Some(dir.join("log.1")),
+            current: None,
+        }
     }
 
     #[tokio::test]

@@ -37,16 +37,27 @@ pub(super) struct Machines {
 /// All machines.
 #[utoipa::path(get, path = "/v1/machines", tag = "machines", responses((status = 200, body = Machines)))]
 pub(super) async fn list(State(app): State<App>) -> Json<Machines> {
-    Json(Machines { machines: app.machines().iter().map(|m| m.show()).collect() })
+    Json(Machines {
+        machines: app.machines().iter().map(|m| m.show()).collect(),
+    })
 }
 
 /// Creates a machine, and starts it unless told otherwise.
 #[utoipa::path(post, path = "/v1/machines", tag = "machines", request_body = CreateMachine,
     responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
-pub(super) async fn create(State(app): State<App>, Body(request): Body<CreateMachine>) -> Answer<(StatusCode, Json<Accepted>)> {
+pub(super) async fn create(
+    State(app): State<App>,
+    Body(request): Body<CreateMachine>,
+) -> Answer<(StatusCode, Json<Accepted>)> {
     app.reconciled().await?;
     let (op, machine) = provision::create(&app, request).await?;
-    Ok((StatusCode::ACCEPTED, Json(Accepted { operation: op.snapshot(), machine: Some(machine.show()) })))
+    Ok((
+        StatusCode::ACCEPTED,
+        Json(Accepted {
+            operation: op.snapshot(),
+            machine: Some(machine.show()),
+        }),
+    ))
 }
 
 /// One machine, by name, id or unambiguous prefix.
@@ -69,7 +80,10 @@ pub(super) async fn patch(
     // Everything is checked before anything is changed.
     let row = m.row();
     let name = patch.name.as_deref().map(MachineName::parse).transpose()?;
-    let (vcpu, memory) = (patch.vcpu.unwrap_or(row.spec.vcpu), patch.memory_mib.unwrap_or(row.spec.memory_mib));
+    let (vcpu, memory) = (
+        patch.vcpu.unwrap_or(row.spec.vcpu),
+        patch.memory_mib.unwrap_or(row.spec.memory_mib),
+    );
     if patch.vcpu.is_some() || patch.memory_mib.is_some() {
         spec::check_sizes(vcpu, memory, app.shape().await)?;
         task::check_change(&m, state::Request::Resize)?;
@@ -77,7 +91,10 @@ pub(super) async fn patch(
     if let Some(bytes) = patch.disk_bytes {
         spec::check_disk(bytes)?;
         if bytes < row.spec.disk_bytes {
-            let message = format!("the disk of `{}` has {} bytes and only grows", row.name, row.spec.disk_bytes);
+            let message = format!(
+                "the disk of `{}` has {} bytes and only grows",
+                row.name, row.spec.disk_bytes
+            );
             return Err(Failure(ApiError::new(ErrorCode::InvalidSpec, message)));
         }
         task::check_change(&m, state::Request::GrowDisk)?;
@@ -117,7 +134,10 @@ pub(super) async fn patch(
 /// Removes a machine with everything it has.
 #[utoipa::path(delete, path = "/v1/machines/{ref}", tag = "machines", params(("ref" = String, Path)),
     responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
-pub(super) async fn delete(State(app): State<App>, Path(reference): Path<String>) -> Answer<(StatusCode, Json<Accepted>)> {
+pub(super) async fn delete(
+    State(app): State<App>,
+    Path(reference): Path<String>,
+) -> Answer<(StatusCode, Json<Accepted>)> {
     accept(&app, &reference, Request::Delete).await
 }
 
@@ -171,7 +191,13 @@ async fn accept(app: &App, reference: &str, request: Request) -> Answer<(StatusC
     app.reconciled().await?;
     let m = app.find(reference)?;
     let op = ask(&m, request).await?;
-    Ok((StatusCode::ACCEPTED, Json(Accepted { operation: op.snapshot(), machine: Some(m.show()) })))
+    Ok((
+        StatusCode::ACCEPTED,
+        Json(Accepted {
+            operation: op.snapshot(),
+            machine: Some(m.show()),
+        }),
+    ))
 }
 
 /// Asks a machine's task.
@@ -211,7 +237,10 @@ pub(super) async fn wait(
         })?;
         states.push(state);
     }
-    let timeout = params.timeout_ms.map_or(Duration::from_secs(60), Duration::from_millis).min(MAX_WAIT);
+    let timeout = params
+        .timeout_ms
+        .map_or(Duration::from_secs(60), Duration::from_millis)
+        .min(MAX_WAIT);
     let waited = tokio::select! {
         waited = tokio::time::timeout(timeout, m.wait(|s| states.contains(&s))) => waited,
         () = app.stopping.cancelled() => {
@@ -220,9 +249,16 @@ pub(super) async fn wait(
     };
     match waited {
         Ok(Some(machine)) => Ok(Json(machine)),
-        Ok(None) => Err(Failure(ApiError::new(ErrorCode::NotFound, format!("machine `{}` was removed", m.name())))),
+        Ok(None) => Err(Failure(ApiError::new(
+            ErrorCode::NotFound,
+            format!("machine `{}` was removed", m.name()),
+        ))),
         Err(_) => {
-            let message = format!("machine `{}` is {} after {timeout:?}, not {words}", m.name(), m.state().as_str());
+            let message = format!(
+                "machine `{}` is {} after {timeout:?}, not {words}",
+                m.name(),
+                m.state().as_str()
+            );
             Err(Failure(ApiError::new(ErrorCode::Timeout, message)))
         }
     }

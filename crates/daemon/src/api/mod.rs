@@ -72,10 +72,16 @@ pub fn router(services: App) -> Router {
     router
         .fallback(|uri: Uri| async move {
             let path: String = uri.path().chars().take(100).flat_map(char::escape_default).collect();
-            Failure(ApiError::new(ErrorCode::NotFound, format!("there is nothing at {path}")))
+            Failure(ApiError::new(
+                ErrorCode::NotFound,
+                format!("there is nothing at {path}"),
+            ))
         })
         .method_not_allowed_fallback(|| async {
-            Failure(ApiError::new(ErrorCode::BadRequest, "this path does not take this method"))
+            Failure(ApiError::new(
+                ErrorCode::BadRequest,
+                "this path does not take this method",
+            ))
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(services)
@@ -97,6 +103,9 @@ mod tests {
             std::fs::write(path, &now).unwrap();
         }
         let kept = std::fs::read_to_string(path).unwrap_or_default();
-        assert!(kept == now, "docs/openapi.json is not what the handlers say; BLESS=1 writes it anew");
+        assert!(
+            kept == now,
+            "docs/openapi.json is not what the handlers say; BLESS=1 writes it anew"
+        );
     }
 }

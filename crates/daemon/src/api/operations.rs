@@ -25,7 +25,9 @@ pub(super) struct Operations {
 /// Recent operations.
 #[utoipa::path(get, path = "/v1/operations", tag = "operations", responses((status = 200, body = Operations)))]
 pub(super) async fn list(State(app): State<App>) -> Json<Operations> {
-    Json(Operations { operations: app.ops.list() })
+    Json(Operations {
+        operations: app.ops.list(),
+    })
 }
 
 /// One operation.
@@ -38,7 +40,10 @@ pub(super) async fn show(State(app): State<App>, Path(id): Path<String>) -> Resu
 /// Asks an operation to end and to undo what it did. Those that only run for a bounded time run to their end.
 #[utoipa::path(delete, path = "/v1/operations/{id}", tag = "operations", params(("id" = String, Path)),
     responses((status = 202, body = Operation), (status = "4XX", body = ErrorBody)))]
-pub(super) async fn cancel(State(app): State<App>, Path(id): Path<String>) -> Result<(StatusCode, Json<Operation>), Failure> {
+pub(super) async fn cancel(
+    State(app): State<App>,
+    Path(id): Path<String>,
+) -> Result<(StatusCode, Json<Operation>), Failure> {
     let op = find(&app, &id)?;
     op.cancel();
     Ok((StatusCode::ACCEPTED, Json(op.snapshot())))
@@ -80,9 +85,16 @@ pub(super) async fn events(
         let mut line = serde_json::to_vec(&operation).unwrap_or_default();
         line.push(b'\n');
         let ended = operation.state != OperationState::Running;
-        Some((Ok::<_, std::convert::Infallible>(Bytes::from(line)), (seen, guard, ended, stopping)))
+        Some((
+            Ok::<_, std::convert::Infallible>(Bytes::from(line)),
+            (seen, guard, ended, stopping),
+        ))
     });
-    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(stream)).into_response())
+    Ok((
+        [(header::CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(stream),
+    )
+        .into_response())
 }
 
 /// Cancels the operation when its follower goes before its end. The end of the daemon is no reason to cancel.

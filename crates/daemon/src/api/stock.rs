@@ -29,18 +29,26 @@ pub(super) struct Images {
 /// Images in the store.
 #[utoipa::path(get, path = "/v1/images", tag = "images", responses((status = 200, body = Images)))]
 pub(super) async fn images(State(app): State<App>) -> Answer<Json<Images>> {
-    Ok(Json(Images { images: app.stock.images(&app).await? }))
+    Ok(Json(Images {
+        images: app.stock.images(&app).await?,
+    }))
 }
 
 /// Builds one of the default images. An image that is there already is left as it is, unless `force` is set.
 #[utoipa::path(post, path = "/v1/images", tag = "images", request_body = BuildImage,
     responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
-pub(super) async fn build_image(State(app): State<App>, Body(request): Body<BuildImage>) -> Answer<(StatusCode, Json<Accepted>)> {
+pub(super) async fn build_image(
+    State(app): State<App>,
+    Body(request): Body<BuildImage>,
+) -> Answer<(StatusCode, Json<Accepted>)> {
     if recipe::find(&request.name).is_none() {
         return Err(Failure(unknown("image recipe", &request.name, &recipe::names())));
     }
     let op = app.ops.begin("image.build", &request.name);
-    let accepted = Accepted { operation: op.snapshot(), machine: None };
+    let accepted = Accepted {
+        operation: op.snapshot(),
+        machine: None,
+    };
     tokio::spawn(async move {
         let work = async {
             let made = async {
@@ -90,7 +98,9 @@ pub(super) struct Kernels {
 /// Kernels in the store.
 #[utoipa::path(get, path = "/v1/kernels", tag = "kernels", responses((status = 200, body = Kernels)))]
 pub(super) async fn kernels(State(app): State<App>) -> Answer<Json<Kernels>> {
-    Ok(Json(Kernels { kernels: app.stock.kernels(&app).await? }))
+    Ok(Json(Kernels {
+        kernels: app.stock.kernels(&app).await?,
+    }))
 }
 
 /// Imports a kernel. One that is there already is left as it is, unless `force` is set.
@@ -100,10 +110,16 @@ pub(super) async fn import_kernel(
     State(app): State<App>,
     Body(request): Body<ImportKernel>,
 ) -> Answer<(StatusCode, Json<Accepted>)> {
-    let name = if request.name.is_empty() { DEFAULT_KERNEL.to_owned() } else { request.name };
+    let name = if request.name.is_empty() {
+        DEFAULT_KERNEL.to_owned()
+    } else {
+        request.name
+    };
     let fits = name.len() <= 63
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_'));
     if !fits {
         let message = "the name of a kernel has 1 to 63 characters of a-z, A-Z, 0-9, `.`, `-` and `_`";
         return Err(Failure(ApiError::new(ErrorCode::InvalidSpec, message)));
@@ -112,20 +128,31 @@ pub(super) async fn import_kernel(
     if let Some(from) = &from
         && !from.is_absolute()
     {
-        return Err(Failure(ApiError::new(ErrorCode::BadRequest, "the path of a kernel package is absolute")));
+        return Err(Failure(ApiError::new(
+            ErrorCode::BadRequest,
+            "the path of a kernel package is absolute",
+        )));
     }
     if let Some(from) = &from
         && !from.is_file()
     {
-        return Err(Failure(ApiError::new(ErrorCode::NotFound, format!("there is no file {}", from.display()))));
+        return Err(Failure(ApiError::new(
+            ErrorCode::NotFound,
+            format!("there is no file {}", from.display()),
+        )));
     }
     let there = app.stock.kernels(&app).await?.iter().any(|k| k.name == name);
     if there && from.is_some() && !request.force {
         let message = format!("there is a kernel `{name}` already");
-        return Err(Failure(ApiError::new(ErrorCode::Conflict, message).hint("give another --name, or --force")));
+        return Err(Failure(
+            ApiError::new(ErrorCode::Conflict, message).hint("give another --name, or --force"),
+        ));
     }
     let op = app.ops.begin("kernel.import", &name);
-    let accepted = Accepted { operation: op.snapshot(), machine: None };
+    let accepted = Accepted {
+        operation: op.snapshot(),
+        machine: None,
+    };
     tokio::spawn(async move {
         let work = async {
             let made = async {
@@ -184,8 +211,13 @@ pub(super) struct Recipe {
 /// Images that banger can build.
 #[utoipa::path(get, path = "/v1/recipes", tag = "images", responses((status = 200, body = Recipes)))]
 pub(super) async fn recipes() -> Json<Recipes> {
-    let recipe = |r: &recipe::Recipe| Recipe { name: r.name.to_owned(), description: r.summary.to_owned() };
-    Json(Recipes { recipes: recipe::RECIPES.iter().map(recipe).collect() })
+    let recipe = |r: &recipe::Recipe| Recipe {
+        name: r.name.to_owned(),
+        description: r.summary.to_owned(),
+    };
+    Json(Recipes {
+        recipes: recipe::RECIPES.iter().map(recipe).collect(),
+    })
 }
 
 fn missing(kind: &str, name: &str, known: &[String]) -> ApiError {

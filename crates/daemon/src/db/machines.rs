@@ -72,7 +72,11 @@ fn all(c: &Connection) -> Result<Vec<MachineRow>, DbError> {
 }
 
 fn insert(c: &Connection, row: &MachineRow) -> Result<(), DbError> {
-    write(c, row, &format!("INSERT INTO machines ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)"))
+    write(
+        c,
+        row,
+        &format!("INSERT INTO machines ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)"),
+    )
 }
 
 fn update(c: &Connection, row: &MachineRow) -> Result<(), DbError> {
@@ -113,13 +117,17 @@ fn write(c: &Connection, row: &MachineRow, sql: &str) -> Result<(), DbError> {
 }
 
 fn read(row: &Row<'_>) -> Result<MachineRow, DbError> {
-    let bad = |what: String| DbError::Row { table: "machines", what };
+    let bad = |what: String| DbError::Row {
+        table: "machines",
+        what,
+    };
     let id: String = row.get(0)?;
     let state: String = row.get(2)?;
     Ok(MachineRow {
         id: MachineId::parse(&id).map_err(|e| bad(format!("id `{}`: {e}", id.escape_default())))?,
         name: row.get(1)?,
-        state: serde_json::from_value(serde_json::Value::String(state)).map_err(|e| bad(format!("state of {id}: {e}")))?,
+        state: serde_json::from_value(serde_json::Value::String(state))
+            .map_err(|e| bad(format!("state of {id}: {e}")))?,
         cause: row.get(3)?,
         spec: parse(&row.get::<_, String>(4)?, &id)?,
         created_at: row.get(5)?,
@@ -131,11 +139,17 @@ fn read(row: &Row<'_>) -> Result<MachineRow, DbError> {
 }
 
 fn json<T: Serialize>(value: &T) -> Result<String, DbError> {
-    serde_json::to_string(value).map_err(|e| DbError::Row { table: "machines", what: e.to_string() })
+    serde_json::to_string(value).map_err(|e| DbError::Row {
+        table: "machines",
+        what: e.to_string(),
+    })
 }
 
 fn parse<T: DeserializeOwned>(text: &str, id: &str) -> Result<T, DbError> {
-    serde_json::from_str(text).map_err(|e| DbError::Row { table: "machines", what: format!("{id}: {e}") })
+    serde_json::from_str(text).map_err(|e| DbError::Row {
+        table: "machines",
+        what: format!("{id}: {e}"),
+    })
 }
 
 #[cfg(test)]
@@ -244,7 +258,9 @@ pub(crate) mod tests {
     async fn a_row_of_nonsense_is_an_error_with_its_place() {
         let (_tmp, db) = db().await;
         db.insert_machine(row(1, "a")).await.unwrap();
-        db.call(|c| Ok(c.execute("UPDATE machines SET spec = '{'", [])?)).await.unwrap();
+        db.call(|c| Ok(c.execute("UPDATE machines SET spec = '{'", [])?))
+            .await
+            .unwrap();
         let error = db.machines().await.unwrap_err();
         assert!(error.to_string().contains("0101010101010101"), "{error}");
     }

@@ -64,7 +64,9 @@ impl DbError {
         match self {
             Self::Corrupt { path, .. } => {
                 let path = path.display();
-                Some(format!("restore it from a backup, or move it away (`mv {path} {path}.bad`) to start with an empty one; machines that are not in the database are not shown"))
+                Some(format!(
+                    "restore it from a backup, or move it away (`mv {path} {path}.bad`) to start with an empty one; machines that are not in the database are not shown"
+                ))
             }
             Self::Newer { .. } => Some("use the banger release that wrote it, or a newer one".to_owned()),
             _ => None,
@@ -104,6 +106,16 @@ impl Db {
         Ok(Self { jobs })
     }
 
+    /// Moves the write-ahead log into the database, so that a stopped daemon leaves one file.
+    pub async fn checkpoint(&self) {
+        let moved = self
+            .call(|c| Ok(c.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?))
+            .await;
+        if let Err(e) = moved {
+            tracing::warn!(error = %e, "the write-ahead log stays for the next daemon");
+        }
+    }
+
     /// Runs something with the connection. Jobs run one after the other, in the order they came.
     pub async fn call<T, F>(&self, job: F) -> Result<T, DbError>
     where
@@ -126,11 +138,16 @@ fn connect(path: &Path) -> Result<Connection, DbError> {
     let pragmas = "PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
          PRAGMA foreign_keys = ON; PRAGMA cache_size = -512; PRAGMA journal_size_limit = 1048576;";
     connection.execute_batch(pragmas).map_err(judge)?;
-    let sound: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(judge)?;
+    let sound: String = connection
+        .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
+        .map_err(judge)?;
     if sound != "ok" {
         let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
         let source = rusqlite::Error::SqliteFailure(code, Some(sound));
-        return Err(DbError::Corrupt { path: path.to_owned(), source });
+        return Err(DbError::Corrupt {
+            path: path.to_owned(),
+            source,
+        });
     }
     schema::migrate(&mut connection, path)?;
     Ok(connection)
@@ -140,7 +157,10 @@ fn connect(path: &Path) -> Result<Connection, DbError> {
 fn judge(path: &Path, e: rusqlite::Error) -> DbError {
     use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
     match e.sqlite_error_code() {
-        Some(DatabaseCorrupt | NotADatabase) => DbError::Corrupt { path: path.to_owned(), source: e },
+        Some(DatabaseCorrupt | NotADatabase) => DbError::Corrupt {
+            path: path.to_owned(),
+            source: e,
+        },
         _ => DbError::Sqlite(e),
     }
 }
@@ -151,9 +171,14 @@ pub fn inspect(path: &Path) -> Result<Option<i64>, DbError> {
         return Ok(None);
     }
     let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY).map_err(|e| judge(path, e))?;
-    let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(|e| judge(path, e))?;
+    let version: i64 = connection
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(|e| judge(path, e))?;
     if version > VERSION {
-        return Err(DbError::Newer { path: path.to_owned(), found: version });
+        return Err(DbError::Newer {
+            path: path.to_owned(),
+            found: version,
+        });
     }
     Ok(Some(version))
 }

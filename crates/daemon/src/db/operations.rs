@@ -10,7 +10,9 @@ impl Db {
     pub async fn operations(&self) -> Result<Vec<Operation>, DbError> {
         self.call(|c| {
             let mut statement = c.prepare("SELECT document FROM operations ORDER BY sequence")?;
-            let documents = statement.query_map([], |row| row.get::<_, String>(0))?.collect::<Result<Vec<_>, _>>()?;
+            let documents = statement
+                .query_map([], |row| row.get::<_, String>(0))?
+                .collect::<Result<Vec<_>, _>>()?;
             Ok(documents.iter().filter_map(|d| serde_json::from_str(d).ok()).collect())
         })
         .await
@@ -19,8 +21,10 @@ impl Db {
     /// Writes an operation as it is now, and forgets all but the newest `keep`.
     pub async fn put_operation(&self, operation: Operation, keep: usize) -> Result<(), DbError> {
         self.call(move |c| {
-            let document = serde_json::to_string(&operation)
-                .map_err(|e| DbError::Row { table: "operations", what: e.to_string() })?;
+            let document = serde_json::to_string(&operation).map_err(|e| DbError::Row {
+                table: "operations",
+                what: e.to_string(),
+            })?;
             c.execute(
                 "INSERT INTO operations (id, sequence, document)
                  VALUES (?1, (SELECT coalesce(max(sequence), 0) + 1 FROM operations), ?2)

@@ -43,10 +43,14 @@ pub const VERSION: i64 = MIGRATIONS.len() as i64;
 
 /// Brings a database up to date, each migration in a transaction of its own.
 pub(super) fn migrate(connection: &mut Connection, path: &Path) -> Result<(), DbError> {
-    let found: i64 =
-        connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(|e| judge(path, e))?;
+    let found: i64 = connection
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(|e| judge(path, e))?;
     if found > VERSION {
-        return Err(DbError::Newer { path: path.to_owned(), found });
+        return Err(DbError::Newer {
+            path: path.to_owned(),
+            found,
+        });
     }
     for (index, sql) in MIGRATIONS.iter().enumerate().skip(usize::try_from(found).unwrap_or(0)) {
         let number = index + 1;
@@ -86,7 +90,9 @@ mod tests {
         connection.execute_batch("CREATE TABLE kernels (x)").unwrap();
         assert!(migrate(&mut connection, Path::new("x")).is_err());
         let tables: i64 = connection
-            .query_row("SELECT count(*) FROM sqlite_master WHERE name = 'machines'", [], |r| r.get(0))
+            .query_row("SELECT count(*) FROM sqlite_master WHERE name = 'machines'", [], |r| {
+                r.get(0)
+            })
             .unwrap();
         assert_eq!(tables, 0);
     }

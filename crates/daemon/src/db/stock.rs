@@ -41,7 +41,11 @@ impl Db {
             let sql = format!("SELECT name, digest, created_at FROM {} ORDER BY name", table.table());
             let mut statement = c.prepare_cached(&sql)?;
             let rows = statement.query_map([], |row| {
-                Ok(NamedObject { name: row.get(0)?, digest: row.get(1)?, created_at: row.get(2)? })
+                Ok(NamedObject {
+                    name: row.get(0)?,
+                    digest: row.get(1)?,
+                    created_at: row.get(2)?,
+                })
             })?;
             Ok(rows.collect::<Result<_, _>>()?)
         })
@@ -81,8 +85,11 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let db = Db::open(&tmp.path().join("banger.db")).unwrap();
         for digest in ["sha256:1", "sha256:2"] {
-            let object =
-                NamedObject { name: "debian".to_owned(), digest: digest.to_owned(), created_at: crate::time::now() };
+            let object = NamedObject {
+                name: "debian".to_owned(),
+                digest: digest.to_owned(),
+                created_at: crate::time::now(),
+            };
             db.put_name(NameTable::Images, object).await.unwrap();
         }
         let names = db.names(NameTable::Images).await.unwrap();

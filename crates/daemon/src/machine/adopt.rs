@@ -238,7 +238,11 @@ mod tests {
     }
 
     fn found() -> impl Strategy<Value = Liveness> {
-        prop::sample::select(vec![alive(), Liveness::Gone("g".to_owned()), Liveness::Unclear("u".to_owned())])
+        prop::sample::select(vec![
+            alive(),
+            Liveness::Gone("g".to_owned()),
+            Liveness::Unclear("u".to_owned()),
+        ])
     }
 
     fn states() -> impl Strategy<Value = State> {

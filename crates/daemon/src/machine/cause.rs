@@ -25,16 +25,33 @@ mod tests {
     use super::*;
 
     fn record(code: Option<i32>, signal: Option<i32>) -> ExitRecord {
-        ExitRecord { code, signal, last_words: vec!["qemu: bad".to_owned()], at_ms: 0 }
+        ExitRecord {
+            code,
+            signal,
+            last_words: vec!["qemu: bad".to_owned()],
+            at_ms: 0,
+        }
     }
 
     #[test]
     fn causes_are_told_apart() {
-        assert_eq!(of_exit(Some(&record(Some(0), None)), &[]), "the guest powered itself off");
-        assert_eq!(of_exit(Some(&record(None, Some(9))), &[]), "its engine was ended by signal 9");
-        assert_eq!(of_exit(Some(&record(Some(1), None)), &[]), "its engine failed with exit status 1: qemu: bad");
+        assert_eq!(
+            of_exit(Some(&record(Some(0), None)), &[]),
+            "the guest powered itself off"
+        );
+        assert_eq!(
+            of_exit(Some(&record(None, Some(9))), &[]),
+            "its engine was ended by signal 9"
+        );
+        assert_eq!(
+            of_exit(Some(&record(Some(1), None)), &[]),
+            "its engine failed with exit status 1: qemu: bad"
+        );
         let panic = ["[ 1.2] Kernel panic - not syncing: x".to_owned()];
-        assert_eq!(of_exit(Some(&record(Some(0), None)), &panic), "the guest's kernel panicked");
+        assert_eq!(
+            of_exit(Some(&record(Some(0), None)), &panic),
+            "the guest's kernel panicked"
+        );
         assert!(of_exit(None, &[]).contains("no record"));
     }
 }

@@ -42,7 +42,9 @@ pub async fn run(m: Arc<Machine>, op: Op, creation: Creation, superseded: Cancel
         op.stage("undo");
         match delete::delete(&m, &op).await {
             Ok(()) => ended = Ended::Gone,
-            Err(undo) => tracing::error!(machine = %m.id, error = %undo.message, "a failed create is not wholly undone"),
+            Err(undo) => {
+                tracing::error!(machine = %m.id, error = %undo.message, "a failed create is not wholly undone")
+            }
         }
         Err(e)
     };
@@ -64,7 +66,11 @@ async fn make(m: &Arc<Machine>, stages: &mut Stages, creation: &Creation) -> Res
         })
         .await?;
     if spec.disk_bytes < image.size_bytes {
-        return Err(SpecError::DiskBelowImage { wanted: spec.disk_bytes, image: image.size_bytes }.into_api());
+        return Err(SpecError::DiskBelowImage {
+            wanted: spec.disk_bytes,
+            image: image.size_bytes,
+        }
+        .into_api());
     }
     m.change(|row| {
         row.spec.image_digest.clone_from(&image.digest);
@@ -76,16 +82,26 @@ async fn make(m: &Arc<Machine>, stages: &mut Stages, creation: &Creation) -> Res
     stages.restart_clock();
     stages.enter("disks");
     make_dir(&m.paths.state)?;
-    services.stock.make_disks(&m.paths, &image.digest, spec.disk_bytes).await?;
+    services
+        .stock
+        .make_disks(&m.paths, &image.digest, spec.disk_bytes)
+        .await?;
     failpoint::hit("create.disks").await?;
     stages.check()?;
     m.happen(Event::DisksReady, |_| {}).await?;
-    if creation.start { start::bring_up(m, stages, creation.wait).await } else { Ok(()) }
+    if creation.start {
+        start::bring_up(m, stages, creation.wait).await
+    } else {
+        Ok(())
+    }
 }
 
 fn make_dir(path: &std::path::Path) -> Result<(), ApiError> {
     use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().mode(0o700).create(path).map_err(|e| error::io(format_args!("make {}", path.display()), e))
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(path)
+        .map_err(|e| error::io(format_args!("make {}", path.display()), e))
 }
 
 /// Whether a creation that failed leaves its machine.
@@ -123,7 +139,13 @@ pub async fn down(m: &Arc<Machine>, cause: Option<String>) -> bool {
 }
 
 /// The work behind "start".
-pub async fn run_start(m: Arc<Machine>, op: Op, wait: WaitFor, timeout: Duration, superseded: CancellationToken) -> Ended {
+pub async fn run_start(
+    m: Arc<Machine>,
+    op: Op,
+    wait: WaitFor,
+    timeout: Duration,
+    superseded: CancellationToken,
+) -> Ended {
     let work = async {
         let mut stages = Stages::new(&op, timeout);
         let started = start::bring_up(&m, &mut stages, wait).await;
@@ -134,7 +156,13 @@ pub async fn run_start(m: Arc<Machine>, op: Op, wait: WaitFor, timeout: Duration
 }
 
 /// The work behind "restart".
-pub async fn run_restart(m: Arc<Machine>, op: Op, wait: WaitFor, timeout: Duration, superseded: CancellationToken) -> Ended {
+pub async fn run_restart(
+    m: Arc<Machine>,
+    op: Op,
+    wait: WaitFor,
+    timeout: Duration,
+    superseded: CancellationToken,
+) -> Ended {
     let work = async {
         if m.state() == MachineState::Running {
             stop::stop(&m, &op, stop::TIMEOUT).await?;
@@ -155,7 +183,11 @@ pub async fn after_start(m: &Arc<Machine>, started: Result<(), ApiError>, supers
     let Err(e) = started else { return Ok(()) };
     let keep = m.state() == MachineState::Running && (superseded || e.code == ErrorCode::Timeout);
     if !keep && matches!(m.state(), MachineState::Starting | MachineState::Running) {
-        let cause = if e.code == ErrorCode::Canceled { "its start was cancelled".to_owned() } else { e.message.clone() };
+        let cause = if e.code == ErrorCode::Canceled {
+            "its start was cancelled".to_owned()
+        } else {
+            e.message.clone()
+        };
         down(m, Some(cause)).await;
     }
     Err(e)

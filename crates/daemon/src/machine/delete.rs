@@ -28,7 +28,10 @@ pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
     keep(&mut errors, m.services.ssh.forget(&m.id).await);
     let state = m.paths.state.clone();
     let removed = tokio::task::spawn_blocking(move || remove_dir(&state)).await;
-    keep(&mut errors, removed.unwrap_or_else(|e| Err(ApiError::new(ErrorCode::Internal, format!("cannot remove files: {e}")))));
+    keep(
+        &mut errors,
+        removed.unwrap_or_else(|e| Err(ApiError::new(ErrorCode::Internal, format!("cannot remove files: {e}")))),
+    );
     keep(&mut errors, failpoint::hit("delete.files").await);
     if let Some(first) = errors.first().cloned() {
         let details: Vec<String> = errors.iter().map(|e| e.message.clone()).collect();
@@ -39,15 +42,24 @@ pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
         })
         .await?;
         let message = format!("machine {} is not wholly removed", m.name());
-        return Err(ApiError::new(first.code, message).hint("delete it again").details(details));
+        return Err(ApiError::new(first.code, message)
+            .hint("delete it again")
+            .details(details));
     }
-    m.services.db.delete_machine(m.id.clone()).await.map_err(IntoApi::into_api)
+    m.services
+        .db
+        .delete_machine(m.id.clone())
+        .await
+        .map_err(IntoApi::into_api)
 }
 
 async fn kill_now(live: &super::live::Live) -> Result<(), ApiError> {
     // A failing signal may mean that it is gone; `end_engine` finds out.
     let _ = live.engine.signal(&live.handles, 9).await;
-    if tokio::time::timeout(std::time::Duration::from_secs(5), live.exited.cancelled()).await.is_ok() {
+    if tokio::time::timeout(std::time::Duration::from_secs(5), live.exited.cancelled())
+        .await
+        .is_ok()
+    {
         return Ok(());
     }
     stop::end_engine(live).await

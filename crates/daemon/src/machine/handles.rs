@@ -36,8 +36,12 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut temporary = path.to_owned().into_os_string();
     temporary.push(".new");
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
     file.write_all(content)?;
     file.sync_data()?;
     std::fs::rename(&temporary, path)
@@ -46,7 +50,9 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
 /// Removes the handles once the engine is gone.
 pub fn remove(path: &Path) -> Result<(), ApiError> {
     match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(error::io(format_args!("remove {}", path.display()), e)),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(error::io(format_args!("remove {}", path.display()), e))
+        }
         _ => Ok(()),
     }
 }

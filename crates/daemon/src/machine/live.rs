@@ -24,7 +24,9 @@ pub struct Live {
 
 impl std::fmt::Debug for Live {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Live").field("handles", &self.handles).finish_non_exhaustive()
+        f.debug_struct("Live")
+            .field("handles", &self.handles)
+            .finish_non_exhaustive()
     }
 }
 
@@ -32,7 +34,10 @@ impl Live {
     /// Takes charge of a launched engine and begins to watch for its end. Nothing happens to the engine when this is dropped.
     pub fn new(id: &MachineId, engine: Arc<dyn Engine>, handles: Handles) -> Self {
         let exited = CancellationToken::new();
-        let dial = EngineDial { engine: engine.clone(), handles: handles.clone() };
+        let dial = EngineDial {
+            engine: engine.clone(),
+            handles: handles.clone(),
+        };
         let link = Arc::new(Link::new(id.clone(), Box::new(dial)));
         let (watched, token) = (handles.clone(), exited.clone());
         let driver = engine.clone();
@@ -40,6 +45,11 @@ impl Live {
             driver.wait_exit(&watched).await;
             token.cancel();
         });
-        Self { engine, handles, link, exited }
+        Self {
+            engine,
+            handles,
+            link,
+            exited,
+        }
     }
 }

@@ -53,7 +53,12 @@ impl Machine {
             services,
             asks,
             holders: watch::Sender::new(0),
-            view: watch::Sender::new(View { row, guest: None, pid: None, gone: false }),
+            view: watch::Sender::new(View {
+                row,
+                guest: None,
+                pid: None,
+                gone: false,
+            }),
             live: Mutex::new(None),
             writing: tokio::sync::Mutex::new(()),
             last_cpu: Mutex::new(None),
@@ -110,7 +115,11 @@ impl Machine {
         let _turn = self.writing.lock().await;
         let mut row = self.row();
         edit(&mut row)?;
-        self.services.db.update_machine(row.clone()).await.map_err(IntoApi::into_api)?;
+        self.services
+            .db
+            .update_machine(row.clone())
+            .await
+            .map_err(IntoApi::into_api)?;
         self.view.send_modify(|v| v.row = row);
         Ok(())
     }

@@ -21,7 +21,13 @@ pub struct Stages {
 impl Stages {
     /// Begins. All stages together may take `total`.
     pub fn new(op: &Op, total: Duration) -> Self {
-        Self { op: op.clone(), done: Vec::new(), current: None, deadline: Instant::now() + total, total }
+        Self {
+            op: op.clone(),
+            done: Vec::new(),
+            current: None,
+            deadline: Instant::now() + total,
+            total,
+        }
     }
 
     /// The operation.
@@ -40,7 +46,10 @@ impl Stages {
         if let Some((stage, began)) = self.current.take() {
             let ms = began.elapsed().as_millis().try_into().unwrap_or(u64::MAX);
             tracing::info!(stage, ms, "stage done");
-            self.done.push(StageTime { stage: stage.to_owned(), ms });
+            self.done.push(StageTime {
+                stage: stage.to_owned(),
+                ms,
+            });
         }
     }
 
@@ -79,14 +88,21 @@ impl Stages {
 
     /// Fails if a cancel came during a part that may not be cut off.
     pub fn check(&self) -> Result<(), ApiError> {
-        if self.op.canceled().is_cancelled() { Err(canceled()) } else { Ok(()) }
+        if self.op.canceled().is_cancelled() {
+            Err(canceled())
+        } else {
+            Ok(())
+        }
     }
 
     /// The error of a stage that took too long.
     pub fn late(&self) -> ApiError {
         let stage = self.current.map_or("start", |(stage, _)| stage);
-        ApiError::new(ErrorCode::Timeout, format!("stage `{stage}` was not done within {:?}", self.total))
-            .hint("give it more time with --timeout, or look at the guest's console: `banger vm logs`")
+        ApiError::new(
+            ErrorCode::Timeout,
+            format!("stage `{stage}` was not done within {:?}", self.total),
+        )
+        .hint("give it more time with --timeout, or look at the guest's console: `banger vm logs`")
     }
 
     /// The name of the stage that is under way.
@@ -97,6 +113,9 @@ impl Stages {
     /// The report, the stage under way included.
     pub fn report(&mut self) -> BootReport {
         self.close();
-        BootReport { how: "boot".to_owned(), stages: self.done.clone() }
+        BootReport {
+            how: "boot".to_owned(),
+            stages: self.done.clone(),
+        }
     }
 }

@@ -62,7 +62,11 @@ async fn launch(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), ApiError> {
     failpoint::hit("start.row").await?;
     fresh_run_dir(&m.paths.run)?;
     let _ = std::fs::remove_file(m.paths.exit_record());
-    let accel = if row.spec.accel == Accel::Kvm.as_str() { Accel::Kvm } else { Accel::Tcg };
+    let accel = if row.spec.accel == Accel::Kvm.as_str() {
+        Accel::Kvm
+    } else {
+        Accel::Tcg
+    };
     let plan = BootPlan {
         id: m.id.clone(),
         accel,
@@ -72,10 +76,21 @@ async fn launch(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), ApiError> {
         initrd: boot.initrd,
         cmdline: plan::cmdline(accel, m.services.host().await.tsc_khz()),
         disks: vec![
-            Disk { serial: DiskRole::Root, path: m.paths.root_disk(), format: DiskFormat::Qcow2 },
-            Disk { serial: DiskRole::Work, path: m.paths.work_disk(), format: DiskFormat::Raw },
+            Disk {
+                serial: DiskRole::Root,
+                path: m.paths.root_disk(),
+                format: DiskFormat::Qcow2,
+            },
+            Disk {
+                serial: DiskRole::Work,
+                path: m.paths.work_disk(),
+                format: DiskFormat::Raw,
+            },
         ],
-        network: (row.spec.network == "user").then(|| NetworkPlan { kind: NetworkKind::User, mac: m.id.mac() }),
+        network: (row.spec.network == "user").then(|| NetworkPlan {
+            kind: NetworkKind::User,
+            mac: m.id.mac(),
+        }),
         paths: m.paths.clone(),
     };
     stages.enter("launch");
@@ -94,19 +109,29 @@ async fn launch(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), ApiError> {
 pub async fn become_itself(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), ApiError> {
     let live = live(m)?;
     stages.enter("agent");
-    stages.bounded(or_exit(m, &live, link(live.link.connect(stages.deadline())))).await.map_err(|e| explain(m, stages, e))?;
+    stages
+        .bounded(or_exit(m, &live, link(live.link.connect(stages.deadline()))))
+        .await
+        .map_err(|e| explain(m, stages, e))?;
     failpoint::hit("start.channel").await?;
     stages.enter("personalize");
     let health = stages
         .bounded(or_exit(m, &live, async {
             let health = link(live.link.health(stages.deadline())).await?;
-            if health.machine_id.is_empty() { link(live.link.personalize(&identity(m).await?, PERSONALIZE)).await } else { Ok(health) }
+            if health.machine_id.is_empty() {
+                link(live.link.personalize(&identity(m).await?, PERSONALIZE)).await
+            } else {
+                Ok(health)
+            }
         }))
         .await
         .map_err(|e| explain(m, stages, e))?;
     if health.machine_id != m.id.as_str() {
         let found = sanitize::text(&health.machine_id, 32);
-        return Err(ApiError::new(ErrorCode::Guest, format!("the agent of machine {} says that it is `{found}`", m.id)));
+        return Err(ApiError::new(
+            ErrorCode::Guest,
+            format!("the agent of machine {} says that it is `{found}`", m.id),
+        ));
     }
     failpoint::hit("start.personalized").await?;
     stages.check()?;
@@ -151,7 +176,8 @@ async fn settle_system(m: &Arc<Machine>, stages: &mut Stages, wait: WaitFor) -> 
 }
 
 fn live(m: &Machine) -> Result<Live, ApiError> {
-    m.live().ok_or_else(|| ApiError::new(ErrorCode::Engine, format!("machine {} has no engine", m.name())))
+    m.live()
+        .ok_or_else(|| ApiError::new(ErrorCode::Engine, format!("machine {} has no engine", m.name())))
 }
 
 async fn link<T>(call: impl Future<Output = Result<T, LinkError>>) -> Result<T, ApiError> {
@@ -179,7 +205,10 @@ async fn or_exit<T>(m: &Machine, live: &Live, work: impl Future<Output = Result<
 
 fn engine_ended(m: &Machine) -> ApiError {
     let cause = cause::of_exit(exit_record(&m.paths).as_ref(), &console_tail(&m.paths, TAIL));
-    ApiError::new(ErrorCode::Engine, format!("machine {} ended while it was starting: {cause}", m.name()))
+    ApiError::new(
+        ErrorCode::Engine,
+        format!("machine {} ended while it was starting: {cause}", m.name()),
+    )
 }
 
 /// Names the stage and adds the end of the console.
@@ -224,13 +253,18 @@ async fn identity(m: &Machine) -> Result<Personalize, ApiError> {
 fn fresh_run_dir(path: &Path) -> Result<(), ApiError> {
     use std::os::unix::fs::DirBuilderExt;
     remove_dir(path)?;
-    std::fs::DirBuilder::new().mode(0o700).create(path).map_err(|e| error::io(format_args!("make {}", path.display()), e))
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(path)
+        .map_err(|e| error::io(format_args!("make {}", path.display()), e))
 }
 
 /// Removes a directory and what is in it; one that is not there is fine.
 pub fn remove_dir(path: &Path) -> Result<(), ApiError> {
     match std::fs::remove_dir_all(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(error::io(format_args!("remove {}", path.display()), e)),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(error::io(format_args!("remove {}", path.display()), e))
+        }
         _ => Ok(()),
     }
 }

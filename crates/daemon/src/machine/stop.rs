@@ -33,7 +33,9 @@ pub async fn stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result<(), Ap
 
 /// The same for a machine that is stopping already.
 pub async fn finish_stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result<(), ApiError> {
-    let Some(live) = m.live() else { return engine_gone(m, None).await };
+    let Some(live) = m.live() else {
+        return engine_gone(m, None).await;
+    };
     op.stage("shutdown");
     let asked = tokio::select! {
         () = live.exited.cancelled() => Ok(()),
@@ -44,13 +46,20 @@ pub async fn finish_stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result
     match asked {
         Ok(()) => {
             if tokio::time::timeout(timeout, live.exited.cancelled()).await.is_err() {
-                forced = Some(format!("the guest did not shut down within {timeout:?}, its engine was ended"));
+                forced = Some(format!(
+                    "the guest did not shut down within {timeout:?}, its engine was ended"
+                ));
             }
         }
         Err(e) => {
             // A guest that powers off may break the connection before it has answered.
-            if tokio::time::timeout(Duration::from_secs(1), live.exited.cancelled()).await.is_err() {
-                forced = Some(format!("the guest could not be asked to shut down ({e}), its engine was ended"));
+            if tokio::time::timeout(Duration::from_secs(1), live.exited.cancelled())
+                .await
+                .is_err()
+            {
+                forced = Some(format!(
+                    "the guest could not be asked to shut down ({e}), its engine was ended"
+                ));
             }
         }
     }
@@ -65,7 +74,9 @@ pub async fn finish_stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result
 
 /// Ends the engine by a signal, and makes sure that it ends.
 pub async fn kill(m: &Arc<Machine>, op: &Op, signal: i32) -> Result<(), ApiError> {
-    let Some(live) = m.live() else { return engine_gone(m, None).await };
+    let Some(live) = m.live() else {
+        return engine_gone(m, None).await;
+    };
     op.stage("signal");
     signal_engine(&live, signal).await?;
     if tokio::time::timeout(TERM, live.exited.cancelled()).await.is_err() {
@@ -83,7 +94,10 @@ pub async fn end_engine(live: &Live) -> Result<(), ApiError> {
         }
     }
     let pid = live.handles.pid;
-    Err(ApiError::new(ErrorCode::Engine, format!("the engine (process {pid}) did not end within {KILL:?} after signal 9")))
+    Err(ApiError::new(
+        ErrorCode::Engine,
+        format!("the engine (process {pid}) did not end within {KILL:?} after signal 9"),
+    ))
 }
 
 /// Sends a signal; an engine that is gone already is fine.
@@ -137,8 +151,13 @@ pub fn signal_number(name: &str) -> Result<i32, ApiError> {
         "USR2" => 12,
         "TERM" => 15,
         _ => {
-            let message = format!("unknown signal `{}`", name.chars().take(20).flat_map(char::escape_default).collect::<String>());
-            return Err(ApiError::new(ErrorCode::BadRequest, message).hint("possible: KILL TERM INT HUP QUIT USR1 USR2 ABRT"));
+            let message = format!(
+                "unknown signal `{}`",
+                name.chars().take(20).flat_map(char::escape_default).collect::<String>()
+            );
+            return Err(
+                ApiError::new(ErrorCode::BadRequest, message).hint("possible: KILL TERM INT HUP QUIT USR1 USR2 ABRT")
+            );
         }
     })
 }

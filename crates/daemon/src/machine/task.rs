@@ -192,7 +192,10 @@ fn gone(m: &Machine, request: &Request) -> Reply {
     if matches!(request, Request::Delete) {
         return Ok(finished(m, request));
     }
-    Err(ApiError::new(ErrorCode::NotFound, format!("machine `{}` was removed", m.name())))
+    Err(ApiError::new(
+        ErrorCode::NotFound,
+        format!("machine `{}` was removed", m.name()),
+    ))
 }
 
 async fn exited(m: &Machine) {
@@ -213,10 +216,16 @@ async fn unheld(m: &Machine, holders: usize) {
 /// Takes a request: answers it, begins its work, or puts it behind the work that it interrupts.
 fn take(m: &Arc<Machine>, current: Option<Current>, ask: Ask, waiting: &mut VecDeque<Ask>) -> Option<Current> {
     let state = m.state();
-    if let Some(Current { manner: Manner::Blocked, .. }) = &current {
+    if let Some(Current {
+        manner: Manner::Blocked,
+        ..
+    }) = &current
+    {
         let cause = m.row().cause.unwrap_or_default();
         let message = format!("machine `{}` cannot be used now: {cause}", m.name());
-        let _ = ask.reply.send(Err(ApiError::new(ErrorCode::WrongState, message).hint("the daemon looks again every few seconds")));
+        let _ = ask.reply.send(Err(
+            ApiError::new(ErrorCode::WrongState, message).hint("the daemon looks again every few seconds")
+        ));
         return current;
     }
     match state::decide(state, ask.request.kind()) {
@@ -324,10 +333,20 @@ fn begin(m: &Arc<Machine>, ask: Ask) -> Current {
             Box::pin(create::run_start(m.clone(), op.clone(), s.wait, within(&s), superseded))
         }),
         Request::Restart(s) => yields(&op, |superseded| {
-            Box::pin(create::run_restart(m.clone(), op.clone(), s.wait, within(&s), superseded))
+            Box::pin(create::run_restart(
+                m.clone(),
+                op.clone(),
+                s.wait,
+                within(&s),
+                superseded,
+            ))
         }),
-        Request::Stop(timeout) => bounded(m, op, move |m, op| Box::pin(async move { stop::stop(&m, &op, timeout).await })),
-        Request::Kill(signal) => bounded(m, op, move |m, op| Box::pin(async move { stop::kill(&m, &op, signal).await })),
+        Request::Stop(timeout) => bounded(m, op, move |m, op| {
+            Box::pin(async move { stop::stop(&m, &op, timeout).await })
+        }),
+        Request::Kill(signal) => bounded(m, op, move |m, op| {
+            Box::pin(async move { stop::kill(&m, &op, signal).await })
+        }),
         Request::GrowDisk(bytes) => bounded(m, op, move |m, op| Box::pin(async move { grow(&m, &op, bytes).await })),
         Request::Delete => removal(m, op),
     }
@@ -336,7 +355,13 @@ fn begin(m: &Arc<Machine>, ask: Ask) -> Current {
 /// A piece of work that ends soon when asked to.
 pub fn yields(op: &Op, work: impl FnOnce(CancellationToken) -> Work) -> Current {
     let superseded = CancellationToken::new();
-    Current { work: work(superseded.clone()), manner: Manner::Yields { op: op.clone(), superseded } }
+    Current {
+        work: work(superseded.clone()),
+        manner: Manner::Yields {
+            op: op.clone(),
+            superseded,
+        },
+    }
 }
 
 type Step = Pin<Box<dyn Future<Output = Result<(), ApiError>> + Send>>;
@@ -348,7 +373,10 @@ fn bounded(m: &Arc<Machine>, op: Op, work: impl FnOnce(Arc<Machine>, Op) -> Step
         let _ = m.services.ops.run(&running, step).await;
         Ended::Still
     });
-    Current { manner: Manner::Bounded(Some(op)), work }
+    Current {
+        manner: Manner::Bounded(Some(op)),
+        work,
+    }
 }
 
 fn removal(m: &Arc<Machine>, op: Op) -> Current {
@@ -359,13 +387,19 @@ fn removal(m: &Arc<Machine>, op: Op) -> Current {
             Err(_) => Ended::Still,
         }
     });
-    Current { manner: Manner::Bounded(Some(op)), work }
+    Current {
+        manner: Manner::Bounded(Some(op)),
+        work,
+    }
 }
 
 async fn grow(m: &Arc<Machine>, op: &Op, bytes: u64) -> Result<(), ApiError> {
     let now = m.row().spec.disk_bytes;
     if bytes < now {
-        return Err(ApiError::new(ErrorCode::InvalidSpec, format!("the disk of `{}` has {now} bytes and only grows", m.name())));
+        return Err(ApiError::new(
+            ErrorCode::InvalidSpec,
+            format!("the disk of `{}` has {now} bytes and only grows", m.name()),
+        ));
     }
     op.stage("disk");
     m.services.stock.grow_root(&m.paths, bytes).await?;

@@ -28,7 +28,10 @@ pub struct Flights<T> {
 impl<T: Clone + Send + Sync + 'static> Flights<T> {
     /// None under way.
     pub fn new(ops: Arc<Ops>) -> Self {
-        Self { flights: Mutex::default(), ops }
+        Self {
+            flights: Mutex::default(),
+            ops,
+        }
     }
 
     /// Joins the making of `key`, or begins it. `op` shows the stages and progress of the making.
@@ -38,7 +41,9 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
     {
         let (mut seen, mut outcome) = {
             let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
-            let flight = flights.entry(key.to_owned()).or_insert_with(|| self.begin(key, op, make));
+            let flight = flights
+                .entry(key.to_owned())
+                .or_insert_with(|| self.begin(key, op, make));
             flight.waiting += 1;
             (flight.op.subscribe(), flight.outcome.clone())
         };
@@ -84,9 +89,14 @@ impl<T: Clone + Send + Sync + 'static> Flights<T> {
                 under_way.remove(&name);
             }
             drop(under_way);
+            crate::memory::give_back();
             let _ = tell.send(Some(result));
         });
-        Flight { op, outcome, waiting: 0 }
+        Flight {
+            op,
+            outcome,
+            waiting: 0,
+        }
     }
 
     fn leave(&self, key: &str) {
@@ -144,7 +154,10 @@ mod tests {
             }
         };
         let (a, b) = (ops.begin("machine.create", "a"), ops.begin("machine.create", "b"));
-        let (one, two) = tokio::join!(flights.join("x", &a, make(made.clone())), flights.join("x", &b, make(made.clone())));
+        let (one, two) = tokio::join!(
+            flights.join("x", &a, make(made.clone())),
+            flights.join("x", &b, make(made.clone()))
+        );
         assert_eq!((one.unwrap(), two.unwrap()), (7, 7));
         assert_eq!(made.load(Ordering::SeqCst), 1);
         assert_eq!(b.snapshot().stage, "making");

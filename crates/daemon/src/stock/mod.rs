@@ -53,7 +53,11 @@ impl Stock {
     /// Opens the store.
     pub fn open(paths: &Paths, db: Db, ops: Arc<Ops>, libexec: &Path) -> std::io::Result<Self> {
         let shelf = Shelf::open(&paths.store(), libexec)?;
-        Ok(Self { db, shelf, flights: Arc::new(Flights::new(ops)) })
+        Ok(Self {
+            db,
+            shelf,
+            flights: Arc::new(Flights::new(ops)),
+        })
     }
 
     async fn named(&self, table: NameTable, name: &str) -> Result<Option<NamedObject>, ApiError> {
@@ -89,20 +93,32 @@ impl Stock {
         if let Some(named) = self.named(NameTable::Images, name).await?
             && let Ok(facts) = self.shelf.image(&named.digest).await
         {
-            return Ok(Object { digest: named.digest, size_bytes: facts.size_bytes });
+            return Ok(Object {
+                digest: named.digest,
+                size_bytes: facts.size_bytes,
+            });
         }
         self.build_image(name, op).await
     }
 
     /// Builds an image by its recipe.
     pub async fn build_image(&self, name: &str, op: &Op) -> Result<Object, ApiError> {
-        let Some(recipe) = recipe::find(name) else { return Err(unknown("image recipe", name, &recipe::names())) };
+        let Some(recipe) = recipe::find(name) else {
+            return Err(unknown("image recipe", name, &recipe::names()));
+        };
         let (shelf, db, name) = (self.shelf.clone(), self.db.clone(), name.to_owned());
         let make = move |op: Op| async move {
             let facts = shelf.build(recipe, &op).await?;
-            let named = NamedObject { name, digest: facts.digest.clone(), created_at: time::now() };
+            let named = NamedObject {
+                name,
+                digest: facts.digest.clone(),
+                created_at: time::now(),
+            };
             db.put_name(NameTable::Images, named).await.map_err(IntoApi::into_api)?;
-            Ok(Object { digest: facts.digest, size_bytes: facts.size_bytes })
+            Ok(Object {
+                digest: facts.digest,
+                size_bytes: facts.size_bytes,
+            })
         };
         self.flights.join(&format!("image {}", recipe.name), op, make).await
     }
@@ -112,7 +128,10 @@ impl Stock {
         if let Some(named) = self.named(NameTable::Kernels, name).await?
             && let Ok(facts) = self.shelf.kernel(&named.digest).await
         {
-            return Ok(Object { digest: named.digest, size_bytes: facts.size_bytes });
+            return Ok(Object {
+                digest: named.digest,
+                size_bytes: facts.size_bytes,
+            });
         }
         if name != DEFAULT_KERNEL {
             return Err(unknown("kernel", name, &[DEFAULT_KERNEL]));
@@ -127,9 +146,18 @@ impl Stock {
         let (shelf, db, name) = (self.shelf.clone(), self.db.clone(), name.to_owned());
         let make = move |op: Op| async move {
             let facts = shelf.import(from, &op).await?;
-            let named = NamedObject { name, digest: facts.digest.clone(), created_at: time::now() };
-            db.put_name(NameTable::Kernels, named).await.map_err(IntoApi::into_api)?;
-            Ok(Object { digest: facts.digest, size_bytes: facts.size_bytes })
+            let named = NamedObject {
+                name,
+                digest: facts.digest.clone(),
+                created_at: time::now(),
+            };
+            db.put_name(NameTable::Kernels, named)
+                .await
+                .map_err(IntoApi::into_api)?;
+            Ok(Object {
+                digest: facts.digest,
+                size_bytes: facts.size_bytes,
+            })
         };
         self.flights.join(&key, op, make).await
     }
@@ -201,22 +229,42 @@ impl Stock {
     pub async fn delete_image(&self, services: &Services, name: &str) -> Result<(), ApiError> {
         let images = self.images(services).await?;
         let known: Vec<&str> = images.iter().map(|i| i.name.as_str()).collect();
-        let image = images.iter().find(|i| i.name == name).ok_or_else(|| unknown("image", name, &known))?;
+        let image = images
+            .iter()
+            .find(|i| i.name == name)
+            .ok_or_else(|| unknown("image", name, &known))?;
         in_use("image", name, &image.used_by)?;
-        self.db.delete_name(NameTable::Images, image.name.clone()).await.map_err(IntoApi::into_api)?;
+        self.db
+            .delete_name(NameTable::Images, image.name.clone())
+            .await
+            .map_err(IntoApi::into_api)?;
         let shared = images.iter().any(|i| i.name != name && i.digest == image.digest);
-        if shared { Ok(()) } else { self.shelf.delete_image(&image.digest).await }
+        if shared {
+            Ok(())
+        } else {
+            self.shelf.delete_image(&image.digest).await
+        }
     }
 
     /// Removes a kernel that no machine uses.
     pub async fn delete_kernel(&self, services: &Services, name: &str) -> Result<(), ApiError> {
         let kernels = self.kernels(services).await?;
         let known: Vec<&str> = kernels.iter().map(|k| k.name.as_str()).collect();
-        let kernel = kernels.iter().find(|k| k.name == name).ok_or_else(|| unknown("kernel", name, &known))?;
+        let kernel = kernels
+            .iter()
+            .find(|k| k.name == name)
+            .ok_or_else(|| unknown("kernel", name, &known))?;
         in_use("kernel", name, &kernel.used_by)?;
-        self.db.delete_name(NameTable::Kernels, kernel.name.clone()).await.map_err(IntoApi::into_api)?;
+        self.db
+            .delete_name(NameTable::Kernels, kernel.name.clone())
+            .await
+            .map_err(IntoApi::into_api)?;
         let shared = kernels.iter().any(|k| k.name != name && k.digest == kernel.digest);
-        if shared { Ok(()) } else { self.shelf.delete_kernel(&kernel.digest).await }
+        if shared {
+            Ok(())
+        } else {
+            self.shelf.delete_kernel(&kernel.digest).await
+        }
     }
 }
 
@@ -226,12 +274,21 @@ pub async fn blocking<T: Send + 'static>(
 ) -> Result<T, ApiError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map_err(IntoApi::into_api),
-        Err(e) => Err(ApiError::new(ErrorCode::Internal, format!("work on the store broke off: {e}"))),
+        Err(e) => Err(ApiError::new(
+            ErrorCode::Internal,
+            format!("work on the store broke off: {e}"),
+        )),
     }
 }
 
 fn users(services: &Services, uses: impl Fn(&MachineSpec) -> bool) -> Vec<String> {
-    services.machines().iter().map(|m| m.row()).filter(|row| uses(&row.spec)).map(|row| row.name).collect()
+    services
+        .machines()
+        .iter()
+        .map(|m| m.row())
+        .filter(|row| uses(&row.spec))
+        .map(|row| row.name)
+        .collect()
 }
 
 /// A machine that is being made may have a name only, not yet what it stands for.
@@ -272,23 +329,51 @@ pub async fn checks(services: &Services) -> Vec<Check> {
         hint: hint.map(str::to_owned),
     };
     let mut checks = Vec::new();
-    let default = services.config.default_image_name.as_deref().unwrap_or(banger_core::spec::DEFAULT_IMAGE);
+    let default = services
+        .config
+        .default_image_name
+        .as_deref()
+        .unwrap_or(banger_core::spec::DEFAULT_IMAGE);
     let images = services.stock.images(services).await.unwrap_or_default();
     let kernels = services.stock.kernels(services).await.unwrap_or_default();
     match images.iter().find(|i| i.name == default) {
-        Some(_) => checks.push(check("default image", CheckLevel::Pass, format!("`{default}` is there"), None)),
+        Some(_) => checks.push(check(
+            "default image",
+            CheckLevel::Pass,
+            format!("`{default}` is there"),
+            None,
+        )),
         None if recipe::find(default).is_some() => {
-            checks.push(check("default image", CheckLevel::Pass, format!("`{default}` will be built when it is needed"), None));
-            checks.push(crate::doctor::tool("mmdebstrap", "building the default images", "mmdebstrap"));
+            checks.push(check(
+                "default image",
+                CheckLevel::Pass,
+                format!("`{default}` will be built when it is needed"),
+                None,
+            ));
+            checks.push(crate::doctor::tool(
+                "mmdebstrap",
+                "building the default images",
+                "mmdebstrap",
+            ));
         }
         None => {
             let hint = "set default_image_name to an image that is there, or to a recipe";
-            checks.push(check("default image", CheckLevel::Fail, format!("there is no image and no recipe `{default}`"), Some(hint)));
+            checks.push(check(
+                "default image",
+                CheckLevel::Fail,
+                format!("there is no image and no recipe `{default}`"),
+                Some(hint),
+            ));
         }
     }
     match kernels.iter().find(|k| k.name == DEFAULT_KERNEL) {
         Some(kernel) => checks.push(check("default kernel", CheckLevel::Pass, kernel.release.clone(), None)),
-        None => checks.push(check("default kernel", CheckLevel::Pass, "will be imported when it is needed".to_owned(), None)),
+        None => checks.push(check(
+            "default kernel",
+            CheckLevel::Pass,
+            "will be imported when it is needed".to_owned(),
+            None,
+        )),
     }
     checks
 }

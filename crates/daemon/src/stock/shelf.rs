@@ -66,7 +66,10 @@ impl Shelf {
             Ok(swept) => tracing::info!(swept, "half-made images and kernels removed"),
             Err(e) => tracing::warn!(error = %chain(&e), "half-made images and kernels not removed"),
         });
-        Ok(Self { store, agent: libexec.join("banger-agent") })
+        Ok(Self {
+            store,
+            agent: libexec.join("banger-agent"),
+        })
     }
 
     /// An image.
@@ -100,13 +103,24 @@ impl Shelf {
             let hint = "install banger anew, or set BANGER_LIBEXEC to the directory that has it";
             return Err(ApiError::new(ErrorCode::Unsupported, message).hint(hint));
         }
-        let initrd = self.store.initramfs(&digest, &self.agent).await.map_err(IntoApi::into_api)?;
-        Ok(Boot { kernel: files.vmlinux, initrd })
+        let initrd = self
+            .store
+            .initramfs(&digest, &self.agent)
+            .await
+            .map_err(IntoApi::into_api)?;
+        Ok(Boot {
+            kernel: files.vmlinux,
+            initrd,
+        })
     }
 
     /// Builds an image.
     pub async fn build(&self, recipe: &'static Recipe, op: &Op) -> Result<ImageFacts, ApiError> {
-        self.store.build_image(recipe, &told(op)).await.map(image_facts).map_err(IntoApi::into_api)
+        self.store
+            .build_image(recipe, &told(op))
+            .await
+            .map(image_facts)
+            .map_err(IntoApi::into_api)
     }
 
     /// Imports a kernel from a package, or the distribution's own.
@@ -133,7 +147,9 @@ impl Shelf {
 }
 
 fn parse(digest: &str) -> Result<Digest, ApiError> {
-    digest.parse().map_err(|e| ApiError::new(ErrorCode::Internal, format!("digest `{digest}`: {e}")))
+    digest
+        .parse()
+        .map_err(|e| ApiError::new(ErrorCode::Internal, format!("digest `{digest}`: {e}")))
 }
 
 fn image_facts(info: banger_image::ImageInfo) -> ImageFacts {
@@ -147,7 +163,12 @@ fn image_facts(info: banger_image::ImageInfo) -> ImageFacts {
 }
 
 fn kernel_facts(info: banger_image::KernelInfo) -> KernelFacts {
-    KernelFacts { digest: info.digest.to_string(), size_bytes: info.size_bytes, release: info.release, source: info.source }
+    KernelFacts {
+        digest: info.digest.to_string(),
+        size_bytes: info.size_bytes,
+        release: info.release,
+        source: info.source,
+    }
 }
 
 /// Shows an operation's watchers where the work is.
@@ -159,7 +180,11 @@ fn told(op: &Op) -> Progress {
             Unit::Items => ProgressUnit::Items,
         };
         let known = stage.done > 0 || stage.total > 0;
-        let progress = known.then_some(ApiProgress { done: stage.done, total: stage.total, unit });
+        let progress = known.then_some(ApiProgress {
+            done: stage.done,
+            total: stage.total,
+            unit,
+        });
         op.mirror(stage.step.label(), progress);
     })
 }
