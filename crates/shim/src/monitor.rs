@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use banger_proto::shim::{ExitRecord, ShimJob, ShimReport};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::ioctl_fionbio;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -19,6 +19,11 @@ use crate::start;
 
 /// More than any job needs.
 const JOB_LIMIT: u64 = 1 << 20;
+/// How long output gathers before it is read. A pipe holds more than comes in this time.
+const GATHER: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 5_000_000,
+};
 /// Longest line of the engine that stays in one piece.
 const LINE: usize = 1024;
 
@@ -120,20 +125,21 @@ fn watch(engine: &mut Child, log: &mut Log, tail: &mut Tail) -> io::Result<()> {
             }
             return Ok(());
         }
-        // Once it has ended there is one more round, for what it left in the pipes.
-        over = wait(&ended, &console, &messages)?;
+        // Once it has ended there is one more round, for what it left in the pipes. A console writes single bytes: they are
+        // left to gather, or following them would take a third of what the guest gets.
+        over = wait(&ended, &[&console, &messages], None)? || wait(&ended, &[], Some(&GATHER))?;
     }
 }
 
-/// Waits for any of the three; says whether the engine has ended.
-fn wait(ended: &OwnedFd, console: &Source, messages: &Source) -> io::Result<bool> {
+/// Waits for any of them; says whether the engine has ended.
+fn wait(ended: &OwnedFd, sources: &[&Source], limit: Option<&Timespec>) -> io::Result<bool> {
     let mut fds = vec![PollFd::new(ended, PollFlags::IN)];
     fds.extend(
-        [console, messages]
-            .into_iter()
+        sources
+            .iter()
             .filter_map(|s| Some(PollFd::new(s.0.as_ref()?, PollFlags::IN))),
     );
-    match poll(&mut fds, None) {
+    match poll(&mut fds, limit) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(!fds[0].revents().is_empty()),
         Err(e) => Err(e.into()),
     }

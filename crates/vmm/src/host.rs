@@ -20,8 +20,6 @@ pub struct Roots {
     pub proc: PathBuf,
     /// `/dev`.
     pub dev: PathBuf,
-    /// `/sys`.
-    pub sys: PathBuf,
 }
 
 impl Default for Roots {
@@ -29,7 +27,6 @@ impl Default for Roots {
         Self {
             proc: "/proc".into(),
             dev: "/dev".into(),
-            sys: "/sys".into(),
         }
     }
 }
@@ -225,4 +222,99 @@ fn read_bounded(path: &Path) -> std::io::Result<String> {
     let mut bytes = Vec::new();
     fs::File::open(path)?.take(8 << 20).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use banger_core::host::Accel;
+
+    use super::*;
+
+    const BOOT: &str = "6b4db22b-3ca2-4fa1-af1d-b71352e1e73c";
+
+    fn tree(flags: &str, kvm: bool) -> (tempfile::TempDir, Roots) {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = Roots {
+            proc: dir.path().join("proc"),
+            dev: dir.path().join("dev"),
+        };
+        fs::create_dir_all(roots.proc.join("sys/kernel/random")).unwrap();
+        fs::create_dir_all(&roots.dev).unwrap();
+        let cpu = |n| format!("processor\t: {n}\nmodel name\t: Some CPU\nflags\t\t: fpu {flags} tsc\n\n");
+        fs::write(roots.proc.join("cpuinfo"), format!("{}{}{}", cpu(0), cpu(1), cpu(2))).unwrap();
+        fs::write(
+            roots.proc.join("meminfo"),
+            "MemTotal:       2097152 kB\nMemAvailable:   1048576 kB\n",
+        )
+        .unwrap();
+        fs::write(roots.proc.join("sys/kernel/random/boot_id"), format!("{BOOT}\n")).unwrap();
+        if kvm {
+            fs::write(roots.dev.join("kvm"), "").unwrap();
+        }
+        (dir, roots)
+    }
+
+    #[test]
+    fn facts_come_from_the_tree_that_is_handed_over() {
+        let (_dir, roots) = tree("svm", false);
+        let facts = HostFacts::read(&roots);
+        assert_eq!(facts.cpu_model.as_deref(), Some("Some CPU"));
+        assert_eq!((facts.cpus, facts.memory_mib, facts.available_mib), (3, 2048, 1024));
+        assert!((1..=3).contains(&facts.usable_cpus));
+        assert_eq!(
+            (facts.virtualisation, &facts.kvm),
+            (Some(Virtualisation::Svm), &KvmDevice::Missing)
+        );
+        assert_eq!((facts.accel.accel, facts.boot_id.as_str()), (Accel::Tcg, BOOT));
+    }
+
+    #[test]
+    fn a_file_in_place_of_the_device_is_unusable() {
+        let (_dir, roots) = tree("vmx", true);
+        let facts = HostFacts::read(&roots);
+        assert!(matches!(&facts.kvm, KvmDevice::Unusable(_)), "{:?}", facts.kvm);
+        assert!(facts.accel.reason.contains("cannot be used"));
+    }
+
+    #[test]
+    fn without_anything_there_are_facts_and_doubts() {
+        let (dir, mut roots) = tree("", false);
+        roots.proc = dir.path().join("none");
+        let facts = HostFacts::read(&roots);
+        assert_eq!((facts.cpus, facts.memory_mib, facts.boot_id.as_str()), (1, 0, ""));
+        assert!(facts.doubts.iter().any(|d| d.contains("cpuinfo")), "{:?}", facts.doubts);
+        assert!(facts.doubts.iter().any(|d| d.contains("boot_id")), "{:?}", facts.doubts);
+    }
+
+    #[test]
+    fn a_boot_id_is_no_other_text() {
+        let (_dir, roots) = tree("", false);
+        assert_eq!(boot_id(&roots.proc).as_deref(), Ok(BOOT));
+        for text in ["", "x", "6b4db22b-3ca2-4fa1-af1d-b71352e1e73g", &BOOT[1..]] {
+            fs::write(roots.proc.join("sys/kernel/random/boot_id"), text).unwrap();
+            assert!(boot_id(&roots.proc).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_rate_is_ticks_by_milliseconds() {
+        assert_eq!(rate((0, 0), (2_700_000_000, 1_000_000_000)), Some(2_700_000));
+        assert_eq!(rate((100, 5), (100 + 67_500_000, 5 + 25_000_000)), Some(2_700_000));
+        for (a, b) in [
+            ((5, 0), (4, 10)),
+            ((0, 10), (5, 9)),
+            ((0, 5), (10, 5)),
+            ((0, 0), (0, 10)),
+        ] {
+            assert_eq!(rate(a, b), None, "{a:?} {b:?}");
+        }
+        assert!(near(1_000_000, 1_000_499, 2000) && !near(1_000_000, 1_000_501, 2000));
+        assert_eq!(rate((0, 0), (u64::MAX, 1)), None);
+    }
+
+    #[test]
+    fn two_readings_of_the_clock_agree() {
+        let (Some(a), Some(b)) = (tsc(), tsc()) else { return };
+        assert!(near(a.khz, b.khz, 1000), "{a:?} {b:?}");
+    }
 }
