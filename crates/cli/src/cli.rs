@@ -48,7 +48,14 @@ struct Global {
     #[arg(short, long, global = true, help_heading = "Global options")]
     quiet: bool,
     /// When to use colours
-    #[arg(long, global = true, value_enum, default_value_t, hide_possible_values = true, help_heading = "Global options")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        hide_possible_values = true,
+        help_heading = "Global options"
+    )]
     color: Color,
 }
 
@@ -82,7 +89,14 @@ pub(crate) enum Format {
 #[derive(Debug, Clone, Copy, Default, Args)]
 pub(crate) struct OutputArgs {
     /// How to print data: table or json
-    #[arg(long, value_enum, default_value_t, hide_possible_values = true, hide_default_value = true, value_name = "FORMAT")]
+    #[arg(
+        long,
+        value_enum,
+        default_value_t,
+        hide_possible_values = true,
+        hide_default_value = true,
+        value_name = "FORMAT"
+    )]
     format: Format,
     /// Short for --format json
     #[arg(long, conflicts_with = "format")]
@@ -106,7 +120,10 @@ pub(crate) struct Versioned<T> {
 
 /// Gives an object its schema version.
 pub(crate) fn versioned<T: Serialize>(value: T) -> Versioned<T> {
-    Versioned { schema_version: banger_proto::OUTPUT_SCHEMA_VERSION, value }
+    Versioned {
+        schema_version: banger_proto::OUTPUT_SCHEMA_VERSION,
+        value,
+    }
 }
 
 /// What every command gets.
@@ -162,7 +179,10 @@ pub(crate) fn main() -> u8 {
         Ok(cli) => cli,
         Err(error) => return not_parsed(&error, own_status(Kind::Usage)),
     };
-    let context = Context { printer: Printer::new(cli.global.quiet, cli.global.color), places: Places::of_process() };
+    let context = Context {
+        printer: Printer::new(cli.global.quiet, cli.global.color),
+        places: Places::of_process(),
+    };
     match cli.command.run(&context) {
         Ok(status) => status,
         Err(error) => {
@@ -207,19 +227,29 @@ fn not_parsed(error: &clap::Error, status: u8) -> u8 {
 
 /// The colour option of arguments that could not be parsed.
 fn color_of(arguments: impl Iterator<Item = OsString>) -> Color {
-    let arguments: Vec<String> = arguments.take_while(|a| a != "--").filter_map(|a| a.into_string().ok()).collect();
-    let value = arguments.iter().enumerate().find_map(|(i, a)| match a.strip_prefix("--color") {
-        Some("") => arguments.get(i + 1).cloned(),
-        Some(rest) => rest.strip_prefix('=').map(str::to_owned),
-        None => None,
-    });
+    let arguments: Vec<String> = arguments
+        .take_while(|a| a != "--")
+        .filter_map(|a| a.into_string().ok())
+        .collect();
+    let value = arguments
+        .iter()
+        .enumerate()
+        .find_map(|(i, a)| match a.strip_prefix("--color") {
+            Some("") => arguments.get(i + 1).cloned(),
+            Some(rest) => rest.strip_prefix('=').map(str::to_owned),
+            None => None,
+        });
     value.and_then(|v| Color::from_str(&v, true).ok()).unwrap_or_default()
 }
 
 /// Whether the arguments name a command whose exit status is that of a program in the guest. Decided without the parser,
 /// since it also has to be known when parsing fails.
 fn status_is_the_guests(arguments: &[OsString]) -> bool {
-    let mut words = arguments.iter().skip(1).map(OsString::as_os_str).filter(|a| !a.as_encoded_bytes().starts_with(b"-"));
+    let mut words = arguments
+        .iter()
+        .skip(1)
+        .map(OsString::as_os_str)
+        .filter(|a| !a.as_encoded_bytes().starts_with(b"-"));
     let is = |word: Option<&OsStr>, names: &[&str]| word.is_some_and(|w| names.iter().any(|n| w == *n));
     let first = words.next();
     is(first, &["run"]) || (is(first, &["vm"]) && is(words.next(), &["run", "exec", "shell", "attach"]))
@@ -236,13 +266,23 @@ mod tests {
 
     #[test]
     fn guest_commands_are_known_before_parsing() {
-        let of = |line: &str| {
-            status_is_the_guests(&line.split(' ').map(OsString::from).collect::<Vec<_>>())
-        };
-        for line in ["banger run", "banger -q vm exec x", "banger vm run --bogus", "banger vm shell", "banger vm attach x"] {
+        let of = |line: &str| status_is_the_guests(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
+        for line in [
+            "banger run",
+            "banger -q vm exec x",
+            "banger vm run --bogus",
+            "banger vm shell",
+            "banger vm attach x",
+        ] {
             assert!(of(line), "{line}");
         }
-        for line in ["banger", "banger vm list", "banger image run", "banger ps run", "banger vm"] {
+        for line in [
+            "banger",
+            "banger vm list",
+            "banger image run",
+            "banger ps run",
+            "banger vm",
+        ] {
             assert!(!of(line), "{line}");
         }
     }
@@ -261,7 +301,10 @@ mod tests {
         struct Thing {
             a: u8,
         }
-        assert_eq!(serde_json::to_string(&versioned(Thing { a: 1 })).unwrap(), r#"{"schema_version":1,"a":1}"#);
+        assert_eq!(
+            serde_json::to_string(&versioned(Thing { a: 1 })).unwrap(),
+            r#"{"schema_version":1,"a":1}"#
+        );
         assert_eq!(serde_json::to_string(&Vec::<Versioned<Thing>>::new()).unwrap(), "[]");
     }
 }

@@ -26,7 +26,10 @@ pub(crate) fn answer() -> bool {
         return false;
     }
     let here = std::env::current_dir().ok();
-    CompleteEnv::with_factory(cli::tree).var(VARIABLE).try_complete(std::env::args_os(), here.as_deref()).unwrap_or(true)
+    CompleteEnv::with_factory(cli::tree)
+        .var(VARIABLE)
+        .try_complete(std::env::args_os(), here.as_deref())
+        .unwrap_or(true)
 }
 
 /// The script for a shell.
@@ -46,7 +49,10 @@ pub(crate) fn machines() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         ask(async |client| {
             let machines = all_machines(&client).await?;
-            Ok(machines.into_iter().map(|m| (m.name, Some(format!("{}, {}", m.state.as_str(), m.spec.image)))).collect())
+            Ok(machines
+                .into_iter()
+                .map(|m| (m.name, Some(format!("{}, {}", m.state.as_str(), m.spec.image))))
+                .collect())
         })
     })
 }
@@ -54,14 +60,26 @@ pub(crate) fn machines() -> ArgValueCandidates {
 /// Names of images.
 pub(crate) fn images() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
-        ask(async |client| Ok(all_images(&client).await?.into_iter().map(|i| (i.name, Some(i.source))).collect()))
+        ask(async |client| {
+            Ok(all_images(&client)
+                .await?
+                .into_iter()
+                .map(|i| (i.name, Some(i.source)))
+                .collect())
+        })
     })
 }
 
 /// Names of kernels.
 pub(crate) fn kernels() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
-        ask(async |client| Ok(all_kernels(&client).await?.into_iter().map(|k| (k.name, Some(k.release))).collect()))
+        ask(async |client| {
+            Ok(all_kernels(&client)
+                .await?
+                .into_iter()
+                .map(|k| (k.name, Some(k.release)))
+                .collect())
+        })
     })
 }
 
@@ -81,17 +99,28 @@ pub(crate) fn recipes() -> ArgValueCandidates {
             let recipes = client.get::<Recipes>("recipes").await?.recipes;
             Ok(recipes.into_iter().map(|r| (r.name, Some(r.description))).collect())
         });
-        if known.is_empty() { ["debian", "debian-slim"].map(CompletionCandidate::new).into() } else { known }
+        if known.is_empty() {
+            ["debian", "debian-slim"].map(CompletionCandidate::new).into()
+        } else {
+            known
+        }
     })
 }
 
 /// Asks a daemon that is there already; none, or one that does not answer in time, knows nothing.
 fn ask(question: impl AsyncFnOnce(Client) -> Result<Vec<(String, Option<String>)>>) -> Vec<CompletionCandidate> {
-    let Ok(client) = Client::passive(&Places::of_process()) else { return Vec::new() };
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
+    let Ok(client) = Client::passive(&Places::of_process()) else {
+        return Vec::new();
+    };
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+        return Vec::new();
+    };
     let answer = runtime.block_on(async { tokio::time::timeout(DEADLINE, question(client)).await });
     let Ok(Ok(found)) = answer else { return Vec::new() };
-    found.into_iter().map(|(name, help)| CompletionCandidate::new(name).help(help.map(Into::into))).collect()
+    found
+        .into_iter()
+        .map(|(name, help)| CompletionCandidate::new(name).help(help.map(Into::into)))
+        .collect()
 }
 
 #[cfg(test)]

@@ -44,7 +44,10 @@ pub(crate) const STATUSES: &[(u8, &str)] = &[
     (7, "a deadline passed"),
     (8, "no space left"),
     (9, "the daemon is not available"),
-    (125, "in run, exec, shell, attach: banger itself failed, whatever the kind"),
+    (
+        125,
+        "in run, exec, shell, attach: banger itself failed, whatever the kind",
+    ),
     (126, "in run, exec: the command cannot be run"),
     (127, "in run, exec: the command is not there"),
     (130, "interrupted; 128 + n in general for signal n"),
@@ -112,7 +115,14 @@ pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// A failure of this kind.
     pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, code: None, message: message.into(), hint: None, details: Vec::new(), operation: None }
+        Self {
+            kind,
+            code: None,
+            message: message.into(),
+            hint: None,
+            details: Vec::new(),
+            operation: None,
+        }
     }
 
     /// An operation that failed.
@@ -138,7 +148,10 @@ impl Error {
     /// A failed system call on a path.
     pub(crate) fn io(doing: &str, path: &Path, error: impl Into<std::io::Error>) -> Self {
         let error = error.into();
-        Self::new(io_kind(&error), format!("cannot {doing} {}: {}", path.display(), reason(&error)))
+        Self::new(
+            io_kind(&error),
+            format!("cannot {doing} {}: {}", path.display(), reason(&error)),
+        )
     }
 
     /// Adds what to do.
@@ -164,7 +177,9 @@ pub(crate) fn reason(error: &std::io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or_default();
     let mut letters = text.chars();
-    letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
+    letters
+        .next()
+        .map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
 }
 
 fn io_kind(error: &std::io::Error) -> Kind {
@@ -227,6 +242,9 @@ mod tests {
     fn system_errors_read_like_ours() {
         let error = std::io::Error::from_raw_os_error(2);
         assert_eq!(reason(&error), "no such file or directory");
-        assert_eq!(Error::io("open", Path::new("/x"), error).message, "cannot open /x: no such file or directory");
+        assert_eq!(
+            Error::io("open", Path::new("/x"), error).message,
+            "cannot open /x: no such file or directory"
+        );
     }
 }

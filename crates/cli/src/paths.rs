@@ -74,9 +74,9 @@ impl Places {
 
     /// The home directory.
     pub(crate) fn home(&self) -> Result<&Path> {
-        self.home.as_deref().ok_or_else(|| {
-            Error::failed("there is no home directory").hint("set HOME to an absolute path")
-        })
+        self.home
+            .as_deref()
+            .ok_or_else(|| Error::failed("there is no home directory").hint("set HOME to an absolute path"))
     }
 
     /// A path as the user wrote it, `~` and `~/…` expanded (a shell does not do that behind every flag).
@@ -84,7 +84,9 @@ impl Places {
         match path.strip_prefix('~') {
             Some("") => Ok(self.home()?.to_owned()),
             Some(rest) if rest.starts_with('/') => Ok(self.home()?.join(rest.trim_start_matches('/'))),
-            Some(_) => Err(Error::usage(format!("cannot read path `{path}`: only `~/…` is known, not `~user`"))),
+            Some(_) => Err(Error::usage(format!(
+                "cannot read path `{path}`: only `~/…` is known, not `~user`"
+            ))),
             None => Ok(PathBuf::from(path)),
         }
     }
@@ -114,8 +116,10 @@ fn check_private(dir: &Path, uid: u32) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::unavailable(format!("runtime directory {} {fault}", dir.display()))
-        .hint("remove it, or set XDG_RUNTIME_DIR to a directory of your own"))
+    Err(
+        Error::unavailable(format!("runtime directory {} {fault}", dir.display()))
+            .hint("remove it, or set XDG_RUNTIME_DIR to a directory of your own"),
+    )
 }
 
 #[cfg(test)]
@@ -126,7 +130,10 @@ mod tests {
 
     #[test]
     fn tilde_is_home_and_nothing_else() {
-        let places = Places { home: Some("/home/u".into()), ..Places::default() };
+        let places = Places {
+            home: Some("/home/u".into()),
+            ..Places::default()
+        };
         assert_eq!(places.expand("~/a").unwrap(), Path::new("/home/u/a"));
         assert_eq!(places.expand("~").unwrap(), Path::new("/home/u"));
         assert_eq!(places.expand("./~").unwrap(), Path::new("./~"));
@@ -152,10 +159,18 @@ mod tests {
 
     #[test]
     fn directories_follow_xdg() {
-        let places = Places { home: Some("/h".into()), uid: 7, ..Places::default() };
+        let places = Places {
+            home: Some("/h".into()),
+            uid: 7,
+            ..Places::default()
+        };
         assert_eq!(places.state_dir().unwrap(), Path::new("/h/.local/state/banger"));
         assert_eq!(places.runtime_dir(), (PathBuf::from("/tmp/banger-runtime-7"), true));
-        let places = Places { config: Some("/c".into()), runtime: Some("/r".into()), ..places };
+        let places = Places {
+            config: Some("/c".into()),
+            runtime: Some("/r".into()),
+            ..places
+        };
         assert_eq!(places.config_dir().unwrap(), Path::new("/c/banger"));
         assert_eq!(places.socket().unwrap(), Path::new("/r/banger/bangerd.sock"));
     }

@@ -36,10 +36,6 @@ pub(crate) enum Style {
     Green,
     /// Hints.
     Cyan,
-    /// Headings.
-    Bold,
-    /// What matters less.
-    Dim,
 }
 
 impl Style {
@@ -49,8 +45,6 @@ impl Style {
             Self::Yellow => "1;33",
             Self::Green => "32",
             Self::Cyan => "1;36",
-            Self::Bold => "1",
-            Self::Dim => "2",
         }
     }
 }
@@ -118,8 +112,7 @@ impl Printer {
 
     /// Writes a value as indented JSON.
     pub(crate) fn json<T: Serialize>(&self, value: &T) -> Result<()> {
-        let text =
-            serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("cannot write JSON: {e}")))?;
+        let text = serde_json::to_string_pretty(value).map_err(|e| Error::failed(format!("cannot write JSON: {e}")))?;
         self.line(text)
     }
 
@@ -133,7 +126,11 @@ impl Printer {
     /// Warns. Silent with `--quiet`.
     pub(crate) fn warn(&self, text: impl AsRef<str>) {
         if !self.quiet {
-            self.err_line(&format!("{} {}", self.err_style("warning:", Style::Yellow), text.as_ref()));
+            self.err_line(&format!(
+                "{} {}",
+                self.err_style("warning:", Style::Yellow),
+                text.as_ref()
+            ));
         }
     }
 
@@ -157,9 +154,21 @@ impl Printer {
 
     /// Writes text that clap rendered.
     pub(crate) fn rendered(&self, text: &clap::builder::StyledStr, to_stdout: bool) -> Result<()> {
-        let color = if to_stdout { self.stdout_color } else { self.stderr_color };
-        let text = if color { text.ansi().to_string() } else { text.to_string() };
-        if to_stdout { self.data(text) } else { self.err_raw(&text) }
+        let color = if to_stdout {
+            self.stdout_color
+        } else {
+            self.stderr_color
+        };
+        let text = if color {
+            text.ansi().to_string()
+        } else {
+            text.to_string()
+        };
+        if to_stdout {
+            self.data(text)
+        } else {
+            self.err_raw(&text)
+        }
     }
 
     /// Text for standard output in a style.
@@ -174,7 +183,13 @@ impl Printer {
 
     /// Begins something that takes a while. On a terminal a bar follows it, elsewhere each stage is a line.
     pub(crate) fn activity<'p>(&'p self, label: &str) -> Activity<'p> {
-        Activity { printer: self, label: clean(label), stage: String::new(), bar: None, shape: Shape::None }
+        Activity {
+            printer: self,
+            label: clean(label),
+            stage: String::new(),
+            bar: None,
+            shape: Shape::None,
+        }
     }
 
     fn err_line(&self, text: &str) {
@@ -183,7 +198,8 @@ impl Printer {
     }
 
     fn err_raw(&self, text: &str) -> Result<()> {
-        self.around_bars(|| std::io::stderr().lock().write_all(text.as_bytes())).map_err(|e| output_error(&e))
+        self.around_bars(|| std::io::stderr().lock().write_all(text.as_bytes()))
+            .map_err(|e| output_error(&e))
     }
 
     fn around_bars<T>(&self, write: impl FnOnce() -> T) -> T {
@@ -204,7 +220,11 @@ fn output_error(error: &std::io::Error) -> Error {
 }
 
 fn paint(text: &str, style: Style, color: bool) -> String {
-    if color { format!("\x1b[{}m{text}\x1b[0m", style.code()) } else { text.to_owned() }
+    if color {
+        format!("\x1b[{}m{text}\x1b[0m", style.code())
+    } else {
+        text.to_owned()
+    }
 }
 
 /// Text without control characters, so that nothing foreign can drive the terminal. Tabs become spaces.
@@ -278,7 +298,10 @@ impl Activity<'_> {
             return;
         }
         let bar = self.bar.get_or_insert_with(|| {
-            let bars = self.printer.bars.get_or_init(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
+            let bars = self
+                .printer
+                .bars
+                .get_or_init(|| MultiProgress::with_draw_target(ProgressDrawTarget::stderr()));
             let bar = bars.add(ProgressBar::no_length());
             bar.enable_steady_tick(Duration::from_millis(120));
             bar

@@ -71,7 +71,11 @@ pub fn markdown() -> String {
 }
 
 fn describe(command: &mut clap::Command, path: &str, text: &mut String) {
-    let help = if path == "banger" { command.render_help() } else { command.render_long_help() };
+    let help = if path == "banger" {
+        command.render_help()
+    } else {
+        command.render_long_help()
+    };
     let help = help.to_string();
     let help: Vec<&str> = help.lines().map(str::trim_end).collect();
     let _ = write!(text, "\n### {path}\n\n```text\n{}\n```\n", help.join("\n").trim_end());
@@ -105,7 +109,10 @@ mod tests {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("Example"), "{path} has no example");
             assert!(command.get_about().is_some(), "{path} says nothing");
-            for sub in command.get_subcommands().filter(|s| !s.is_hide_set() && s.get_name() != "help") {
+            for sub in command
+                .get_subcommands()
+                .filter(|s| !s.is_hide_set() && s.get_name() != "help")
+            {
                 check(sub, &format!("{path} {}", sub.get_name()));
             }
         }

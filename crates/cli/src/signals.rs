@@ -30,8 +30,13 @@ pub(crate) struct Signals {
 impl Signals {
     /// Takes these signals over.
     pub(crate) fn take(numbers: &[i32]) -> Result<Self> {
-        let streams = numbers.iter().map(|&n| signal(SignalKind::from_raw(n)).map(|s| (n, s))).collect::<Result<_, _>>();
-        streams.map(|streams| Self { streams }).map_err(|e| Error::failed(format!("cannot handle signals: {}", reason(&e))))
+        let streams = numbers
+            .iter()
+            .map(|&n| signal(SignalKind::from_raw(n)).map(|s| (n, s)))
+            .collect::<Result<_, _>>();
+        streams
+            .map(|streams| Self { streams })
+            .map_err(|e| Error::failed(format!("cannot handle signals: {}", reason(&e))))
     }
 
     /// Takes over what users and systems end a program with.

@@ -8,7 +8,9 @@ use crate::printer::clean;
 /// A table with these headings; cells are cleaned of control characters.
 pub(crate) fn render(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(headings.iter().copied());
     for row in rows {
         table.add_row(row.iter().map(|cell| clean(cell)));
@@ -24,12 +26,16 @@ pub(crate) fn render(headings: &[&str], rows: impl IntoIterator<Item = Vec<Strin
 pub(crate) fn pairs<'a>(rows: impl IntoIterator<Item = (&'a str, String)>) -> String {
     let rows: Vec<_> = rows.into_iter().collect();
     let width = rows.iter().map(|r| r.0.len()).max().unwrap_or(0) + 2;
-    rows.iter().map(|(key, value)| format!("{key:width$}{}\n", clean(value))).collect()
+    rows.iter()
+        .map(|(key, value)| format!("{key:width$}{}\n", clean(value)))
+        .collect()
 }
 
 /// How long ago a point in time is, for people: `3 minutes ago`.
 pub(crate) fn ago(timestamp: &str, now: Timestamp) -> String {
-    let Ok(then) = timestamp.parse::<Timestamp>() else { return timestamp.to_owned() };
+    let Ok(then) = timestamp.parse::<Timestamp>() else {
+        return timestamp.to_owned();
+    };
     let seconds = now.duration_since(then).as_secs();
     match seconds {
         ..0 => "just now".to_owned(),
@@ -63,14 +69,23 @@ mod tests {
 
     #[test]
     fn columns_line_up_without_trailing_blanks() {
-        let rows = [vec!["a".to_owned(), "long name".to_owned()], vec!["bbbb".to_owned(), "\x1b[31mx".to_owned()]];
-        assert_eq!(render(&["ID", "NAME"], rows), "ID    NAME\na     long name\nbbbb  \u{fffd}[31mx\n");
+        let rows = [
+            vec!["a".to_owned(), "long name".to_owned()],
+            vec!["bbbb".to_owned(), "\x1b[31mx".to_owned()],
+        ];
+        assert_eq!(
+            render(&["ID", "NAME"], rows),
+            "ID    NAME\na     long name\nbbbb  \u{fffd}[31mx\n"
+        );
         assert_eq!(render(&["ID", "NAME"], []), "ID  NAME\n");
     }
 
     #[test]
     fn pairs_line_up() {
-        assert_eq!(pairs([("name", "a".to_owned()), ("x", "b".to_owned())]), "name  a\nx     b\n");
+        assert_eq!(
+            pairs([("name", "a".to_owned()), ("x", "b".to_owned())]),
+            "name  a\nx     b\n"
+        );
     }
 
     #[test]
@@ -87,7 +102,12 @@ mod tests {
         ] {
             assert_eq!(ago(then, now), text);
         }
-        for (ms, text) in [(7, "7 ms"), (3140, "3.1 s"), (125_000, "2 min 5 s"), (10_920_000, "3 h 2 min")] {
+        for (ms, text) in [
+            (7, "7 ms"),
+            (3140, "3.1 s"),
+            (125_000, "2 min 5 s"),
+            (10_920_000, "3 h 2 min"),
+        ] {
             assert_eq!(span(ms), text);
         }
     }

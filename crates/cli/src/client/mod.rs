@@ -64,7 +64,11 @@ impl Client {
 
     /// A client of the daemon at this socket.
     pub(crate) fn at(socket: PathBuf, start: bool) -> Self {
-        Self { socket, start, idle: Mutex::new(None) }
+        Self {
+            socket,
+            start,
+            idle: Mutex::new(None),
+        }
     }
 
     /// Another client of the same daemon, which does not start it.
@@ -137,7 +141,10 @@ impl Client {
             let status = response.status();
             return Err(match self.refused(response).await {
                 Some(error) => error,
-                None => self.not_understood(path, &format!("status {status} instead of a WebSocket")).await,
+                None => {
+                    self.not_understood(path, &format!("status {status} instead of a WebSocket"))
+                        .await
+                }
             });
         }
         let upgraded = hyper::upgrade::on(response).await.map_err(|e| lost(&e))?;
@@ -158,10 +165,12 @@ impl Client {
             self.read(path, response).await
         };
         // The start of the daemon has a deadline of its own and is not counted.
-        tokio::time::timeout(ANSWER_DEADLINE + start::START_DEADLINE, answer).await.unwrap_or_else(|_| {
-            let message = format!("the daemon did not answer {method} /v1/{path} in time");
-            Err(Error::new(Kind::Timeout, message).hint("see `banger daemon logs`"))
-        })
+        tokio::time::timeout(ANSWER_DEADLINE + start::START_DEADLINE, answer)
+            .await
+            .unwrap_or_else(|_| {
+                let message = format!("the daemon did not answer {method} /v1/{path} in time");
+                Err(Error::new(Kind::Timeout, message).hint("see `banger daemon logs`"))
+            })
     }
 
     async fn send(&self, method: Method, path: &str, body: Body) -> Result<Response<Incoming>> {
@@ -209,8 +218,9 @@ impl Client {
 
     async fn open(&self) -> Result<SendRequest<Body>> {
         let stream = self.connect().await?;
-        let (sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| lost(&e))?;
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| lost(&e))?;
         tokio::spawn(connection.with_upgrades());
         Ok(sender)
     }
@@ -243,7 +253,9 @@ impl Client {
 
     async fn read<T: DeserializeOwned>(&self, path: &str, response: Response<Incoming>) -> Result<T> {
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
-        let body = body.map_err(|e| Error::unavailable(format!("the daemon's answer broke off: {e}")))?.to_bytes();
+        let body = body
+            .map_err(|e| Error::unavailable(format!("the daemon's answer broke off: {e}")))?
+            .to_bytes();
         match serde_json::from_slice(&body) {
             Ok(value) => Ok(value),
             Err(error) => Err(self.not_understood(path, &error.to_string()).await),
@@ -251,7 +263,11 @@ impl Client {
     }
 
     async fn refused(&self, response: Response<Incoming>) -> Option<Error> {
-        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.ok()?.to_bytes();
+        let body = Limited::new(response.into_body(), MAX_ANSWER)
+            .collect()
+            .await
+            .ok()?
+            .to_bytes();
         let body: ErrorBody = serde_json::from_slice(&body).ok()?;
         if body.error.code == ErrorCode::BadRequest {
             // What this build sends is well formed for a daemon of the same version.
@@ -272,9 +288,20 @@ impl Client {
 
     async fn version_skew(&self) -> Option<Error> {
         let client = self.sibling();
-        let request = Request::builder().uri("/v1/version").header(HOST, "banger").body(empty()).ok()?;
-        let response = tokio::time::timeout(Duration::from_secs(2), client.dispatch(request)).await.ok()?.ok()?;
-        let body = Limited::new(response.into_body(), 64 * 1024).collect().await.ok()?.to_bytes();
+        let request = Request::builder()
+            .uri("/v1/version")
+            .header(HOST, "banger")
+            .body(empty())
+            .ok()?;
+        let response = tokio::time::timeout(Duration::from_secs(2), client.dispatch(request))
+            .await
+            .ok()?
+            .ok()?;
+        let body = Limited::new(response.into_body(), 64 * 1024)
+            .collect()
+            .await
+            .ok()?
+            .to_bytes();
         let version: VersionInfo = serde_json::from_slice(&body).ok()?;
         skew(&version)
     }
@@ -291,14 +318,20 @@ pub(crate) fn skew(daemon: &VersionInfo) -> Option<Error> {
         daemon.api_version,
         env!("CARGO_PKG_VERSION"),
     );
-    Some(Error::unavailable(message).hint("stop it with `banger daemon stop`; machines run on and the next one adopts them"))
+    Some(
+        Error::unavailable(message)
+            .hint("stop it with `banger daemon stop`; machines run on and the next one adopts them"),
+    )
 }
 
 async fn connect_once(socket: &Path) -> io::Result<UnixStream> {
     let stream = UnixStream::connect(socket).await?;
     let peer = rustix::net::sockopt::socket_peercred(&stream)?.uid;
     if peer != rustix::process::getuid() && !peer.is_root() {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("the socket is served by user {}", peer.as_raw())));
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!("the socket is served by user {}", peer.as_raw()),
+        ));
     }
     Ok(stream)
 }
@@ -308,7 +341,11 @@ fn is_absent(error: &io::Error) -> bool {
 }
 
 fn unreachable(socket: &Path, error: &io::Error) -> Error {
-    Error::unavailable(format!("cannot reach the daemon at {}: {}", socket.display(), reason(error)))
+    Error::unavailable(format!(
+        "cannot reach the daemon at {}: {}",
+        socket.display(),
+        reason(error)
+    ))
 }
 
 fn lost(error: &hyper::Error) -> Error {
@@ -358,9 +395,17 @@ mod tests {
 
     #[test]
     fn another_api_version_is_explained() {
-        let version = VersionInfo { version: "9.0.0".into(), commit: "unknown".into(), api_version: API_VERSION };
+        let version = VersionInfo {
+            version: "9.0.0".into(),
+            commit: "unknown".into(),
+            api_version: API_VERSION,
+        };
         assert_eq!(skew(&version), None);
-        let error = skew(&VersionInfo { api_version: API_VERSION + 1, ..version }).unwrap();
+        let error = skew(&VersionInfo {
+            api_version: API_VERSION + 1,
+            ..version
+        })
+        .unwrap();
         assert!(error.hint.unwrap().contains("banger daemon stop"));
     }
 }

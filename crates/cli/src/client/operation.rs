@@ -96,12 +96,10 @@ fn finished(operation: Operation) -> Result<Operation> {
             let id = operation.id;
             let mut error = match operation.error {
                 Some(error) => Error::from(error),
-                None if operation.state == OperationState::Canceled => {
-                    Error::from(banger_proto::error::ApiError::new(
-                        ErrorCode::Canceled,
-                        format!("{} of {} was cancelled", operation.kind, operation.target),
-                    ))
-                }
+                None if operation.state == OperationState::Canceled => Error::from(banger_proto::error::ApiError::new(
+                    ErrorCode::Canceled,
+                    format!("{} of {} was cancelled", operation.kind, operation.target),
+                )),
                 None => Error::failed(format!("{} of {} failed", operation.kind, operation.target)),
             };
             error.operation.get_or_insert(id);
@@ -134,7 +132,10 @@ impl Events {
     async fn open(client: &Client, id: &str, cancels: bool) -> Result<Self> {
         let path = format!("operations/{id}/events?cancel_on_disconnect={cancels}");
         // A connection of its own: the client's must stay free for what happens meanwhile.
-        Ok(Self { body: client.stream(&path).await?, lines: Lines::default() })
+        Ok(Self {
+            body: client.stream(&path).await?,
+            lines: Lines::default(),
+        })
     }
 
     /// The next snapshot, nothing at the end of the stream.
@@ -213,8 +214,15 @@ mod tests {
             ended_at: None,
         };
         let error = finished(operation.clone()).unwrap_err();
-        assert_eq!((error.message.as_str(), error.operation.as_deref()), ("machine.create of a failed", Some("op-1")));
-        let canceled = finished(Operation { state: OperationState::Canceled, ..operation }).unwrap_err();
+        assert_eq!(
+            (error.message.as_str(), error.operation.as_deref()),
+            ("machine.create of a failed", Some("op-1"))
+        );
+        let canceled = finished(Operation {
+            state: OperationState::Canceled,
+            ..operation
+        })
+        .unwrap_err();
         assert_eq!(canceled.kind.status(), 130);
     }
 }

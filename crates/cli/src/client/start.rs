@@ -41,10 +41,19 @@ pub(crate) fn program() -> PathBuf {
 /// Starts the daemon detached and waits until it says that it is ready.
 pub(crate) async fn start(program: &Path) -> Result<Started> {
     let mut command = Command::new(program);
-    command.args(["--ready-fd", "1"]).current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(["--ready-fd", "1"])
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = detach::in_new_session(&mut command).spawn().map_err(|e| {
-        Error::unavailable(format!("cannot start the daemon `{}`: {}", program.display(), reason(&e)))
-            .hint("install `bangerd` beside `banger` or on the search path")
+        Error::unavailable(format!(
+            "cannot start the daemon `{}`: {}",
+            program.display(),
+            reason(&e)
+        ))
+        .hint("install `bangerd` beside `banger` or on the search path")
     })?;
     let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
         return Err(Error::unavailable("the daemon was started without pipes"));
@@ -75,7 +84,10 @@ pub(crate) async fn start(program: &Path) -> Result<Started> {
             std::thread::spawn(move || child.wait());
             return Err(Error::new(
                 Kind::Timeout,
-                format!("waited {} s for the daemon to say it is ready", START_DEADLINE.as_secs()),
+                format!(
+                    "waited {} s for the daemon to say it is ready",
+                    START_DEADLINE.as_secs()
+                ),
             )
             .hint("see `banger daemon logs`"));
         }
@@ -89,7 +101,11 @@ pub(crate) async fn start(program: &Path) -> Result<Started> {
     let status = tokio::task::spawn_blocking(move || child.wait());
     let status = match tokio::time::timeout(Duration::from_secs(2), status).await {
         Ok(Ok(Ok(status))) => status,
-        _ => return Err(Error::unavailable("the daemon closed its pipe without saying that it is ready")),
+        _ => {
+            return Err(Error::unavailable(
+                "the daemon closed its pipe without saying that it is ready",
+            ));
+        }
     };
     if status.code() == Some(ALREADY_RUNNING) {
         return Ok(Started::AlreadyRunning);
@@ -142,7 +158,10 @@ mod tests {
 
     #[tokio::test]
     async fn ready_and_already_running_are_good() {
-        assert_eq!(outcome("[ \"$1 $2\" = '--ready-fd 1' ] && echo ready").await.unwrap(), Started::Ready);
+        assert_eq!(
+            outcome("[ \"$1 $2\" = '--ready-fd 1' ] && echo ready").await.unwrap(),
+            Started::Ready
+        );
         assert_eq!(outcome("exit 11").await.unwrap(), Started::AlreadyRunning);
     }
 

@@ -10,9 +10,11 @@ use crate::error::Result;
 ///
 /// The script asks banger itself, so machines, images and kernels are completed as well.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  source <(banger completion bash)          # in ~/.bashrc\n  \
+#[command(
+    after_help = "Examples:\n  source <(banger completion bash)          # in ~/.bashrc\n  \
                         source <(banger completion zsh)           # in ~/.zshrc, after compinit\n  \
-                        banger completion fish | source           # in ~/.config/fish/config.fish")]
+                        banger completion fish | source           # in ~/.config/fish/config.fish"
+)]
 pub(crate) struct CompletionArgs {
     /// Shell: bash, elvish, fish, powershell or zsh
     #[arg(value_parser = ["bash", "elvish", "fish", "powershell", "zsh"], hide_possible_values = true)]

@@ -100,14 +100,24 @@ struct State {
 
 fn print(context: &Context, output: OutputArgs, status: DaemonStatus) -> Result<u8> {
     if output.json() {
-        context.printer.json(&versioned(State { running: true, status: Some(status) }))?;
+        context.printer.json(&versioned(State {
+            running: true,
+            status: Some(status),
+        }))?;
         return Ok(0);
     }
-    let started = format!("{} ({})", status.started_at, table::ago(&status.started_at, Timestamp::now()));
+    let started = format!(
+        "{} ({})",
+        status.started_at,
+        table::ago(&status.started_at, Timestamp::now())
+    );
     let other = skew(&status.version).map(|e| e.message);
     context.printer.data(table::pairs([
         ("daemon", "running".to_owned()),
-        ("version", format!("{} (commit {})", status.version.version, status.version.commit)),
+        (
+            "version",
+            format!("{} (commit {})", status.version.version, status.version.commit),
+        ),
         ("pid", status.pid.to_string()),
         ("started", started),
         ("memory", size::format(status.resident_bytes)),
@@ -129,7 +139,10 @@ impl StatusArgs {
             Ok(status) => print(context, self.output, status),
             Err(error) if error.kind == Kind::Unavailable && error.code.is_none() => {
                 if self.output.json() {
-                    context.printer.json(&versioned(State { running: false, status: None }))?;
+                    context.printer.json(&versioned(State {
+                        running: false,
+                        status: None,
+                    }))?;
                 } else {
                     context.printer.data(table::pairs([("daemon", error.message)]))?;
                 }
@@ -192,7 +205,10 @@ impl LogsArgs {
 
 fn read_line(reader: &mut BufReader<std::fs::File>, line: &mut Vec<u8>, path: &std::path::Path) -> Result<bool> {
     line.clear();
-    let read = reader.take(1024 * 1024).read_until(b'\n', line).map_err(|e| Error::io("read", path, e))?;
+    let read = reader
+        .take(1024 * 1024)
+        .read_until(b'\n', line)
+        .map_err(|e| Error::io("read", path, e))?;
     while line.last().is_some_and(|b| matches!(b, b'\n' | b'\r')) {
         line.pop();
     }
@@ -220,6 +236,8 @@ async fn follow(context: &Context, mut reader: BufReader<std::fs::File>, path: P
 
 fn replaced(reader: &BufReader<std::fs::File>, path: &std::path::Path, position: u64) -> bool {
     use std::os::unix::fs::MetadataExt;
-    let (Ok(open), Ok(named)) = (reader.get_ref().metadata(), std::fs::metadata(path)) else { return false };
+    let (Ok(open), Ok(named)) = (reader.get_ref().metadata(), std::fs::metadata(path)) else {
+        return false;
+    };
     open.ino() != named.ino() || named.len() < position
 }

@@ -32,7 +32,9 @@ impl DoctorArgs {
         })?;
         let failed = checks.iter().any(|c| c.level == CheckLevel::Fail);
         if self.output.json() {
-            context.printer.json(&checks.into_iter().map(versioned).collect::<Vec<_>>())?;
+            context
+                .printer
+                .json(&checks.into_iter().map(versioned).collect::<Vec<_>>())?;
         } else {
             context.printer.data(render(context, &checks))?;
         }
@@ -50,7 +52,11 @@ fn render(context: &Context, checks: &[Check]) -> String {
             CheckLevel::Fail => ("FAIL", Style::Red),
         };
         let word = context.printer.out_style(word, style);
-        text.push_str(&format!("{word}  {:width$}  {}\n", clean(&check.name), clean(&check.message)));
+        text.push_str(&format!(
+            "{word}  {:width$}  {}\n",
+            clean(&check.name),
+            clean(&check.message)
+        ));
         if let Some(hint) = &check.hint {
             let hint_word = context.printer.out_style("hint:", Style::Cyan);
             text.push_str(&format!("      {:width$}  {hint_word} {}\n", "", clean(hint)));

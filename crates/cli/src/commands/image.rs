@@ -121,7 +121,10 @@ impl ImageListArgs {
                     table::ago(&i.created_at, now),
                 ]
             });
-            printer.data(table::render(&["NAME", "DIGEST", "SIZE", "INIT", "MACHINES", "CREATED"], rows))?;
+            printer.data(table::render(
+                &["NAME", "DIGEST", "SIZE", "INIT", "MACHINES", "CREATED"],
+                rows,
+            ))?;
         }
         Ok(0)
     }
@@ -135,7 +138,9 @@ impl ImageShowArgs {
 }
 
 async fn show(client: &Client, image: &str) -> Result<Image> {
-    client.get(&format!("images/{}", encode(image).replace('/', "%2F"))).await
+    client
+        .get(&format!("images/{}", encode(image).replace('/', "%2F")))
+        .await
 }
 
 fn print(context: &Context, output: OutputArgs, image: Image) -> Result<u8> {
@@ -147,11 +152,28 @@ fn print(context: &Context, output: OutputArgs, image: Image) -> Result<u8> {
     context.printer.data(table::pairs([
         ("name", image.name),
         ("digest", image.digest),
-        ("size", format!("{} ({} on disk)", size::format(image.size_bytes), size::format(image.allocated_bytes))),
+        (
+            "size",
+            format!(
+                "{} ({} on disk)",
+                size::format(image.size_bytes),
+                size::format(image.allocated_bytes)
+            ),
+        ),
         ("init", image.init.unwrap_or_else(|| "none".to_owned())),
         ("source", image.source),
-        ("created", format!("{} ({})", image.created_at, table::ago(&image.created_at, now))),
-        ("used by", if image.used_by.is_empty() { "-".to_owned() } else { image.used_by.join(", ") }),
+        (
+            "created",
+            format!("{} ({})", image.created_at, table::ago(&image.created_at, now)),
+        ),
+        (
+            "used by",
+            if image.used_by.is_empty() {
+                "-".to_owned()
+            } else {
+                image.used_by.join(", ")
+            },
+        ),
     ]))?;
     Ok(0)
 }
@@ -161,10 +183,20 @@ impl ImageBuildArgs {
         let image = context.block_on(async {
             let client = Client::new(&context.places)?;
             let mut signals = Signals::ending()?;
-            let request = BuildImage { name: self.name.clone(), force: self.force };
+            let request = BuildImage {
+                name: self.name.clone(),
+                force: self.force,
+            };
             let accepted: Accepted = client.post("images", &request).await?;
             let mut activity = context.printer.activity("image build");
-            follow(&client, accepted.operation, Leaving::Cancels, &mut activity, &mut signals).await?;
+            follow(
+                &client,
+                accepted.operation,
+                Leaving::Cancels,
+                &mut activity,
+                &mut signals,
+            )
+            .await?;
             drop(activity);
             show(&client, &self.name).await
         })?;
@@ -189,7 +221,10 @@ impl ImageDeleteArgs {
 pub(crate) async fn delete_each(context: &Context, client: &Client, kind: &str, names: &[String]) -> Result<u8> {
     let mut failed: Option<Error> = None;
     for name in names {
-        match client.delete_only(&format!("{kind}/{}", encode(name).replace('/', "%2F"))).await {
+        match client
+            .delete_only(&format!("{kind}/{}", encode(name).replace('/', "%2F")))
+            .await
+        {
             Ok(()) => context.printer.line(name)?,
             Err(error) => {
                 if let Some(earlier) = failed.replace(error) {

@@ -60,7 +60,9 @@ struct KernelShowArgs {
 ///
 /// Without --from the distribution's own kernel package is fetched by its package client.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  banger kernel import\n  banger kernel import test --from ./linux-image-6.1.0-cloud-amd64.deb")]
+#[command(
+    after_help = "Examples:\n  banger kernel import\n  banger kernel import test --from ./linux-image-6.1.0-cloud-amd64.deb"
+)]
 struct KernelImportArgs {
     /// Name to keep it under; machines use `default`
     #[arg(default_value = "default")]
@@ -128,7 +130,10 @@ impl KernelListArgs {
                     table::ago(&k.created_at, now),
                 ]
             });
-            printer.data(table::render(&["NAME", "DIGEST", "RELEASE", "SIZE", "MACHINES", "CREATED"], rows))?;
+            printer.data(table::render(
+                &["NAME", "DIGEST", "RELEASE", "SIZE", "MACHINES", "CREATED"],
+                rows,
+            ))?;
         }
         Ok(0)
     }
@@ -142,7 +147,9 @@ impl KernelShowArgs {
 }
 
 async fn show(client: &Client, kernel: &str) -> Result<Kernel> {
-    client.get(&format!("kernels/{}", encode(kernel).replace('/', "%2F"))).await
+    client
+        .get(&format!("kernels/{}", encode(kernel).replace('/', "%2F")))
+        .await
 }
 
 fn print(context: &Context, output: OutputArgs, kernel: Kernel) -> Result<u8> {
@@ -157,8 +164,18 @@ fn print(context: &Context, output: OutputArgs, kernel: Kernel) -> Result<u8> {
         ("release", kernel.release),
         ("size", size::format(kernel.size_bytes)),
         ("source", kernel.source),
-        ("created", format!("{} ({})", kernel.created_at, table::ago(&kernel.created_at, now))),
-        ("used by", if kernel.used_by.is_empty() { "-".to_owned() } else { kernel.used_by.join(", ") }),
+        (
+            "created",
+            format!("{} ({})", kernel.created_at, table::ago(&kernel.created_at, now)),
+        ),
+        (
+            "used by",
+            if kernel.used_by.is_empty() {
+                "-".to_owned()
+            } else {
+                kernel.used_by.join(", ")
+            },
+        ),
     ]))?;
     Ok(0)
 }
@@ -170,17 +187,32 @@ impl KernelImportArgs {
             Some(file) => {
                 let path = context.places.expand(file)?;
                 let path = path.canonicalize().map_err(|e| Error::io("find", &path, e))?;
-                Some(path.into_os_string().into_string().map_err(|_| Error::usage("the path is not valid UTF-8"))?)
+                Some(
+                    path.into_os_string()
+                        .into_string()
+                        .map_err(|_| Error::usage("the path is not valid UTF-8"))?,
+                )
             }
             None => None,
         };
         let kernel = context.block_on(async {
             let client = Client::new(&context.places)?;
             let mut signals = Signals::ending()?;
-            let request = ImportKernel { name: self.name.clone(), from, force: self.force };
+            let request = ImportKernel {
+                name: self.name.clone(),
+                from,
+                force: self.force,
+            };
             let accepted: Accepted = client.post("kernels", &request).await?;
             let mut activity = context.printer.activity("kernel import");
-            follow(&client, accepted.operation, Leaving::Cancels, &mut activity, &mut signals).await?;
+            follow(
+                &client,
+                accepted.operation,
+                Leaving::Cancels,
+                &mut activity,
+                &mut signals,
+            )
+            .await?;
             drop(activity);
             show(&client, &self.name).await
         })?;

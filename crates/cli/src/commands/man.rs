@@ -21,7 +21,9 @@ impl ManArgs {
         let directory = &self.directory;
         std::fs::create_dir_all(directory).map_err(|e| Error::io("make", directory, e))?;
         clap_mangen::generate_to(tree(), directory).map_err(|e| Error::io("write man pages to", directory, e))?;
-        context.printer.note(format!("man pages written to {}", directory.display()));
+        context
+            .printer
+            .note(format!("man pages written to {}", directory.display()));
         Ok(0)
     }
 }

@@ -51,7 +51,10 @@ impl SshConfigArgs {
             });
         } else {
             printer.line(&include)?;
-            printer.note(format!("`banger ssh-config --install` puts this at the top of {}", users.display()));
+            printer.note(format!(
+                "`banger ssh-config --install` puts this at the top of {}",
+                users.display()
+            ));
         }
         Ok(0)
     }

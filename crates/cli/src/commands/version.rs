@@ -14,14 +14,20 @@ use crate::table;
 
 /// The commit that this was built from, as the build says.
 pub(crate) fn commit() -> &'static str {
-    option_env!("BANGER_COMMIT").filter(|c| !c.is_empty()).unwrap_or("unknown")
+    option_env!("BANGER_COMMIT")
+        .filter(|c| !c.is_empty())
+        .unwrap_or("unknown")
 }
 
 /// `v0.1.0 (commit 1234abcd)`.
 pub(crate) fn one_line() -> &'static str {
     static LINE: LazyLock<String> = LazyLock::new(|| {
         let commit = commit();
-        format!("v{} (commit {})", env!("CARGO_PKG_VERSION"), commit.get(..8).unwrap_or(commit))
+        format!(
+            "v{} (commit {})",
+            env!("CARGO_PKG_VERSION"),
+            commit.get(..8).unwrap_or(commit)
+        )
     });
     &LINE
 }
@@ -59,9 +65,10 @@ impl VersionArgs {
             context.printer.json(&versioned(versions))?;
             return Ok(0);
         }
-        let daemon = versions.daemon.map_or_else(|| "not running".to_owned(), |d| {
-            format!("{} (commit {}, API {})", d.version, d.commit, d.api_version)
-        });
+        let daemon = versions.daemon.map_or_else(
+            || "not running".to_owned(),
+            |d| format!("{} (commit {}, API {})", d.version, d.commit, d.api_version),
+        );
         context.printer.data(table::pairs([
             ("version", versions.version),
             ("commit", versions.commit),

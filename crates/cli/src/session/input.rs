@@ -30,7 +30,11 @@ pub(crate) struct Overtaken;
 impl InputLog {
     /// Begins at this position: that of a session that is joined.
     pub(crate) fn starting_at(position: u64) -> Self {
-        Self { taken: position, end: position, ..Self::default() }
+        Self {
+            taken: position,
+            end: position,
+            ..Self::default()
+        }
     }
 
     /// A piece of full size may be sent.
@@ -50,7 +54,9 @@ impl InputLog {
             return Err(Overtaken);
         }
         while self.taken < position {
-            let Some(first) = self.pieces.front_mut() else { return Err(Overtaken) };
+            let Some(first) = self.pieces.front_mut() else {
+                return Err(Overtaken);
+            };
             let step = (position - self.taken).min(first.len() as u64);
             // At most the length of the piece.
             let _ = first.split_to(usize::try_from(step).unwrap_or(usize::MAX));
@@ -124,7 +130,11 @@ impl DetachKeys {
             },
             _ => Err(refused(key)),
         };
-        let keys = if text.is_empty() { Vec::new() } else { text.split(',').map(key).collect::<Result<_, _>>()? };
+        let keys = if text.is_empty() {
+            Vec::new()
+        } else {
+            text.split(',').map(key).collect::<Result<_, _>>()?
+        };
         Ok(Self { keys, seen: 0 })
     }
 

@@ -137,7 +137,10 @@ impl Session<'_> {
             if since.elapsed() >= RECONNECT_DEADLINE {
                 let mut error = error;
                 error.message = format!("the session could not be joined again: {}", error.message);
-                return Err(error.hint(format!("the program may still run: `banger vm attach {} {}`", self.machine, self.id)));
+                return Err(error.hint(format!(
+                    "the program may still run: `banger vm attach {} {}`",
+                    self.machine, self.id
+                )));
             }
             if since.elapsed() >= RECONNECT_SILENCE && !told {
                 told = true;
@@ -240,18 +243,29 @@ impl Session<'_> {
     async fn connect(&self, state: &State) -> Result<(WebSocket, Opened), Broken> {
         let path = format!("{}/sessions/{}/attach", machine_path(&self.machine), encode(&self.id));
         let retry = |error: Error| {
-            if error.kind == Kind::Unavailable { Broken::Retry(error) } else { Broken::Fatal(error) }
+            if error.kind == Kind::Unavailable {
+                Broken::Retry(error)
+            } else {
+                Broken::Fatal(error)
+            }
         };
         let mut socket = self.client.websocket(&path, MAX_PAYLOAD + 1).await.map_err(retry)?;
         let open = Open {
             attach_only: self.open.attach_only || state.asked,
             output_offset: state.output_offset,
-            size: if self.open.tty { terminal::size().or(self.open.size) } else { None },
+            size: if self.open.tty {
+                terminal::size().or(self.open.size)
+            } else {
+                None
+            },
             ..self.open.clone()
         };
         let open = Frame::json(FrameKind::Open, &open);
         let broken = |e| Broken::Retry(Error::unavailable(format!("the connection was lost: {e}")));
-        socket.send(Message::Binary(open.to_message().into())).await.map_err(broken)?;
+        socket
+            .send(Message::Binary(open.to_message().into()))
+            .await
+            .map_err(broken)?;
         loop {
             match next(&mut socket).await? {
                 (FrameKind::Opened, payload) => {
@@ -350,7 +364,9 @@ impl Session<'_> {
         if self.open.tty && matches!(number, signals::HUP | signals::TERM) {
             // The terminal or its user is gone: the program is told what it would be told then.
             send_signal(sender, signals::HUP);
-            state.leave.get_or_insert((Instant::now() + LEAVE_DEADLINE, 128 + number));
+            state
+                .leave
+                .get_or_insert((Instant::now() + LEAVE_DEADLINE, 128 + number));
             return;
         }
         if matches!(number, signals::INT | signals::TERM) {
@@ -358,7 +374,9 @@ impl Session<'_> {
             if state.interrupts > PATIENCE {
                 const KILL: i32 = 9;
                 send_signal(sender, KILL);
-                state.leave.get_or_insert((Instant::now() + LEAVE_DEADLINE, 128 + number));
+                state
+                    .leave
+                    .get_or_insert((Instant::now() + LEAVE_DEADLINE, 128 + number));
                 return;
             }
         }
@@ -374,7 +392,11 @@ impl Session<'_> {
 
     fn say(&self, text: &str) {
         // In raw mode a line feed alone would not return to the first column.
-        self.printer.note(if self.open.tty { format!("\r{text}\r") } else { text.to_owned() });
+        self.printer.note(if self.open.tty {
+            format!("\r{text}\r")
+        } else {
+            text.to_owned()
+        });
     }
 }
 
@@ -403,14 +425,22 @@ where
         return match frames.next().await {
             Some(Ok(Message::Binary(mut message))) => {
                 let kind = message.first().copied().and_then(FrameKind::from_u8);
-                let Some(kind) = kind else { return Err(Broken::Fatal(protocol("a frame of unknown kind"))) };
+                let Some(kind) = kind else {
+                    return Err(Broken::Fatal(protocol("a frame of unknown kind")));
+                };
                 let _ = message.split_to(1);
                 Ok((kind, message))
             }
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
-            Some(Ok(Message::Text(_) | Message::Frame(_))) => Err(Broken::Fatal(protocol("a message that is no frame"))),
-            Some(Ok(Message::Close(_))) | None => Err(Broken::Retry(Error::unavailable("the daemon closed the connection"))),
-            Some(Err(error)) => Err(Broken::Retry(Error::unavailable(format!("the connection was lost: {error}")))),
+            Some(Ok(Message::Text(_) | Message::Frame(_))) => {
+                Err(Broken::Fatal(protocol("a message that is no frame")))
+            }
+            Some(Ok(Message::Close(_))) | None => {
+                Err(Broken::Retry(Error::unavailable("the daemon closed the connection")))
+            }
+            Some(Err(error)) => Err(Broken::Retry(Error::unavailable(format!(
+                "the connection was lost: {error}"
+            )))),
         };
     }
 }
@@ -445,7 +475,11 @@ fn send(sender: &Frames, kind: FrameKind, payload: &[u8]) {
 }
 
 fn send_signal(sender: &Frames, signal: i32) {
-    send(sender, FrameKind::Signal, &Frame::json(FrameKind::Signal, &Signal { signal }).payload);
+    send(
+        sender,
+        FrameKind::Signal,
+        &Frame::json(FrameKind::Signal, &Signal { signal }).payload,
+    );
 }
 
 #[cfg(test)]

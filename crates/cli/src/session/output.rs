@@ -58,7 +58,15 @@ impl Output {
     pub(crate) fn channel() -> (Self, mpsc::Receiver<(Stream, Bytes)>, oneshot::Sender<()>) {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (done, wait) = oneshot::channel();
-        (Self { sender, broken: Arc::new(Notify::new()), done: wait }, receiver, done)
+        (
+            Self {
+                sender,
+                broken: Arc::new(Notify::new()),
+                done: wait,
+            },
+            receiver,
+            done,
+        )
     }
 
     /// The queue is full.

@@ -7,7 +7,7 @@ use banger_proto::frame::Open;
 use tokio::sync::mpsc;
 
 use crate::client::Client;
-use crate::error::{Error, Result, reason};
+use crate::error::{Error, Result};
 use crate::printer::Printer;
 use crate::session::input::{DetachKeys, read_stdin};
 use crate::session::output::Output;
@@ -59,7 +59,11 @@ pub(crate) async fn on_own_streams(client: &Client, printer: &Printer, job: Job)
         open,
         detach: tty.then_some(job.detach),
     };
-    let streams = Streams { input: read_stdin, output: Output::to_process(), signals };
+    let streams = Streams {
+        input: read_stdin,
+        output: Output::to_process(),
+        signals,
+    };
     let end = session.run(streams).await;
     drop(raw);
     end
@@ -88,9 +92,7 @@ fn forward_signals() -> Result<mpsc::Receiver<i32>> {
         signals::WINCH,
     ])?;
     let (sender, receiver) = mpsc::channel(32);
-    tokio::spawn(async move {
-        while sender.send(signals.next().await).await.is_ok() {}
-    });
+    tokio::spawn(async move { while sender.send(signals.next().await).await.is_ok() {} });
     Ok(receiver)
 }
 
@@ -115,7 +117,9 @@ pub(crate) fn environment(
             }
         };
         if key.is_empty() || key.contains('\0') || value.contains('\0') {
-            return Err(Error::usage(format!("--env {item}: not a variable")).hint("write `--env KEY=VALUE` or `--env KEY`"));
+            return Err(
+                Error::usage(format!("--env {item}: not a variable")).hint("write `--env KEY=VALUE` or `--env KEY`")
+            );
         }
         env.insert(key.to_owned(), value);
     }
@@ -140,11 +144,6 @@ pub(crate) fn status(code: i32) -> u8 {
     u8::try_from(code.clamp(0, 255)).unwrap_or(u8::MAX)
 }
 
-/// The current directory, for messages.
-pub(crate) fn here() -> Result<std::path::PathBuf> {
-    std::env::current_dir().map_err(|e| Error::failed(format!("cannot tell the current directory: {}", reason(&e))))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,7 +155,12 @@ mod tests {
         assert_eq!(env["A"], "b=c");
         assert_eq!(env["TOKEN"], "secret");
         assert_eq!(env["E"], "");
-        assert!(environment(&["MISSING".into()], lookup).unwrap_err().message.contains("not set"));
+        assert!(
+            environment(&["MISSING".into()], lookup)
+                .unwrap_err()
+                .message
+                .contains("not set")
+        );
         assert!(environment(&["=x".into()], lookup).is_err());
     }
 

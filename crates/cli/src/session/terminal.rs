@@ -15,8 +15,13 @@ pub(crate) fn interactive() -> bool {
 
 /// Size of the terminal, of whichever end is one.
 pub(crate) fn size() -> Option<Resize> {
-    let size = tcgetwinsize(std::io::stdout().as_fd()).or_else(|_| tcgetwinsize(std::io::stdin().as_fd())).ok()?;
-    (size.ws_row > 0 && size.ws_col > 0).then_some(Resize { rows: size.ws_row, cols: size.ws_col })
+    let size = tcgetwinsize(std::io::stdout().as_fd())
+        .or_else(|_| tcgetwinsize(std::io::stdin().as_fd()))
+        .ok()?;
+    (size.ws_row > 0 && size.ws_col > 0).then_some(Resize {
+        rows: size.ws_row,
+        cols: size.ws_col,
+    })
 }
 
 /// Keeps the terminal raw; dropping it (also while unwinding) restores what was before.
@@ -33,7 +38,10 @@ impl RawMode {
             return Ok(None);
         }
         let refused = |e: rustix::io::Errno| {
-            Error::failed(format!("cannot make the terminal raw: {}", crate::error::reason(&e.into())))
+            Error::failed(format!(
+                "cannot make the terminal raw: {}",
+                crate::error::reason(&e.into())
+            ))
         };
         let before = tcgetattr(stdin.as_fd()).map_err(refused)?;
         let mut raw = before.clone();

@@ -92,8 +92,11 @@ pub(crate) fn edit(path: &Path, change: impl FnOnce(&str) -> Result<String, Unfi
         Err(error) => return Err(Error::io("read", &target, error)),
     };
     let after = change(before.as_deref().unwrap_or_default()).map_err(|Unfinished| {
-        Error::new(Kind::Failed, format!("{} has a banger block without its last line", path.display()))
-            .hint(format!("remove the block that begins with `{BEGIN_MARK}` by hand"))
+        Error::new(
+            Kind::Failed,
+            format!("{} has a banger block without its last line", path.display()),
+        )
+        .hint(format!("remove the block that begins with `{BEGIN_MARK}` by hand"))
     })?;
     if before.as_deref().unwrap_or_default() == after {
         return Ok(false);
@@ -107,12 +110,19 @@ pub(crate) fn replace(path: &Path, text: &str, mode: u32) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new("/"));
     if !dir.is_dir() {
         let mut builder = std::fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(dir).map_err(|e| Error::io("make", dir, e))?;
+        builder
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|e| Error::io("make", dir, e))?;
     }
     let temporary = temporary_beside(path);
     let written = (|| {
-        let mut file =
-            std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&temporary)?;
         file.write_all(text.as_bytes())?;
         file.set_permissions(std::fs::Permissions::from_mode(mode))?;
         file.sync_all()?;
@@ -189,13 +199,20 @@ mod tests {
         std::fs::set_permissions(&real, std::fs::Permissions::from_mode(0o640)).unwrap();
         std::os::unix::fs::symlink("real", &link).unwrap();
         assert!(edit(&link, |t| install(t, INCLUDE)).unwrap());
-        assert!(!edit(&link, |t| install(t, INCLUDE)).unwrap(), "the second time is no change");
+        assert!(
+            !edit(&link, |t| install(t, INCLUDE)).unwrap(),
+            "the second time is no change"
+        );
         assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(std::fs::metadata(&real).unwrap().mode() & 0o7777, 0o640);
         assert!(std::fs::read_to_string(&real).unwrap().ends_with("Host a\n"));
         edit(&link, uninstall).unwrap();
         assert_eq!(std::fs::read_to_string(&real).unwrap(), "Host a\n");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside it");
+        assert_eq!(
+            std::fs::read_dir(dir.path()).unwrap().count(),
+            2,
+            "nothing is left beside it"
+        );
     }
 
     #[test]
@@ -206,12 +223,18 @@ mod tests {
         assert!(!path.exists());
         assert!(edit(&path, |t| install(t, INCLUDE)).unwrap());
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
-        assert_eq!(std::fs::metadata(dir.path().join(".ssh")).unwrap().mode() & 0o7777, 0o700);
+        assert_eq!(
+            std::fs::metadata(dir.path().join(".ssh")).unwrap().mode() & 0o7777,
+            0o700
+        );
     }
 
     #[test]
     fn the_own_file_is_for_machines_alone() {
-        let files = Files { identity: "/s/id".into(), known_hosts: "/s/k h".into() };
+        let files = Files {
+            identity: "/s/id".into(),
+            known_hosts: "/s/k h".into(),
+        };
         let text = own_file(Path::new("/opt/b in/banger"), &files).unwrap();
         assert!(text.contains("Host *.vm\n"));
         assert!(text.contains("ProxyCommand '/opt/b in/banger' internal ssh-proxy '%n'\n"));

@@ -22,7 +22,10 @@ impl Files {
     /// Where they are.
     pub(crate) fn of(places: &Places) -> Result<Self> {
         let dir = places.state_dir()?.join("ssh");
-        Ok(Self { identity: dir.join("id_ed25519"), known_hosts: dir.join("known_hosts") })
+        Ok(Self {
+            identity: dir.join("id_ed25519"),
+            known_hosts: dir.join("known_hosts"),
+        })
     }
 }
 
@@ -41,7 +44,10 @@ pub(crate) fn shell_word(path: &Path) -> Result<String> {
 pub(crate) fn config_word(path: &Path) -> Result<String> {
     let text = plain(path)?;
     if text.contains(['"', '\\']) {
-        return Err(Error::failed(format!("ssh's configuration cannot hold the path {}", path.display())));
+        return Err(Error::failed(format!(
+            "ssh's configuration cannot hold the path {}",
+            path.display()
+        )));
     }
     Ok(format!("\"{}\"", text.replace('%', "%%")))
 }

@@ -56,7 +56,9 @@ pub(crate) fn run(context: &Context, host: &str) -> Result<u8> {
         output.finish().await;
         match ended {
             Ok(()) => Ok(0),
-            Err(error) => Err(Error::unavailable(format!("the connection to the machine was lost: {error}"))),
+            Err(error) => Err(Error::unavailable(format!(
+                "the connection to the machine was lost: {error}"
+            ))),
         }
     })
 }
@@ -65,7 +67,11 @@ pub(crate) fn run(context: &Context, host: &str) -> Result<u8> {
 mod tests {
     #[test]
     fn the_host_is_the_machine() {
-        for (host, machine) in [("build.vm", "build"), ("0123456789abcdef", "0123456789abcdef"), ("vm", "vm")] {
+        for (host, machine) in [
+            ("build.vm", "build"),
+            ("0123456789abcdef", "0123456789abcdef"),
+            ("vm", "vm"),
+        ] {
             assert_eq!(super::reference(host), machine);
         }
     }

@@ -36,8 +36,18 @@ impl AttachArgs {
             let machine: Machine = client.get(&machine_path(&self.machine)).await?;
             let all = sessions(&client, &machine.id).await?;
             let session = choose(&all, self.session.as_deref(), &machine.name)?;
-            let open = Open { attach_only: true, tty: session.tty, stdin: true, ..Open::default() };
-            let job = Job { machine: machine.id.clone(), session: session.id.clone(), open, detach: keys };
+            let open = Open {
+                attach_only: true,
+                tty: session.tty,
+                stdin: true,
+                ..Open::default()
+            };
+            let job = Job {
+                machine: machine.id.clone(),
+                session: session.id.clone(),
+                open,
+                detach: keys,
+            };
             let end = on_own_streams(&client, &context.printer, job).await?;
             Ok(ended(context, &machine.name, &session.id, end))
         })
@@ -50,13 +60,18 @@ fn choose<'a>(all: &'a [Session], wanted: Option<&str>, machine: &str) -> Result
     let fitting: Vec<&Session> = match wanted {
         Some(wanted) => match all.iter().find(|s| s.id == wanted) {
             Some(session) => return Ok(session),
-            None => all.iter().filter(|s| !wanted.is_empty() && s.id.starts_with(wanted)).collect(),
+            None => all
+                .iter()
+                .filter(|s| !wanted.is_empty() && s.id.starts_with(wanted))
+                .collect(),
         },
         None => all.iter().filter(|s| s.running).collect(),
     };
     match (fitting.as_slice(), wanted) {
         ([one], _) => Ok(one),
-        ([], Some(wanted)) => Err(Error::new(Kind::NotFound, format!("{machine} has no session `{wanted}`")).hint(list)),
+        ([], Some(wanted)) => {
+            Err(Error::new(Kind::NotFound, format!("{machine} has no session `{wanted}`")).hint(list))
+        }
         ([], None) => Err(Error::new(Kind::NotFound, format!("no session runs in {machine}"))
             .hint(format!("`banger vm shell {machine}` opens a new one"))),
         (several, _) => {
@@ -70,7 +85,14 @@ mod tests {
     use super::*;
 
     fn session(id: &str, running: bool) -> Session {
-        Session { id: id.into(), command: vec![], tty: false, running, attached: false, exit_code: None }
+        Session {
+            id: id.into(),
+            command: vec![],
+            tty: false,
+            running,
+            attached: false,
+            exit_code: None,
+        }
     }
 
     #[test]

@@ -107,7 +107,9 @@ pub(crate) fn milliseconds(duration: Duration) -> u64 {
 
 /// Reads a machine's name.
 pub(crate) fn machine_name(text: &str) -> Result<String, String> {
-    name::MachineName::parse(text).map(|n| n.as_str().to_owned()).map_err(|e| e.to_string())
+    name::MachineName::parse(text)
+        .map(|n| n.as_str().to_owned())
+        .map_err(|e| e.to_string())
 }
 
 /// Reads a number of processors.
@@ -169,19 +171,21 @@ pub(crate) fn resolve(references: &[String], machines: &[Machine]) -> Vec<Result
     let mut seen = HashSet::new();
     references
         .iter()
-        .filter_map(|wanted| {
-            match reference::find(wanted, machines.iter().map(|m| (m.id.as_str(), m.name.as_str()))) {
+        .filter_map(
+            |wanted| match reference::find(wanted, machines.iter().map(|m| (m.id.as_str(), m.name.as_str()))) {
                 Ok(index) => seen.insert(index).then(|| Ok(machines[index].clone())),
                 Err(error) => Some(Err(unresolved(&error))),
-            }
-        })
+            },
+        )
         .collect()
 }
 
 fn unresolved(error: &reference::ReferenceError) -> Error {
     let found = Error::new(Kind::NotFound, error.to_string());
     match error {
-        reference::ReferenceError::NotFound { similar: Some(name), .. } => found.hint(format!("did you mean `{name}`?")),
+        reference::ReferenceError::NotFound {
+            similar: Some(name), ..
+        } => found.hint(format!("did you mean `{name}`?")),
         reference::ReferenceError::NotFound { similar: None, .. } => found.hint("`banger vm list` shows all machines"),
         reference::ReferenceError::Ambiguous { .. } => found.hint("write more of the name, or the id"),
     }
@@ -198,7 +202,11 @@ pub(crate) struct Done {
 impl Done {
     /// This was done to the machine.
     pub(crate) fn new(machine: &Machine, result: &'static str) -> Self {
-        Self { id: machine.id.clone(), name: machine.name.clone(), result }
+        Self {
+            id: machine.id.clone(),
+            name: machine.name.clone(),
+            result,
+        }
     }
 }
 
@@ -246,7 +254,9 @@ where
         }
     }
     if output.json() {
-        context.printer.json(&done.into_iter().map(versioned).collect::<Vec<_>>())?;
+        context
+            .printer
+            .json(&done.into_iter().map(versioned).collect::<Vec<_>>())?;
     } else {
         for one in done {
             context.printer.line(one.name)?;
@@ -257,7 +267,10 @@ where
         // One failure is shown by the one who called us.
         None => Err(last),
         Some(kind) => {
-            failures.iter().chain([&last]).for_each(|error| context.printer.error(error));
+            failures
+                .iter()
+                .chain([&last])
+                .for_each(|error| context.printer.error(error));
             Ok(kind.status())
         }
     }
@@ -301,7 +314,10 @@ pub(crate) mod tests {
     fn references_resolve_in_order_without_duplicates() {
         let all = [machine("aaaa000000000000", "one"), machine("bbbb000000000000", "two")];
         let found = resolve(&["two".into(), "bbbb".into(), "nope".into(), "aa".into()], &all);
-        let names: Vec<_> = found.iter().map(|r| r.as_ref().map(|m| m.name.as_str()).map_err(|e| e.kind)).collect();
+        let names: Vec<_> = found
+            .iter()
+            .map(|r| r.as_ref().map(|m| m.name.as_str()).map_err(|e| e.kind))
+            .collect();
         assert_eq!(names, [Ok("two"), Err(Kind::NotFound), Ok("one")]);
     }
 

@@ -17,8 +17,10 @@ use crate::signals::Signals;
 ///
 /// Prints its name. What is not given comes from the configuration, and from what the host has.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  banger vm create debian --name build --vcpu 2 --memory 2G\n  \
-                        name=$(banger vm create --quiet)")]
+#[command(
+    after_help = "Examples:\n  banger vm create debian --name build --vcpu 2 --memory 2G\n  \
+                        name=$(banger vm create --quiet)"
+)]
 pub(crate) struct CreateArgs {
     /// Image to start from; `debian` unless the configuration says otherwise
     #[arg(value_name = "IMAGE", add = completion::images())]

@@ -31,9 +31,13 @@ impl DeleteArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         context.block_on(async {
             let client = Client::new(&context.places)?;
-            for_each(context, &client, &self.machines, self.output, |client, machine| async move {
-                delete(context, &client, &machine, self.force).await
-            })
+            for_each(
+                context,
+                &client,
+                &self.machines,
+                self.output,
+                |client, machine| async move { delete(context, &client, &machine, self.force).await },
+            )
             .await
         })
     }
@@ -41,8 +45,17 @@ impl DeleteArgs {
 
 /// Removes one machine.
 pub(crate) async fn delete(context: &Context, client: &Client, machine: &Machine, force: bool) -> Result<Done> {
-    let accepted: Accepted = client.delete(&format!("{}?force={force}", machine_path(&machine.id))).await?;
+    let accepted: Accepted = client
+        .delete(&format!("{}?force={force}", machine_path(&machine.id)))
+        .await?;
     let mut activity = context.printer.activity(&format!("vm delete {}", machine.name));
-    follow(client, accepted.operation, Leaving::GoesOn, &mut activity, &mut Signals::ending()?).await?;
+    follow(
+        client,
+        accepted.operation,
+        Leaving::GoesOn,
+        &mut activity,
+        &mut Signals::ending()?,
+    )
+    .await?;
     Ok(Done::new(machine, "deleted"))
 }

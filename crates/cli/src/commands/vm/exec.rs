@@ -61,7 +61,9 @@ impl TerminalArgs {
 }
 
 fn detach_keys(text: &str) -> Result<String, String> {
-    DetachKeys::parse(text).map(|_| text.to_owned()).map_err(|e| e.to_string())
+    DetachKeys::parse(text)
+        .map(|_| text.to_owned())
+        .map_err(|e| e.to_string())
 }
 
 /// Run a command in a machine
@@ -69,8 +71,10 @@ fn detach_keys(text: &str) -> Result<String, String> {
 /// Standard input, output and error and signals pass through; the exit status is the command's. It runs in the machine's
 /// workspace where there is one. When the daemon is restarted meanwhile, banger joins the command again by itself.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  banger vm exec build -- make test\n  banger vm exec build -- sh -c 'cd /tmp && ls'\n  \
-                        git archive HEAD | banger vm exec build -- tar -x -C /srv")]
+#[command(
+    after_help = "Examples:\n  banger vm exec build -- make test\n  banger vm exec build -- sh -c 'cd /tmp && ls'\n  \
+                        git archive HEAD | banger vm exec build -- tar -x -C /srv"
+)]
 pub(crate) struct ExecArgs {
     #[command(flatten)]
     program: ProgramArgs,
@@ -81,7 +85,12 @@ pub(crate) struct ExecArgs {
     #[arg(add = completion::machines())]
     machine: String,
     /// Command and its arguments
-    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "COMMAND"
+    )]
     command: Vec<OsString>,
 }
 
@@ -123,7 +132,12 @@ pub(crate) async fn run_in(
         open.workdir = machine.workspace.as_ref().map(|w| w.guest_path.clone());
     }
     let session = fresh_id()?;
-    let job = Job { machine: machine.id.clone(), session: session.clone(), open, detach };
+    let job = Job {
+        machine: machine.id.clone(),
+        session: session.clone(),
+        open,
+        detach,
+    };
     let end = on_own_streams(client, &context.printer, job).await?;
     Ok(ended(context, &machine.name, &session, end))
 }
@@ -133,7 +147,9 @@ pub(crate) fn ended(context: &Context, machine: &str, session: &str, end: End) -
     match end {
         End::Exit(code) => status(code),
         End::Detached => {
-            context.printer.note(format!("left session {session}; `banger vm attach {machine} {session}` joins it again"));
+            context.printer.note(format!(
+                "left session {session}; `banger vm attach {machine} {session}` joins it again"
+            ));
             0
         }
     }

@@ -40,8 +40,17 @@ impl KillArgs {
 }
 
 async fn kill(context: &Context, client: &Client, machine: &Machine, request: &KillMachine) -> Result<Done> {
-    let accepted: Accepted = client.post(&format!("{}/kill", machine_path(&machine.id)), request).await?;
+    let accepted: Accepted = client
+        .post(&format!("{}/kill", machine_path(&machine.id)), request)
+        .await?;
     let mut activity = context.printer.activity(&format!("vm kill {}", machine.name));
-    follow(client, accepted.operation, Leaving::GoesOn, &mut activity, &mut Signals::ending()?).await?;
+    follow(
+        client,
+        accepted.operation,
+        Leaving::GoesOn,
+        &mut activity,
+        &mut Signals::ending()?,
+    )
+    .await?;
     Ok(Done::new(machine, "killed"))
 }

@@ -45,7 +45,18 @@ impl ListArgs {
     }
 }
 
-const HEADINGS: &[&str] = &["ID", "NAME", "STATE", "IMAGE", "VCPU", "MEM", "DISK", "ENGINE", "WORKSPACE", "CREATED"];
+const HEADINGS: &[&str] = &[
+    "ID",
+    "NAME",
+    "STATE",
+    "IMAGE",
+    "VCPU",
+    "MEM",
+    "DISK",
+    "ENGINE",
+    "WORKSPACE",
+    "CREATED",
+];
 
 fn render(machines: &[Machine], now: Timestamp) -> String {
     let row = |m: &Machine| {
@@ -58,7 +69,9 @@ fn render(machines: &[Machine], now: Timestamp) -> String {
             format!("{} MiB", m.spec.memory_mib),
             size::format(m.spec.disk_bytes),
             format!("{}/{}", m.spec.engine, m.spec.accel),
-            m.workspace.as_ref().map_or_else(|| "-".to_owned(), |w| w.guest_path.clone()),
+            m.workspace
+                .as_ref()
+                .map_or_else(|| "-".to_owned(), |w| w.guest_path.clone()),
             table::ago(&m.created_at, now),
         ]
     };

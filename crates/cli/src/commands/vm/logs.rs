@@ -55,7 +55,11 @@ pub(crate) async fn copy(context: &Context, mut body: Incoming) -> Result<()> {
 
 /// Takes out every control byte but line feed and tab. Bytes above 0x7f stay: they are parts of characters.
 fn defuse(bytes: &[u8]) -> Vec<u8> {
-    bytes.iter().copied().filter(|&b| matches!(b, b'\n' | b'\t') || (b >= 0x20 && b != 0x7f)).collect()
+    bytes
+        .iter()
+        .copied()
+        .filter(|&b| matches!(b, b'\n' | b'\t') || (b >= 0x20 && b != 0x7f))
+        .collect()
 }
 
 #[cfg(test)]
@@ -64,6 +68,9 @@ mod tests {
 
     #[test]
     fn a_console_cannot_drive_the_terminal() {
-        assert_eq!(defuse("a\x1b]0;title\x07b\r\n\tü".as_bytes()), "a]0;titleb\n\tü".as_bytes());
+        assert_eq!(
+            defuse("a\x1b]0;title\x07b\r\n\tü".as_bytes()),
+            "a]0;titleb\n\tü".as_bytes()
+        );
     }
 }

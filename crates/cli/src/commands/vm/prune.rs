@@ -31,13 +31,19 @@ impl PruneArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         context.block_on(async {
             let client = Client::new(&context.places)?;
-            let idle: Vec<Machine> = machines(&client).await?.into_iter().filter(|m| is_idle(m.state)).collect();
+            let idle: Vec<Machine> = machines(&client)
+                .await?
+                .into_iter()
+                .filter(|m| is_idle(m.state))
+                .collect();
             if self.dry_run {
                 if self.output.json() {
                     let would: Vec<_> = idle.iter().map(|m| versioned(Done::new(m, "would delete"))).collect();
                     context.printer.json(&would)?;
                 } else {
-                    context.printer.data(idle.iter().map(|m| format!("{}\n", m.name)).collect::<String>())?;
+                    context
+                        .printer
+                        .data(idle.iter().map(|m| format!("{}\n", m.name)).collect::<String>())?;
                 }
                 return Ok(0);
             }
@@ -70,8 +76,13 @@ fn confirmed(context: &Context, idle: &[Machine]) -> Result<bool> {
             .hint("use --force, or --dry-run to see which ones"));
     }
     let names: Vec<&str> = idle.iter().map(|m| m.name.as_str()).collect();
-    context.printer.note(format!("remove {} and their disks? [y/N]", names.join(", ")));
+    context
+        .printer
+        .note(format!("remove {} and their disks? [y/N]", names.join(", ")));
     let mut answer = String::new();
-    std::io::stdin().lock().read_line(&mut answer).map_err(|e| Error::failed(format!("cannot read the answer: {e}")))?;
+    std::io::stdin()
+        .lock()
+        .read_line(&mut answer)
+        .map_err(|e| Error::failed(format!("cannot read the answer: {e}")))?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }

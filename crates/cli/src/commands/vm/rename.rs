@@ -25,9 +25,15 @@ pub(crate) struct RenameArgs {
 
 impl RenameArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
-        let patch = PatchMachine { name: Some(self.name), ..PatchMachine::default() };
-        let machine: Machine =
-            context.block_on(async { Client::new(&context.places)?.patch(&machine_path(&self.machine), &patch).await })?;
+        let patch = PatchMachine {
+            name: Some(self.name),
+            ..PatchMachine::default()
+        };
+        let machine: Machine = context.block_on(async {
+            Client::new(&context.places)?
+                .patch(&machine_path(&self.machine), &patch)
+                .await
+        })?;
         if self.output.json() {
             context.printer.json(&versioned(machine))?;
         } else {

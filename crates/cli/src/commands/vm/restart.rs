@@ -25,13 +25,18 @@ pub(crate) struct RestartArgs {
 
 impl RestartArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
-        let request = StartMachine { wait: self.wait.wait_for(), timeout_ms: self.wait.timeout_ms() };
+        let request = StartMachine {
+            wait: self.wait.wait_for(),
+            timeout_ms: self.wait.timeout_ms(),
+        };
         context.block_on(async {
             let client = Client::new(&context.places)?;
             for_each(context, &client, &self.machines, self.output, |client, machine| {
                 let request = &request;
                 async move {
-                    start(context, &client, &machine, "restart", request).await.map(|()| Done::new(&machine, "restarted"))
+                    start(context, &client, &machine, "restart", request)
+                        .await
+                        .map(|()| Done::new(&machine, "restarted"))
                 }
             })
             .await

@@ -12,7 +12,7 @@ use banger_core::argument::{self, RunTarget};
 use banger_proto::api::{CreateMachine, Machine, PatchMachine};
 use clap::Args;
 
-use crate::cli::Context;
+use crate::cli::{Context, OutputArgs};
 use crate::client::{Client, machine_path};
 use crate::commands::vm::common::{SpecArgs, WaitArgs};
 use crate::commands::vm::create::{create, directory_hint, with_directory_hint};
@@ -37,8 +37,10 @@ const CLEANUP_DEADLINE: Duration = Duration::from_secs(10);
 /// With a command its standard streams and signals pass through and its exit status is ours. Without one a shell opens on a
 /// terminal; elsewhere the machine is left running.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  banger run ./repo -- make test\n  banger run --rm -- uname -a\n  \
-                        banger run debian-slim --name scratch\n  banger run . --branch fix --from main -d")]
+#[command(
+    after_help = "Examples:\n  banger run ./repo -- make test\n  banger run --rm -- uname -a\n  \
+                        banger run debian-slim --name scratch\n  banger run . --branch fix --from main -d"
+)]
 pub(crate) struct RunArgs {
     /// Workspace (starts with `.`, `/` or `~`), image, or both
     #[arg(value_name = "PATH|IMAGE", num_args = 0..=2, add = completion::images())]
@@ -67,6 +69,8 @@ pub(crate) struct RunArgs {
     /// Only list the files that would be copied
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Command and its arguments
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -100,8 +104,10 @@ impl RunArgs {
         };
         if self.dry_run {
             return match &snapshot {
-                Some(snapshot) => workspace::show(context, snapshot),
-                None => Err(Error::usage("--dry-run needs a workspace").hint("name one, like `banger run . --dry-run`")),
+                Some(snapshot) => workspace::show(context, snapshot, self.output.json()),
+                None => {
+                    Err(Error::usage("--dry-run needs a workspace").hint("name one, like `banger run . --dry-run`"))
+                }
             };
         }
         if let Some(snapshot) = &snapshot {
@@ -114,7 +120,11 @@ impl RunArgs {
         };
         let mut open = open(&self.program, command, true)?;
         // With a workspace the directory says where that goes, and the program runs there.
-        open.workdir = if snapshot.is_some() { None } else { self.program.workdir.clone() };
+        open.workdir = if snapshot.is_some() {
+            None
+        } else {
+            self.program.workdir.clone()
+        };
         let keys = self.program.terminal.keys()?;
         let mut request = self.spec.request(plan.image, &self.wait)?;
         request.auto_remove = self.rm;
@@ -155,12 +165,15 @@ impl RunArgs {
     }
 
     fn plan(&self, terminal: bool) -> Result<Plan> {
-        let RunTarget { workspace, image } = argument::classify(&self.target)
-            .map_err(|e| Error::usage(e.message).hint(e.hint))?;
+        let RunTarget { workspace, image } =
+            argument::classify(&self.target).map_err(|e| Error::usage(e.message).hint(e.hint))?;
         let refuse = |message: &str, hint: &str| Err(Error::usage(message).hint(hint));
         let command = words(&self.command)?;
         if self.detach && self.rm {
-            return refuse("-d and --rm exclude each other", "with -d the machine is meant to stay; leave one of them out");
+            return refuse(
+                "-d and --rm exclude each other",
+                "with -d the machine is meant to stay; leave one of them out",
+            );
         }
         if self.detach && !command.is_empty() {
             return refuse(
@@ -175,10 +188,16 @@ impl RunArgs {
             );
         }
         if self.detach && workspace.is_none() && self.program.workdir.is_some() {
-            return refuse("--workdir has no use with -d and without a workspace", "give it to `banger vm exec` later");
+            return refuse(
+                "--workdir has no use with -d and without a workspace",
+                "give it to `banger vm exec` later",
+            );
         }
         if self.from.is_some() && self.branch.is_none() {
-            return refuse("--from needs --branch", "name the branch that is to start there: --branch NAME --from REF");
+            return refuse(
+                "--from needs --branch",
+                "name the branch that is to start there: --branch NAME --from REF",
+            );
         }
         if workspace.is_none() {
             let without = [
@@ -218,12 +237,7 @@ impl RunArgs {
 }
 
 /// Creates the machine. One that goes with its command is held from the moment it has an id.
-async fn start(
-    context: &Context,
-    client: &Client,
-    request: &CreateMachine,
-    signals: &mut Signals,
-) -> Result<Machine> {
+async fn start(context: &Context, client: &Client, request: &CreateMachine, signals: &mut Signals) -> Result<Machine> {
     create(context, client, request, signals, |machine| {
         if request.auto_remove {
             tokio::spawn(hold(client.sibling(), machine.id.clone()));
@@ -236,7 +250,10 @@ async fn start(
 async fn hold(client: Client, machine: String) {
     use futures_util::StreamExt;
     loop {
-        if let Ok(mut socket) = client.websocket(&format!("{}/hold", machine_path(&machine)), 4096).await {
+        if let Ok(mut socket) = client
+            .websocket(&format!("{}/hold", machine_path(&machine)), 4096)
+            .await
+        {
             while let Some(Ok(_)) = socket.next().await {}
         }
         // The daemon went away. The next one has to learn of us within the time it gives holders to come back.
@@ -253,7 +270,10 @@ async fn copy_in(
 ) -> Result<Machine> {
     let copy = async {
         workspace::upload(context, client, &machine.id, snapshot).await?;
-        let patch = PatchMachine { workspace: Some(snapshot.record()), ..PatchMachine::default() };
+        let patch = PatchMachine {
+            workspace: Some(snapshot.record()),
+            ..PatchMachine::default()
+        };
         client.patch::<_, Machine>(&machine_path(&machine.id), &patch).await
     };
     tokio::select! {
@@ -270,7 +290,10 @@ async fn clean_up(context: &Context, client: &Client, machine: &Machine) {
         Ok(Ok(_)) => return,
         Ok(Err(error)) if error.kind == Kind::NotFound => return,
         Ok(Err(error)) => error,
-        Err(_) => Error::new(Kind::Timeout, format!("not done within {} s", CLEANUP_DEADLINE.as_secs())),
+        Err(_) => Error::new(
+            Kind::Timeout,
+            format!("not done within {} s", CLEANUP_DEADLINE.as_secs()),
+        ),
     };
     context.printer.warn(format!(
         "cannot remove {name} now ({error}); the daemon removes it by itself, else: `banger vm delete -f {name}`",
@@ -292,7 +315,10 @@ mod tests {
 
     fn plan(line: &str, terminal: bool) -> Result<Plan> {
         let words = std::iter::once("run").chain(line.split_whitespace());
-        Line::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}")).run.plan(terminal)
+        Line::try_parse_from(words)
+            .unwrap_or_else(|e| panic!("{line}: {e}"))
+            .run
+            .plan(terminal)
     }
 
     #[test]

@@ -30,7 +30,10 @@ struct Sessions {
 
 /// The sessions of a machine.
 pub(crate) async fn sessions(client: &Client, machine: &str) -> Result<Vec<Session>> {
-    Ok(client.get::<Sessions>(&format!("{}/sessions", machine_path(machine))).await?.sessions)
+    Ok(client
+        .get::<Sessions>(&format!("{}/sessions", machine_path(machine)))
+        .await?
+        .sessions)
 }
 
 impl SessionsArgs {

@@ -49,7 +49,9 @@ impl SetArgs {
                 async move {
                     let changed: Machine = client.patch(&machine_path(&machine.id), patch).await?;
                     if changed.state == MachineState::Running {
-                        context.printer.note(format!("{} takes it up with its next start", changed.name));
+                        context
+                            .printer
+                            .note(format!("{} takes it up with its next start", changed.name));
                     }
                     Ok(Done::new(&changed, "changed"))
                 }

@@ -41,6 +41,8 @@ impl ShellArgs {
 /// Reminds a person at a terminal of a machine that is left running.
 pub(crate) fn remind(context: &Context, machine: &str) {
     if context.printer.stderr_is_terminal() && std::io::stdin().is_terminal() {
-        context.printer.note(format!("{machine} is still running (stop with `banger vm stop {machine}`)"));
+        context.printer.note(format!(
+            "{machine} is still running (stop with `banger vm stop {machine}`)"
+        ));
     }
 }

@@ -46,14 +46,23 @@ fn render(machine: &Machine, now: Timestamp) -> String {
         rows.push(("cause", cause.clone()));
     }
     rows.extend([
-        ("image", format!("{} ({})", spec.image, table::short(&spec.image_digest))),
-        ("kernel", format!("{} ({})", spec.kernel, table::short(&spec.kernel_digest))),
+        (
+            "image",
+            format!("{} ({})", spec.image, table::short(&spec.image_digest)),
+        ),
+        (
+            "kernel",
+            format!("{} ({})", spec.kernel, table::short(&spec.kernel_digest)),
+        ),
         ("engine", format!("{}/{}", spec.engine, spec.accel)),
         ("vcpu", spec.vcpu.to_string()),
         ("memory", format!("{} MiB", spec.memory_mib)),
         ("disk", size::format(spec.disk_bytes)),
         ("network", spec.network.clone()),
-        ("created", format!("{} ({})", machine.created_at, table::ago(&machine.created_at, now))),
+        (
+            "created",
+            format!("{} ({})", machine.created_at, table::ago(&machine.created_at, now)),
+        ),
     ]);
     if let Some(started) = &machine.started_at {
         rows.push(("started", format!("{started} ({})", table::ago(started, now))));
@@ -70,14 +79,24 @@ fn render(machine: &Machine, now: Timestamp) -> String {
         ]);
     }
     if let Some(workspace) = &machine.workspace {
-        let branch = workspace.branch.as_deref().map_or_else(|| "detached".to_owned(), |b| format!("branch {b}"));
+        let branch = workspace
+            .branch
+            .as_deref()
+            .map_or_else(|| "detached".to_owned(), |b| format!("branch {b}"));
         rows.extend([
-            ("workspace", format!("{} from {}", workspace.guest_path, workspace.source)),
+            (
+                "workspace",
+                format!("{} from {}", workspace.guest_path, workspace.source),
+            ),
             ("commit", format!("{} ({branch})", table::short(&workspace.head))),
         ]);
     }
     if let Some(boot) = &machine.boot {
-        let stages: Vec<String> = boot.stages.iter().map(|s| format!("{} {}", s.stage, table::span(s.ms))).collect();
+        let stages: Vec<String> = boot
+            .stages
+            .iter()
+            .map(|s| format!("{} {}", s.stage, table::span(s.ms)))
+            .collect();
         rows.push(("last start", format!("{}: {}", boot.how, stages.join(", "))));
     }
     if machine.auto_remove {

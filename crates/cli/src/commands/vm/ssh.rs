@@ -53,7 +53,9 @@ impl SshArgs {
                 Error::new(Kind::Unsupported, format!("cannot run ssh: {}", reason(&e)))
                     .hint("install the OpenSSH client, or use `banger vm shell`")
             })?;
-            let status = child.wait().map_err(|e| Error::failed(format!("cannot wait for ssh: {}", reason(&e))))?;
+            let status = child
+                .wait()
+                .map_err(|e| Error::failed(format!("cannot wait for ssh: {}", reason(&e))))?;
             remind(context, &machine.name);
             Ok(crate::session::run::status(status.code().unwrap_or(255)))
         })

@@ -26,12 +26,19 @@ pub(crate) struct StartArgs {
 
 impl StartArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
-        let request = StartMachine { wait: self.wait.wait_for(), timeout_ms: self.wait.timeout_ms() };
+        let request = StartMachine {
+            wait: self.wait.wait_for(),
+            timeout_ms: self.wait.timeout_ms(),
+        };
         context.block_on(async {
             let client = Client::new(&context.places)?;
             for_each(context, &client, &self.machines, self.output, |client, machine| {
                 let request = &request;
-                async move { start(context, &client, &machine, "start", request).await.map(|()| Done::new(&machine, "started")) }
+                async move {
+                    start(context, &client, &machine, "start", request)
+                        .await
+                        .map(|()| Done::new(&machine, "started"))
+                }
             })
             .await
         })
@@ -46,10 +53,23 @@ pub(crate) async fn start(
     verb: &str,
     request: &StartMachine,
 ) -> Result<()> {
-    let accepted: Accepted = client.post(&format!("{}/{verb}", machine_path(&machine.id)), request).await?;
+    let accepted: Accepted = client
+        .post(&format!("{}/{verb}", machine_path(&machine.id)), request)
+        .await?;
     let mut activity = context.printer.activity(&format!("vm {verb} {}", machine.name));
     // Half a restart would leave the machine stopped.
-    let leaving = if verb == "start" { Leaving::Cancels } else { Leaving::GoesOn };
-    follow(client, accepted.operation, leaving, &mut activity, &mut Signals::ending()?).await?;
+    let leaving = if verb == "start" {
+        Leaving::Cancels
+    } else {
+        Leaving::GoesOn
+    };
+    follow(
+        client,
+        accepted.operation,
+        leaving,
+        &mut activity,
+        &mut Signals::ending()?,
+    )
+    .await?;
     Ok(())
 }

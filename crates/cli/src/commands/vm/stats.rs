@@ -29,25 +29,34 @@ impl StatsArgs {
             let client = Client::new(&context.places)?;
             let all = machines(&client).await?;
             let wanted = if self.machines.is_empty() {
-                all.into_iter().filter(|m| m.state == MachineState::Running).map(Ok).collect()
+                all.into_iter()
+                    .filter(|m| m.state == MachineState::Running)
+                    .map(Ok)
+                    .collect()
             } else {
                 resolve(&self.machines, &all)
             };
             let stats = wanted.into_iter().map(|machine| async {
                 let client = client.sibling();
-                client.get::<MachineStats>(&format!("{}/stats", machine_path(&machine?.id))).await
+                client
+                    .get::<MachineStats>(&format!("{}/stats", machine_path(&machine?.id)))
+                    .await
             });
             Ok(join_all(stats).await)
         })?;
         let (stats, failures): (Vec<_>, Vec<_>) = found.into_iter().partition(Result::is_ok);
         let stats: Vec<MachineStats> = stats.into_iter().flatten().collect();
         if self.output.json() {
-            context.printer.json(&stats.into_iter().map(versioned).collect::<Vec<_>>())?;
+            context
+                .printer
+                .json(&stats.into_iter().map(versioned).collect::<Vec<_>>())?;
         } else if !stats.is_empty() || failures.is_empty() {
             context.printer.data(render(&stats))?;
         }
         let mut failures: Vec<Error> = failures.into_iter().filter_map(Result::err).collect();
-        let Some(first) = (!failures.is_empty()).then(|| failures.remove(0)) else { return Ok(0) };
+        let Some(first) = (!failures.is_empty()).then(|| failures.remove(0)) else {
+            return Ok(0);
+        };
         failures.iter().for_each(|e| context.printer.error(e));
         Err(first)
     }
@@ -66,5 +75,16 @@ fn render(stats: &[MachineStats]) -> String {
             or_dash(s.guest_uptime_ms.map(table::span)),
         ]
     });
-    table::render(&["NAME", "CPU", "CPU TIME", "HOST MEM", "GUEST MEM", "DISK USED", "UPTIME"], rows)
+    table::render(
+        &[
+            "NAME",
+            "CPU",
+            "CPU TIME",
+            "HOST MEM",
+            "GUEST MEM",
+            "DISK USED",
+            "UPTIME",
+        ],
+        rows,
+    )
 }

@@ -31,7 +31,9 @@ pub(crate) struct StopArgs {
 
 impl StopArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
-        let request = StopMachine { timeout_ms: self.timeout.map(milliseconds) };
+        let request = StopMachine {
+            timeout_ms: self.timeout.map(milliseconds),
+        };
         context.block_on(async {
             let client = Client::new(&context.places)?;
             for_each(context, &client, &self.machines, self.output, |client, machine| {
@@ -44,8 +46,17 @@ impl StopArgs {
 }
 
 async fn stop(context: &Context, client: &Client, machine: &Machine, request: &StopMachine) -> Result<Done> {
-    let accepted: Accepted = client.post(&format!("{}/stop", machine_path(&machine.id)), request).await?;
+    let accepted: Accepted = client
+        .post(&format!("{}/stop", machine_path(&machine.id)), request)
+        .await?;
     let mut activity = context.printer.activity(&format!("vm stop {}", machine.name));
-    follow(client, accepted.operation, Leaving::GoesOn, &mut activity, &mut Signals::ending()?).await?;
+    follow(
+        client,
+        accepted.operation,
+        Leaving::GoesOn,
+        &mut activity,
+        &mut Signals::ending()?,
+    )
+    .await?;
     Ok(Done::new(machine, "stopped"))
 }

@@ -49,8 +49,14 @@ impl WaitForArgs {
             const STEP: Duration = Duration::from_secs(60);
             let deadline = self.timeout.map(|t| tokio::time::Instant::now() + t);
             loop {
-                let left = deadline.map_or(STEP, |d| d.saturating_duration_since(tokio::time::Instant::now()).min(STEP));
-                let path = format!("{}/wait?state={state}&timeout_ms={}", machine_path(&self.machine), milliseconds(left));
+                let left = deadline.map_or(STEP, |d| {
+                    d.saturating_duration_since(tokio::time::Instant::now()).min(STEP)
+                });
+                let path = format!(
+                    "{}/wait?state={state}&timeout_ms={}",
+                    machine_path(&self.machine),
+                    milliseconds(left)
+                );
                 let waited = client.long_poll::<Machine>(&path).await;
                 let late = deadline.is_some_and(|d| tokio::time::Instant::now() >= d);
                 match waited {

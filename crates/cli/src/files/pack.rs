@@ -1,0 +1,178 @@
+//! Writing tar streams for a machine: everything belongs to root, links are links, special files stay behind.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use tar::{Builder, EntryType, Header};
+
+use crate::error::{Error, Result};
+use crate::files::upload::aborted;
+
+/// A tar stream under way.
+pub(crate) struct Packer<W: Write> {
+    builder: Builder<W>,
+    /// The directories that were written last, from the outside in.
+    directories: Vec<PathBuf>,
+}
+
+impl<W: Write> Packer<W> {
+    /// A stream into `sink`.
+    pub(crate) fn new(sink: W) -> Self {
+        Self {
+            builder: Builder::new(sink),
+            directories: Vec::new(),
+        }
+    }
+
+    /// A directory.
+    pub(crate) fn directory(&mut self, path: &Path, mode: u32, mtime: u64) -> Result<()> {
+        let mut header = header(EntryType::Directory, mode, mtime, 0);
+        self.builder
+            .append_data(&mut header, path, io::empty())
+            .map_err(|e| unpackable(path, &e))
+    }
+
+    /// The directories above `path` that have not been written since the last file.
+    pub(crate) fn parents(&mut self, path: &Path) -> Result<()> {
+        let mut above: Vec<&Path> = path.ancestors().skip(1).filter(|p| !p.as_os_str().is_empty()).collect();
+        above.reverse();
+        let known = self
+            .directories
+            .iter()
+            .zip(&above)
+            .take_while(|(a, b)| a.as_path() == **b)
+            .count();
+        self.directories.truncate(known);
+        for directory in &above[known..] {
+            self.directory(directory, 0o755, 0)?;
+            self.directories.push((*directory).to_owned());
+        }
+        Ok(())
+    }
+
+    /// A symbolic link.
+    pub(crate) fn link(&mut self, path: &Path, target: &[u8], mtime: u64) -> Result<()> {
+        let mut header = header(EntryType::Symlink, 0o777, mtime, 0);
+        let target = Path::new(std::ffi::OsStr::from_bytes(target));
+        self.builder
+            .append_link(&mut header, path, target)
+            .map_err(|e| unpackable(path, &e))
+    }
+
+    /// A file of exactly `size` bytes.
+    pub(crate) fn file(&mut self, path: &Path, mode: u32, mtime: u64, size: u64, content: impl Read) -> Result<()> {
+        let mut header = header(EntryType::Regular, mode, mtime, size);
+        self.builder
+            .append_data(&mut header, path, content)
+            .map_err(|e| unpackable(path, &e))
+    }
+
+    /// An open file as it is now. One that grows meanwhile is cut, one that shrinks is filled with zeros: the stream has
+    /// promised its length.
+    pub(crate) fn open_file(&mut self, path: &Path, file: File) -> Result<()> {
+        let found = file.metadata().map_err(|e| Error::io("look at", path, e))?;
+        let mode = if found.mode() & 0o100 == 0 { 0o644 } else { 0o755 };
+        let mtime = u64::try_from(found.mtime()).unwrap_or(0);
+        self.file(
+            path,
+            mode,
+            mtime,
+            found.len(),
+            Padded {
+                inner: file,
+                left: found.len(),
+            },
+        )
+    }
+
+    /// Ends the stream.
+    pub(crate) fn finish(self) -> Result<()> {
+        self.builder
+            .into_inner()
+            .and_then(|mut sink| sink.flush())
+            .map_err(|_| aborted())
+    }
+}
+
+fn header(kind: EntryType, mode: u32, mtime: u64, size: u64) -> Header {
+    let mut header = Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_mtime(mtime);
+    header.set_size(size);
+    header.set_uid(0);
+    header.set_gid(0);
+    header
+}
+
+fn unpackable(path: &Path, error: &io::Error) -> Error {
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        return aborted();
+    }
+    Error::failed(format!(
+        "cannot pack {}: {}",
+        path.display(),
+        crate::error::reason(error)
+    ))
+}
+
+/// Exactly `left` bytes of a reader, zeros once it has no more.
+struct Padded<R> {
+    inner: R,
+    left: u64,
+}
+
+impl<R: Read> Read for Padded<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        if most == 0 {
+            return Ok(0);
+        }
+        let read = match self.inner.read(&mut buffer[..most])? {
+            0 => {
+                buffer[..most].fill(0);
+                most
+            }
+            n => n,
+        };
+        self.left -= read as u64;
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_changes_keeps_its_promised_length() {
+        let read = |content: &[u8], left| {
+            let mut out = Vec::new();
+            Padded { inner: content, left }.read_to_end(&mut out).unwrap();
+            out
+        };
+        assert_eq!(read(b"abcdef", 3), b"abc");
+        assert_eq!(read(b"ab", 4), b"ab\0\0");
+        assert_eq!(read(b"", 0), b"");
+    }
+
+    #[test]
+    fn directories_are_written_once_in_a_row() {
+        let mut packer = Packer::new(Vec::new());
+        for path in ["a/b/x", "a/b/y", "a/c/z", "q"] {
+            packer.parents(Path::new(path)).unwrap();
+            packer.file(Path::new(path), 0o644, 0, 0, io::empty()).unwrap();
+        }
+        let bytes = packer.builder.into_inner().unwrap();
+        let mut archive = tar::Archive::new(bytes.as_slice());
+        let names: Vec<String> = archive
+            .entries()
+            .unwrap()
+            .map(|e| e.unwrap().path().unwrap().display().to_string())
+            .collect();
+        assert_eq!(names, ["a", "a/b", "a/b/x", "a/b/y", "a/c", "a/c/z", "q"]);
+    }
+}
