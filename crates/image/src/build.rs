@@ -86,7 +86,6 @@ pub fn ingest(stream: impl Read, what: &str, scrub: Scrub, target: &Path, progre
     let mut init = InitSearch::default();
     let mut reported = 0;
     hasher.update(b"banger image 1\n");
-    progress.bytes(Step::WriteImage, 0, 0);
     while let Some(entry) = reader.next_entry().map_err(tar_error)? {
         if reader.offset() >= reported + REPORT_EVERY {
             reported = reader.offset();
@@ -296,7 +295,7 @@ pub(crate) async fn bootstrap(
         ])
         .arg(format!("--variant={}", recipe.variant))
         .arg(format!("--include={}", recipe.packages.join(",")))
-        .args(recipe.path_filters.iter().map(|filter| format!("--dpkgopt={filter}")))
+        .args(recipe.dpkg_options.iter().map(|filter| format!("--dpkgopt={filter}")))
         .env("TMPDIR", &scratch.path)
         .shown(format!("mmdebstrap {}", recipe.suite))
         .hold(scratch)

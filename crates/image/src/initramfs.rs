@@ -1,8 +1,8 @@
 //! The archive that starts a machine: the agent as `/init`, and the modules it loads.
 //!
 //! A `newc` cpio archive, uncompressed (unpacking it costs an emulated guest nothing that way), and the same bytes for the same
-//! input: `/init`, `/modules/*.ko`, `/modules/order` (file names in load order, one a line), `/dev/console` and the empty
-//! directories `/dev`, `/proc`, `/sys`, `/newroot`.
+//! input: `/init`, `/modules/*.ko`, `/modules/order` (file names in load order, one a line), `/modules/later` (the same for modules
+//! that come along for those who want them), `/dev/console` and the empty directories `/dev`, `/proc`, `/sys`, `/newroot`.
 
 use std::collections::BTreeMap;
 
@@ -20,11 +20,16 @@ pub enum Node<'a> {
     Char(u32, u32, u32),
 }
 
-/// The nodes of an initramfs. `modules` are file names with contents, `order` the file of that name.
+/// A list of modules as a file: names of files, one a line.
+pub fn list(modules: &[String]) -> String {
+    modules.iter().map(|name| format!("{name}.ko\n")).collect()
+}
+
+/// The nodes of an initramfs. `modules` are file names with contents, `lists` the files `order` and `later`.
 pub fn nodes<'a>(
     agent: &'a [u8],
     modules: &'a BTreeMap<String, Vec<u8>>,
-    order: &'a [u8],
+    lists: &[&'a [u8]; 2],
 ) -> BTreeMap<String, Node<'a>> {
     let mut out = BTreeMap::new();
     for dir in ["dev", "modules", "newroot", "proc", "sys"] {
@@ -32,7 +37,8 @@ pub fn nodes<'a>(
     }
     out.insert("dev/console".to_owned(), Node::Char(0o600, 5, 1));
     out.insert("init".to_owned(), Node::File(0o755, agent));
-    out.insert("modules/order".to_owned(), Node::File(0o644, order));
+    out.insert("modules/order".to_owned(), Node::File(0o644, lists[0]));
+    out.insert("modules/later".to_owned(), Node::File(0o644, lists[1]));
     for (name, bytes) in modules {
         out.insert(format!("modules/{name}"), Node::File(0o644, bytes));
     }

@@ -15,13 +15,15 @@ pub struct Recipe {
     pub variant: &'static str,
     /// Packages on top of it.
     pub packages: &'static [&'static str],
-    /// Patterns of paths that are not installed, and exceptions to them; dpkg's syntax.
-    pub path_filters: &'static [&'static str],
+    /// Options of dpkg, for the installation and for those made in the machine later.
+    pub dpkg_options: &'static [&'static str],
 }
 
 /// Manual pages, translations and documents that nobody reads in a short-lived machine. Licences stay, and so do the
-/// directories of manual pages, whose absence breaks some packages' scripts.
-const NO_DOCUMENTS: &[&str] = &[
+/// directories of manual pages, whose absence breaks some packages' scripts. And no file is brought to the disk one by one: an
+/// installation that is cut short is started again from nothing, and so is such a machine.
+const DPKG_OPTIONS: &[&str] = &[
+    "force-unsafe-io",
     "path-exclude=/usr/share/man/*",
     "path-include=/usr/share/man/man[1-9]",
     "path-exclude=/usr/share/info/*",
@@ -67,7 +69,7 @@ pub const RECIPES: &[Recipe] = &[
             "kmod",
             "netbase",
         ],
-        path_filters: NO_DOCUMENTS,
+        dpkg_options: DPKG_OPTIONS,
     },
     Recipe {
         name: "debian-slim",
@@ -76,7 +78,7 @@ pub const RECIPES: &[Recipe] = &[
         suite: "bookworm",
         variant: "minbase",
         packages: &["ca-certificates"],
-        path_filters: NO_DOCUMENTS,
+        dpkg_options: DPKG_OPTIONS,
     },
 ];
 
@@ -107,9 +109,9 @@ mod tests {
             );
             assert!(
                 recipe
-                    .path_filters
+                    .dpkg_options
                     .iter()
-                    .all(|p| p.starts_with("path-exclude=/") || p.starts_with("path-include=/"))
+                    .all(|o| o.bytes().all(|b| b.is_ascii_graphic()) && !o.starts_with('-'))
             );
         }
         assert_eq!(find("../debian"), None);

@@ -1,7 +1,7 @@
 //! The content-addressed store: kernels, images and initramfs files by digest.
 //!
 //! ```text
-//! <state>/kernels/<digest>/{vmlinux,modules/*.ko,order,package.deb,kernel.json}
+//! <state>/kernels/<digest>/{vmlinux,modules/*.ko,package.deb,kernel.json}
 //! <state>/images/<digest>/{rootfs.ext4,image.json}
 //! <state>/initramfs/<kernel>-<agent>-<format>.cpio
 //! <state>/staging/…                     what is being made
@@ -35,7 +35,7 @@ use crate::recipe::Recipe;
 use crate::tar::Scrub;
 
 /// Raised whenever what is taken out of a kernel package changes; kernels of other formats are imported again.
-const KERNEL_FORMAT: u32 = 1;
+const KERNEL_FORMAT: u32 = 2;
 /// Initramfs files of one kernel that are kept: those of the agents that were used last.
 const INITRAMFS_KEPT: usize = 4;
 /// Largest metadata file.
@@ -58,8 +58,16 @@ pub struct KernelInfo {
     pub source: String,
     /// When it was imported, in milliseconds since the epoch.
     pub created_at: u64,
-    /// Modules that machines load, in this order.
+    /// Modules that every machine loads at its start, in this order.
     pub modules: Vec<String>,
+    /// Modules that come along in the initramfs, in the order in which they can be loaded after those.
+    pub later: Vec<String>,
+}
+
+/// The part of a kernel's metadata that is read before the rest.
+#[derive(Deserialize)]
+struct Format {
+    format: u32,
 }
 
 /// Files of a kernel.
@@ -160,13 +168,15 @@ impl Store {
     /// A kernel, if it is in the store.
     pub fn kernel(&self, digest: &Digest) -> Result<Option<KernelFiles>> {
         let dir = self.kernel_dir(digest);
-        let Some(info) = read_json::<KernelInfo>(&dir.join("kernel.json"))? else {
+        let path = dir.join("kernel.json");
+        // One that an older or newer version made in another form is as good as none: it is imported again.
+        match read_json::<Format>(&path)? {
+            Some(Format { format: KERNEL_FORMAT }) => {}
+            _ => return Ok(None),
+        }
+        let Some(info) = read_json::<KernelInfo>(&path)? else {
             return Ok(None);
         };
-        // One that an older or newer version made in another form is as good as none: it is imported again.
-        if info.format != KERNEL_FORMAT {
-            return Ok(None);
-        }
         Ok(Some(KernelFiles {
             vmlinux: dir.join("vmlinux"),
             package: dir.join("package.deb"),
@@ -284,11 +294,8 @@ impl Store {
                 size_bytes: tree_bytes(&dir).on("read the directory", &dir)?,
                 source,
                 created_at: now_ms(),
-                modules: found
-                    .order
-                    .iter()
-                    .map(|f| f.trim_end_matches(".ko").to_owned())
-                    .collect(),
+                modules: found.order,
+                later: found.later,
             };
             write_json(&dir.join("kernel.json"), &info)?;
             let target = store.kernel_dir(&info.digest);
@@ -371,9 +378,8 @@ impl Store {
         }
         let dir = self.kernel_dir(kernel);
         let info = self.kernel(kernel)?.ok_or(Error::NoKernel(*kernel))?.info;
-        let order = read_limited(&dir.join("order"), MAX_JSON)?;
         let mut modules = BTreeMap::new();
-        for name in &info.modules {
+        for name in info.modules.iter().chain(&info.later) {
             let file = format!("{name}.ko");
             let bytes = read_limited(&dir.join("modules").join(&file), MAX_AGENT)?;
             modules.insert(file, bytes);
@@ -386,7 +392,12 @@ impl Store {
                 why: "it changed while it was read".to_owned(),
             });
         }
-        let archive = initramfs::archive(&initramfs::nodes(&agent_bytes, &modules, &order));
+        let (order, later) = (initramfs::list(&info.modules), initramfs::list(&info.later));
+        let archive = initramfs::archive(&initramfs::nodes(
+            &agent_bytes,
+            &modules,
+            &[order.as_bytes(), later.as_bytes()],
+        ));
         let staging = Staging::new(&self.root)?;
         let made = staging.path().join("initramfs");
         files::write(&made, &archive)?;

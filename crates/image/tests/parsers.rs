@@ -697,10 +697,10 @@ fn read_cpio(mut bytes: &[u8]) -> Vec<CpioEntry> {
 #[test]
 fn initramfs_content() {
     let modules = BTreeMap::from([("b.ko".to_owned(), vec![1; 7]), ("a.ko".to_owned(), vec![2; 5])]);
-    let archive = initramfs::archive(&initramfs::nodes(b"agent", &modules, b"b.ko\na.ko\n"));
+    let archive = initramfs::archive(&initramfs::nodes(b"agent", &modules, &[b"b.ko\n", b"a.ko\n"]));
     assert_eq!(
         archive,
-        initramfs::archive(&initramfs::nodes(b"agent", &modules, b"b.ko\na.ko\n"))
+        initramfs::archive(&initramfs::nodes(b"agent", &modules, &[b"b.ko\n", b"a.ko\n"]))
     );
     let entries = read_cpio(&archive);
     let names: Vec<&str> = entries.iter().map(|e| e.0.as_str()).collect();
@@ -713,6 +713,7 @@ fn initramfs_content() {
             "modules",
             "modules/a.ko",
             "modules/b.ko",
+            "modules/later",
             "modules/order",
             "newroot",
             "proc",
@@ -725,7 +726,11 @@ fn initramfs_content() {
         (0o100_755, b"agent".as_slice())
     );
     assert_eq!((get("dev/console").1, get("dev/console").2), (0o020_600, (5, 1)));
-    assert_eq!(get("modules/order").3, b"b.ko\na.ko\n");
+    assert_eq!(
+        (get("modules/order").3.as_slice(), get("modules/later").3.as_slice()),
+        (b"b.ko\n".as_slice(), b"a.ko\n".as_slice())
+    );
+    assert_eq!(initramfs::list(&["x".into(), "y".into()]), "x.ko\ny.ko\n");
     assert_eq!(get("newroot").1, 0o040_755);
 
     if let Some(bsdtar) = maybe("bsdtar").or_else(|| maybe("cpio")) {

@@ -1,4 +1,4 @@
-//! A kernel package into a directory of the store: ELF image, the modules that machines load, their order.
+//! A kernel package into a directory of the store: ELF image, and the modules that machines load.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::path::Path;
 use super::bzimage;
 use super::deb::{self, DebError, Item};
 use super::decompress::{self, Compression};
-use super::modules::{self, MAX_MODULES, ModuleError, ModuleInfo, WANTED};
+use super::modules::{self, AT_START, LATER, MAX_MODULES, ModuleError, ModuleInfo, Wanted};
 use crate::cancel::Cancel;
 use crate::digest::Digest;
 use crate::error::{Error, IoContext, Result};
@@ -35,8 +35,10 @@ const MAX_MODULE: usize = 64 << 20;
 pub(crate) struct Extracted {
     pub(crate) release: String,
     pub(crate) digest: Digest,
-    /// Module files in load order.
+    /// Modules that every machine loads, in this order.
     pub(crate) order: Vec<String>,
+    /// Modules that come along, in the order in which they can be loaded after those.
+    pub(crate) later: Vec<String>,
 }
 
 /// What is known while the package streams by.
@@ -48,7 +50,7 @@ struct Found {
     modules: BTreeMap<(String, String), (ModuleInfo, u64, u64)>,
 }
 
-/// Extracts `package` into `dir`: `vmlinux`, `modules/NAME.ko`, `order`.
+/// Extracts `package` into `dir`: `vmlinux`, `modules/NAME.ko`.
 pub(crate) fn extract(package: &Path, dir: &Path, progress: &Progress, cancel: &Cancel) -> Result<Extracted> {
     progress.begin(Step::ExtractKernel);
     let wrap = |source| Error::Deb {
@@ -81,15 +83,19 @@ pub(crate) fn extract(package: &Path, dir: &Path, progress: &Progress, cancel: &
             infos.insert(name, info);
         }
     }
-    let names = modules::closure(WANTED, &infos, &builtin).map_err(|source| Error::Modules {
-        release: release.clone(),
-        source,
-    })?;
+    let closure = |wanted: &[Wanted]| {
+        modules::closure(wanted, &infos, &builtin).map_err(|source| Error::Modules {
+            release: release.clone(),
+            source,
+        })
+    };
+    let order = closure(AT_START)?;
+    let mut later = closure(LATER)?;
+    later.retain(|name| !order.contains(name));
     let target = dir.join("modules");
     std::fs::create_dir(&target).on("make the directory", &target)?;
-    let mut order = Vec::new();
-    for name in names {
-        let Some((offset, length)) = places.get(&name) else {
+    for name in order.iter().chain(&later) {
+        let Some((offset, length)) = places.get(name) else {
             continue;
         };
         let mut bytes = vec![0; usize::try_from(*length).unwrap_or(0)];
@@ -97,14 +103,14 @@ pub(crate) fn extract(package: &Path, dir: &Path, progress: &Progress, cancel: &
             .seek(SeekFrom::Start(*offset))
             .and_then(|_| spool.read_exact(&mut bytes))
             .doing(|| "read the spooled modules")?;
-        let file = format!("{name}.ko");
-        files::write(&target.join(&file), &bytes)?;
-        order.push(file);
+        files::write(&target.join(format!("{name}.ko")), &bytes)?;
     }
-    let mut list = order.join("\n");
-    list.push('\n');
-    files::write(&dir.join("order"), list.as_bytes())?;
-    Ok(Extracted { release, digest, order })
+    Ok(Extracted {
+        release,
+        digest,
+        order,
+        later,
+    })
 }
 
 fn cancel_file(file: File, cancel: &Cancel) -> impl Read + Seek + 'static {
