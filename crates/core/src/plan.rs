@@ -8,21 +8,56 @@ use std::path::PathBuf;
 use crate::host::Accel;
 use crate::id::MachineId;
 
-/// Units of the usual distributions that cost a short-lived machine seconds and give it nothing. Masked for the boot, in the
-/// guest's `/run`, never in the image.
+/// What costs a short-lived machine seconds at boot and gives it nothing. Masked for the boot, in the guest's `/run`, never in
+/// the image. Three kinds of names: units; generators (programs that systemd runs before anything else, one process each);
+/// and single wishes (`TARGET.wants/UNIT`), where the unit is not started at boot but still can be, by name or on demand.
+///
+/// Nothing here may stand between `/root` and its disk: that is mounted before systemd starts, and no mount unit, device unit
+/// or `local-fs.target` is masked.
 pub const MASKED_UNITS: &[&str] = &[
+    // Housekeeping for machines that live for weeks.
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
     "dpkg-db-backup.timer",
     "e2scrub_all.timer",
     "e2scrub_reap.service",
     "fstrim.timer",
-    "getty@tty1.service",
     "man-db.timer",
+    // Nobody logs in at the console, and the serial line is the kernel's log.
+    "getty@tty1.service",
     "serial-getty@ttyS0.service",
+    // The agent has mounted the disks, configured the network and filled the entropy pool.
     "systemd-networkd-wait-online.service",
+    "systemd-random-seed.service",
     "systemd-remount-fs.service",
+    // Records of who logged in when.
     "systemd-update-utmp.service",
+    "systemd-update-utmp-runlevel.service",
+    // The image holds no modules of banger's kernel: each of these is a process that finds that out.
+    "kmod-static-nodes.service",
+    "modprobe@configfs.service",
+    "modprobe@dm_mod.service",
+    "modprobe@drm.service",
+    "modprobe@efi_pstore.service",
+    "modprobe@fuse.service",
+    "modprobe@loop.service",
+    "systemd-modules-load.service",
+    // For partitions, encrypted disks, hibernation and kernel arguments that a machine of banger's does not have.
+    "systemd-cryptsetup-generator",
+    "systemd-debug-generator",
+    "systemd-getty-generator",
+    "systemd-gpt-auto-generator",
+    "systemd-hibernate-resume-generator",
+    "systemd-integritysetup-generator",
+    "systemd-run-generator",
+    "systemd-system-update-generator",
+    "systemd-veritysetup-generator",
+    // Useful, but not at boot: the bus starts on its socket, the login manager on the bus; `vm ssh` brings a server of its own.
+    "multi-user.target.wants/dbus.service",
+    "multi-user.target.wants/ssh.service",
+    "multi-user.target.wants/sshd.service",
+    "multi-user.target.wants/systemd-logind.service",
+    "sysinit.target.wants/systemd-sysusers.service",
 ];
 
 /// Everything an engine needs to start a machine.

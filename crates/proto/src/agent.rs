@@ -70,7 +70,8 @@ pub struct Personalize {
     /// What becomes the image's init.
     #[serde(default)]
     pub init: Init,
-    /// Units to mask for this boot only (in `/run`), by their full names.
+    /// What to mask for this boot only (in `/run`): units by their full names, generators (`…-generator`), and single wishes
+    /// (`multi-user.target.wants/ssh.service`: not started at boot, but on demand).
     #[serde(default)]
     pub mask_units: Vec<String>,
 }

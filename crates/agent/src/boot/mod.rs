@@ -176,6 +176,20 @@ fn prepare_dev() {
             report(&link, std::os::unix::fs::symlink(format!("/proc/self/{target}"), &link));
         }
     }
+    // systemd would start a program for each of these. A kernel without one of them, or an image that wants it otherwise, is
+    // no matter.
+    let safe = noexec | MountFlags::NODEV;
+    for (kind, at, flags) in [
+        ("mqueue", "/dev/mqueue", safe),
+        ("hugetlbfs", "/dev/hugepages", MountFlags::NOSUID | MountFlags::NODEV),
+        ("debugfs", "/sys/kernel/debug", safe),
+        ("tracefs", "/sys/kernel/tracing", safe),
+    ] {
+        if at.starts_with("/dev") {
+            let _ = std::fs::create_dir(at);
+        }
+        let _ = mount(kind, at, kind, flags, None);
+    }
     let cgroup = Path::new("/sys/fs/cgroup");
     if cgroup.is_dir() {
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;

@@ -83,6 +83,20 @@ pub fn is_unit(name: &str) -> bool {
             .is_some_and(|(stem, kind)| !stem.is_empty() && known.contains(&kind))
 }
 
+/// Whether `name` is the plain name of one of systemd's generators, which are masked like units but in their own directory.
+pub fn is_generator(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
+    name.len() < 256 && name.ends_with("-generator") && name.bytes().all(plain)
+}
+
+/// The two parts of `TARGET.wants/UNIT`: one unit's wish for another, which can be masked alone, so that the other is not
+/// started at boot but can be later.
+pub fn wish(name: &str) -> Option<(&str, &str)> {
+    let (directory, unit) = name.split_once('/')?;
+    let target = directory.strip_suffix(".wants")?;
+    (is_unit(target) && is_unit(unit)).then_some((directory, unit))
+}
+
 /// Whether `name` can be the machine's host name.
 pub fn is_host_name(name: &str) -> bool {
     let label =
@@ -145,6 +159,15 @@ mod tests {
     fn names() {
         assert!(is_unit("getty@tty1.service") && is_unit("dev-sda\\x2d1.swap"));
         assert!(!is_unit("../x.service") && !is_unit(".service") && !is_unit("x.conf") && !is_unit("service"));
+        assert!(is_generator("systemd-gpt-auto-generator"));
+        assert!(!is_generator("../x-generator") && !is_generator("x.service"));
+        assert_eq!(wish("a.target.wants/b.service"), Some(("a.target.wants", "b.service")));
+        assert_eq!(
+            wish("a.wants/b.service")
+                .or(wish("a.target.wants/../b.service"))
+                .or(wish("/b.service")),
+            None
+        );
         assert!(is_host_name("m-1") && is_host_name("a.b"));
         assert!(!is_host_name("") && !is_host_name("a..b") && !is_host_name("-a") && !is_host_name("a b"));
     }

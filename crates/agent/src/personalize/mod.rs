@@ -44,8 +44,9 @@ pub fn check(wanted: &Personalize) -> Result<(), ApiError> {
             network.address, network.prefix, network.gateway
         ));
     }
-    if let Some(unit) = wanted.mask_units.iter().find(|u| !edit::is_unit(u)) {
-        return refuse(format!("`{unit}` is not the name of a unit"));
+    let known = |u: &&String| edit::is_unit(u) || edit::is_generator(u) || edit::wish(u).is_some();
+    if let Some(unit) = wanted.mask_units.iter().find(|u| !known(u)) {
+        return refuse(format!("`{unit}` is not the name of a unit, a generator or a wish"));
     }
     Ok(())
 }
@@ -135,9 +136,15 @@ fn mask_units(root: &Place, wanted: &Personalize) -> io::Result<()> {
     }
     // Of the directories in /run this is the one that systemd reads before /etc.
     let control = root.make("run/systemd/system.control", 0o755)?;
-    wanted
-        .mask_units
-        .iter()
-        .filter(|u| edit::is_unit(u))
-        .try_for_each(|unit| control.link(unit, "/dev/null"))
+    let generators = root.make("run/systemd/system-generators", 0o755)?;
+    for name in &wanted.mask_units {
+        if let Some((directory, unit)) = edit::wish(name) {
+            control.make(directory, 0o755)?.link(unit, "/dev/null")?;
+        } else if edit::is_generator(name) {
+            generators.link(name, "/dev/null")?;
+        } else if edit::is_unit(name) {
+            control.link(name, "/dev/null")?;
+        }
+    }
+    Ok(())
 }
