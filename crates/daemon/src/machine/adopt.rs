@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use banger_proto::api::MachineState as State;
-use banger_vmm::{Handles, Liveness, console_tail, exit_record};
+use banger_vmm::{Handles, Liveness};
 
 use super::live::Live;
 use super::record::Machine;
@@ -18,6 +18,8 @@ use crate::failpoint;
 const FINISH: Duration = Duration::from_secs(120);
 /// How long the driver may take to look at one machine.
 const LOOK: Duration = Duration::from_secs(15);
+/// How long a record may take that an engine's end, long past most likely, has not left yet.
+const RECORD: Duration = Duration::from_millis(300);
 /// Pause before an engine that can't be verified is looked at again.
 const AGAIN: Duration = Duration::from_secs(10);
 
@@ -142,10 +144,10 @@ async fn take_charge(m: &Arc<Machine>, handles: Handles) {
 }
 
 async fn mark_stopped(m: &Arc<Machine>) {
-    let record = exit_record(&m.paths);
     let cause = match m.state() {
         State::Stopping => None,
-        _ => Some(cause::of_exit(record.as_ref(), &console_tail(&m.paths, start::TAIL))),
+        State::Starting => Some("its start was cut off: the daemon ended in the middle of it".to_owned()),
+        _ => Some(cause::find(&m.paths, RECORD).await),
     };
     if let Err(e) = stop::engine_gone(m, cause).await {
         tracing::error!(machine = %m.id, error = %e.message, "cannot be marked stopped");

@@ -1,6 +1,27 @@
 //! Why an engine is gone, in words.
 
-use banger_vmm::ExitRecord;
+use std::time::Duration;
+
+use banger_core::plan::MachinePaths;
+use banger_vmm::{ExitRecord, console_tail, exit_record};
+use tokio::time::Instant;
+
+/// Lines of the console that are looked at.
+const TAIL: usize = 20;
+/// How often a record is looked for that is not there yet.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Why the engine is gone. The record is written just after the process's end: it is waited for.
+pub async fn find(paths: &MachinePaths, within: Duration) -> String {
+    let deadline = Instant::now() + within;
+    loop {
+        let record = exit_record(paths);
+        if record.is_some() || Instant::now() >= deadline {
+            return of_exit(record.as_ref(), &console_tail(paths, TAIL));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
 
 /// The cause of an engine's end that nobody asked for, from its record and the guest's last lines.
 pub fn of_exit(record: Option<&ExitRecord>, console: &[String]) -> String {

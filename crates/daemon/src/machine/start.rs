@@ -11,7 +11,7 @@ use banger_core::state::Event;
 use banger_proto::agent::{GuestNetwork, Personalize};
 use banger_proto::api::WaitFor;
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_vmm::{console_tail, exit_record};
+use banger_vmm::console_tail;
 use tokio::time::Instant;
 
 use super::live::Live;
@@ -188,14 +188,14 @@ async fn link<T>(call: impl Future<Output = Result<T, LinkError>>) -> Result<T, 
 async fn or_exit<T>(m: &Machine, live: &Live, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
     let result = tokio::select! {
         biased;
-        () = live.exited.cancelled() => Err(engine_ended(m)),
+        () = live.exited.cancelled() => Err(engine_ended(m).await),
         result = work => result,
     };
     // A connection that breaks is often the first news of the engine's end; its process follows at once.
     match result {
         Err(e) if matches!(e.code, ErrorCode::Unavailable | ErrorCode::Guest) => {
             match tokio::time::timeout(Duration::from_millis(500), live.exited.cancelled()).await {
-                Ok(()) => Err(engine_ended(m)),
+                Ok(()) => Err(engine_ended(m).await),
                 Err(_) => Err(e),
             }
         }
@@ -203,8 +203,8 @@ async fn or_exit<T>(m: &Machine, live: &Live, work: impl Future<Output = Result<
     }
 }
 
-fn engine_ended(m: &Machine) -> ApiError {
-    let cause = cause::of_exit(exit_record(&m.paths).as_ref(), &console_tail(&m.paths, TAIL));
+async fn engine_ended(m: &Machine) -> ApiError {
+    let cause = cause::find(&m.paths, super::stop::RECORD).await;
     ApiError::new(
         ErrorCode::Engine,
         format!("machine {} ended while it was starting: {cause}", m.name()),

@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use banger_core::state::Event;
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_vmm::{console_tail, exit_record};
 
 use super::live::Live;
 use super::record::Machine;
-use super::start::{TAIL, remove_dir};
+use super::start::remove_dir;
 use super::{cause, handles};
 use crate::error::IntoApi;
 use crate::failpoint;
@@ -23,6 +22,9 @@ const ASK: Duration = Duration::from_secs(10);
 const TERM: Duration = Duration::from_secs(5);
 /// How long the kernel may take to end a process that was killed.
 const KILL: Duration = Duration::from_secs(10);
+
+/// How long the record of an engine's end may take to be written.
+pub const RECORD: Duration = Duration::from_secs(2);
 
 /// Shuts the guest down and waits for its engine's end; ends the engine when that takes too long.
 pub async fn stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result<(), ApiError> {
@@ -133,7 +135,7 @@ pub async fn engine_gone(m: &Arc<Machine>, cause: Option<String>) -> Result<(), 
 
 /// The engine has ended though nobody asked for it.
 pub async fn ended_by_itself(m: &Arc<Machine>) -> Result<(), ApiError> {
-    let cause = cause::of_exit(exit_record(&m.paths).as_ref(), &console_tail(&m.paths, TAIL));
+    let cause = cause::find(&m.paths, RECORD).await;
     tracing::warn!(machine = %m.id, cause, "the engine has ended");
     engine_gone(m, Some(cause)).await
 }

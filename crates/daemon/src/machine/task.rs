@@ -150,16 +150,14 @@ pub async fn run(m: Arc<Machine>, mut asks: mpsc::Receiver<Ask>, first: Option<C
                 None => std::future::pending().await,
             }
         };
+        // What has ended is settled before the next request is decided.
         tokio::select! {
+            biased;
             ended = work => {
                 current = None;
                 if ended == Ended::Gone {
                     break;
                 }
-            }
-            ask = asks.recv(), if waiting.len() < QUEUE => {
-                let Some(ask) = ask else { break };
-                current = take(&m, current, ask, &mut waiting);
             }
             () = exited, if idle => {
                 if let Err(e) = stop::ended_by_itself(&m).await {
@@ -167,6 +165,10 @@ pub async fn run(m: Arc<Machine>, mut asks: mpsc::Receiver<Ask>, first: Option<C
                     // Its record keeps what is true; a start or delete tries again.
                     m.clear_live();
                 }
+            }
+            ask = asks.recv(), if waiting.len() < QUEUE => {
+                let Some(ask) = ask else { break };
+                current = take(&m, current, ask, &mut waiting);
             }
             () = unheld, if idle => {
                 tracing::info!(machine = %m.id, "nobody holds it any more");
