@@ -119,15 +119,26 @@ fn random() -> u32 {
     u32::from_ne_bytes(bytes)
 }
 
-/// Brings rows and world together at the daemon's start. Machines are looked at side by side, so that one that does not answer
-/// keeps no other waiting.
-pub async fn reconcile(services: &Arc<Services>) -> Result<(), ApiError> {
-    let rows = services.db.machines().await.map_err(IntoApi::into_api)?;
-    let mut looking = JoinSet::new();
-    for row in rows {
+/// A machine that is known and not yet looked at, with what it is asked meanwhile.
+pub type Known = (Arc<Machine>, mpsc::Receiver<task::Ask>);
+
+/// Makes every machine of the database known. Done before anybody is served, so that no client is told that there is none.
+pub async fn load(services: &Arc<Services>) -> Result<Vec<Known>, DbError> {
+    let rows = services.db.machines().await?;
+    let known = rows.into_iter().map(|row| {
         let (asks, queue) = mpsc::channel(task::QUEUE);
         let m = Machine::new(services.clone(), row, asks);
         services.remember(m.clone());
+        (m, queue)
+    });
+    Ok(known.collect())
+}
+
+/// Brings rows and world together at the daemon's start. Machines are looked at side by side, so that one that does not answer
+/// keeps no other waiting.
+pub async fn reconcile(services: &Arc<Services>, known: Vec<Known>) {
+    let mut looking = JoinSet::new();
+    for (m, queue) in known {
         looking.spawn(async move {
             let work = adopt::reconcile(&m).await;
             let first = work.map(|(work, blocked)| Current {
@@ -147,7 +158,6 @@ pub async fn reconcile(services: &Arc<Services>) -> Result<(), ApiError> {
         }
     }
     sweep(services).await;
-    Ok(())
 }
 
 /// Removes sockets that no row knows. An engine that still has its sockets there is somebody's and stays.

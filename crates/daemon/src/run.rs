@@ -213,15 +213,13 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     let socket_path = paths.socket();
     let services = Arc::new(Services::new(paths, config, db, ops, stock, libexec));
     // A row that can't be read is told to whoever starts the daemon.
-    services.db.machines().await?;
+    let known = provision::load(&services).await?;
     tokio::spawn(signals(services.clone()));
     let reconciling = services.clone();
     tokio::spawn(async move {
         reconciling.host().await;
-        match provision::reconcile(&reconciling).await {
-            Ok(()) => tracing::info!(machines = reconciling.machines().len(), "reconciled"),
-            Err(e) => tracing::error!(error = %e.message, "reconcile failed"),
-        }
+        provision::reconcile(&reconciling, known).await;
+        tracing::info!(machines = reconciling.machines().len(), "reconciled");
         reconciling.ready.send_replace(true);
     });
     listening();
