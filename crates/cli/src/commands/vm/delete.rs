@@ -13,15 +13,15 @@ use crate::signals::Signals;
 
 /// Remove machines and their disks for good
 ///
-/// A machine that runs is shut down first.
+/// A machine that runs is ended at once: its disks go as well.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  banger vm delete build\n  banger vm rm -f build test")]
+#[command(after_help = "Examples:\n  banger vm delete build\n  banger vm rm build test")]
 pub(crate) struct DeleteArgs {
     /// Machines by name, id or unambiguous prefix
     #[arg(required = true, value_name = "MACHINE", add = completion::machines())]
     machines: Vec<String>,
-    /// End a running machine at once instead of shutting it down
-    #[arg(short, long)]
+    /// Taken for those used to it; nothing is asked without it either
+    #[arg(short, long, hide = true)]
     force: bool,
     #[command(flatten)]
     output: OutputArgs,

@@ -1,0 +1,349 @@
+//! The program as users and scripts meet it: exit statuses, streams, files. The daemon is a few canned answers.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_banger");
+
+/// Directories of its own for each test.
+struct Home {
+    dir: tempfile::TempDir,
+}
+
+impl Home {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("run/banger")).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, below: &str) -> PathBuf {
+        self.dir.path().join(below)
+    }
+
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("HOME", self.dir.path())
+            .env("XDG_RUNTIME_DIR", self.path("run"))
+            .env("GIT_CONFIG_NOSYSTEM", "1")
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Ran {
+        Ran::from(self.command(Path::new(PROGRAM)).args(arguments).output().unwrap())
+    }
+
+    /// Answers requests by method and path; everything else is not found.
+    fn serve(&self, answers: &[(&str, u16, &str)]) {
+        let listener = UnixListener::bind(self.path("run/banger/bangerd.sock")).unwrap();
+        let answers: HashMap<String, (u16, String)> =
+            answers.iter().map(|(request, status, body)| ((*request).to_owned(), (*status, (*body).to_owned()))).collect();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (mut stream, answers) = (stream.unwrap(), answers.clone());
+                std::thread::spawn(move || {
+                    let mut reader = BufReader::new(stream.try_clone().unwrap());
+                    let mut line = String::new();
+                    while reader.read_line(&mut line).is_ok_and(|n| n > 0) {
+                        let request = line.split(' ').take(2).collect::<Vec<_>>().join(" ");
+                        let mut length = 0;
+                        loop {
+                            line.clear();
+                            reader.read_line(&mut line).unwrap();
+                            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                                length = value.trim().parse().unwrap();
+                            }
+                            if line.trim().is_empty() {
+                                break;
+                            }
+                        }
+                        reader.read_exact(&mut vec![0; length]).unwrap();
+                        let none = (404, r#"{"error":{"code":"not_found","message":"no such thing"}}"#.to_owned());
+                        let (status, body) = answers.get(&request).unwrap_or(&none);
+                        let _ = write!(stream, "HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+                        line.clear();
+                    }
+                });
+            }
+        });
+    }
+
+    /// The program in a directory of its own, beside a daemon that is this script.
+    fn with_daemon(&self, script: &str) -> PathBuf {
+        let bin = self.path("bin");
+        std::fs::create_dir(&bin).unwrap();
+        std::fs::copy(PROGRAM, bin.join("banger")).unwrap();
+        std::fs::write(bin.join("bangerd"), format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(bin.join("bangerd"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        bin.join("banger")
+    }
+}
+
+#[derive(Debug)]
+struct Ran {
+    status: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Self {
+        Self {
+            status: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+const MACHINE: &str = r#"{"id":"0123456789abcdef","name":"build","state":"running","spec":{"image":"debian","image_digest":"sha256:0",
+"kernel":"default","kernel_digest":"sha256:1","engine":"qemu","accel":"tcg","vcpu":2,"memory_mib":1024,"disk_bytes":8589934592,
+"network":"user"},"created_at":"2026-11-22T10:00:00Z","auto_remove":false}"#;
+
+#[test]
+fn groups_without_arguments_show_help() {
+    let home = Home::new();
+    for arguments in [&[][..], &["vm"], &["image"], &["kernel"], &["daemon"]] {
+        let ran = home.run(arguments);
+        assert_eq!(ran.status, Some(0), "{arguments:?}");
+        assert!(ran.stdout.contains("Usage:") && ran.stderr.is_empty(), "{ran:?}");
+    }
+}
+
+#[test]
+fn usage_errors_have_their_status() {
+    let home = Home::new();
+    for (arguments, status) in [
+        (&["vm", "list", "--bogus"][..], 2),
+        (&["bogus"], 2),
+        (&["vm", "create", "--memory", "512"], 2),
+        (&["vm", "create", "--name", "Not-Valid"], 2),
+        (&["vm", "set", "x"], 2),
+        (&["vm", "cp", "a", "b"], 2),
+        // Where the status is the guest's, ours is always the same.
+        (&["run", "--bogus"], 125),
+        (&["run", "-d", "--rm"], 125),
+        (&["vm", "run", "--vcpu", "0"], 125),
+        (&["vm", "exec", "x"], 125),
+        (&["run", "./absent", "--", "true"], 125),
+    ] {
+        let ran = home.run(arguments);
+        assert_eq!(ran.status, Some(status), "{arguments:?} {ran:?}");
+        assert!(ran.stderr.starts_with("error: ") && ran.stdout.is_empty(), "{ran:?}");
+    }
+    assert!(home.run(&["vm", "create", "--memory", "512"]).stderr.contains("512M"), "says what to write");
+}
+
+#[test]
+fn an_empty_list_is_empty_and_objects_carry_the_schema_version() {
+    let home = Home::new();
+    home.serve(&[
+        ("GET /v1/machines", 200, r#"{"machines":[]}"#),
+        ("GET /v1/images", 200, r#"{"images":[]}"#),
+        ("GET /v1/kernels", 200, r#"{"kernels":[]}"#),
+        ("GET /v1/machines/build", 200, MACHINE),
+    ]);
+    for arguments in [
+        &["vm", "list", "--json"][..],
+        &["ps", "--format", "json"],
+        &["image", "list", "--json"],
+        &["kernel", "list", "--json"],
+        &["vm", "stats", "--json"],
+        &["vm", "prune", "--json", "--force"],
+    ] {
+        let ran = home.run(arguments);
+        assert_eq!((ran.status, ran.stdout.as_str()), (Some(0), "[]\n"), "{arguments:?} {ran:?}");
+    }
+    assert_eq!(home.run(&["vm", "list", "--quiet"]).stdout, "");
+    assert!(home.run(&["vm", "list"]).stdout.starts_with("ID  NAME"));
+    let shown = home.run(&["vm", "show", "build", "--json"]).stdout;
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!((&shown["schema_version"], &shown["name"]), (&1.into(), &"build".into()));
+}
+
+#[test]
+fn failures_have_the_status_of_their_kind_and_a_hint() {
+    let home = Home::new();
+    let refuse = |code: &str| format!(r#"{{"error":{{"code":"{code}","message":"it failed","hint":"try \u001b[31mharder"}}}}"#);
+    let cases = [("not_found", 3), ("conflict", 4), ("invalid_spec", 5), ("unsupported", 6), ("timeout", 7), ("no_space", 8)];
+    let answers: Vec<(String, u16, String)> =
+        cases.iter().map(|(code, _)| (format!("GET /v1/machines/{}", code.replace('_', "-")), 400, refuse(code))).collect();
+    let answers: Vec<(&str, u16, &str)> = answers.iter().map(|a| (a.0.as_str(), a.1, a.2.as_str())).collect();
+    home.serve(&answers);
+    for (code, status) in cases {
+        let ran = home.run(&["vm", "show", &code.replace('_', "-")]);
+        assert_eq!(ran.status, Some(status), "{code} {ran:?}");
+        assert_eq!(ran.stderr, "error: it failed\n\nhint: try \u{fffd}[31mharder\n");
+    }
+    assert_eq!(home.run(&["vm", "exec", "not-found", "true"]).status, Some(125));
+}
+
+#[test]
+fn several_machines_are_done_whatever_becomes_of_the_others() {
+    let home = Home::new();
+    let list = format!(r#"{{"machines":[{MACHINE}]}}"#);
+    let done = r#"{"operation":{"id":"op-1","kind":"k","target":"t","state":"done","stage":"","started_at":""}}"#;
+    home.serve(&[("GET /v1/machines", 200, &list), ("POST /v1/machines/0123456789abcdef/stop", 202, done)]);
+    let ran = home.run(&["vm", "stop", "nope", "build", "0123", "buidl"]);
+    assert_eq!(ran.stdout, "build\n", "once, though it is meant twice");
+    assert_eq!(ran.status, Some(3));
+    assert!(ran.stderr.contains("no machine `nope`") && ran.stderr.contains("did you mean `build`?"), "{}", ran.stderr);
+    let ran = home.run(&["vm", "stop", "build", "--json"]);
+    let value: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(value[0]["result"], "stopped");
+}
+
+#[test]
+fn a_closed_pipe_is_no_news() {
+    let home = Home::new();
+    let many = vec![MACHINE; 2000].join(",");
+    home.serve(&[("GET /v1/machines", 200, &format!(r#"{{"machines":[{many}]}}"#))]);
+    let mut child = home
+        .command(Path::new(PROGRAM))
+        .args(["vm", "list"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let ran = Ran::from(child.wait_with_output().unwrap());
+    assert_eq!((ran.status, ran.stderr.as_str()), (Some(141), ""));
+}
+
+#[test]
+fn colours_are_for_those_who_want_them() {
+    let home = Home::new();
+    assert!(!home.run(&["vm", "list", "--bogus"]).stderr.contains('\x1b'));
+    assert!(home.run(&["vm", "list", "--bogus", "--color", "always"]).stderr.contains('\x1b'));
+    let checks = r#"{"checks":[{"name":"kvm","level":"fail","message":"none","hint":"none"}]}"#;
+    home.serve(&[("GET /v1/doctor", 200, checks)]);
+    let plain = home.run(&["doctor"]);
+    assert_eq!((plain.status, plain.stdout.as_str()), (Some(6), "FAIL  kvm  none\n           hint: none\n"));
+    assert!(home.run(&["doctor", "--color=always"]).stdout.contains("\x1b[1;31mFAIL"));
+}
+
+#[test]
+fn a_daemon_that_does_not_start_is_quoted() {
+    let home = Home::new();
+    let program = home.with_daemon("echo 'error: config.toml:3:1: unknown key `x`' >&2; exit 1");
+    let ran = Ran::from(home.command(&program).args(["vm", "list"]).output().unwrap());
+    assert_eq!(ran.status, Some(9));
+    assert_eq!(ran.stderr, "error: the daemon did not start: config.toml:3:1: unknown key `x`\n");
+    // Asking for its state starts nothing.
+    let ran = Ran::from(home.command(&program).args(["daemon", "status", "--json"]).output().unwrap());
+    assert_eq!(ran.status, Some(9));
+    assert!(ran.stdout.contains(r#""running": false"#), "{ran:?}");
+    let ran = Ran::from(home.command(&program).args(["daemon", "stop"]).output().unwrap());
+    assert_eq!(ran.status, Some(0));
+}
+
+#[test]
+fn another_version_of_the_daemon_is_named() {
+    let home = Home::new();
+    home.serve(&[
+        ("GET /v1/machines", 200, r#"{"things":[]}"#),
+        ("GET /v1/version", 200, r#"{"version":"9.9.9","commit":"unknown","api_version":9}"#),
+    ]);
+    let ran = home.run(&["vm", "list"]);
+    assert_eq!(ran.status, Some(9));
+    assert!(ran.stderr.contains("version 9.9.9 (API 9)") && ran.stderr.contains("banger daemon stop"), "{ran:?}");
+}
+
+#[test]
+fn a_dry_run_lists_files_and_starts_nothing() {
+    let home = Home::new();
+    let program = home.with_daemon("touch \"$HOME/started\"; exit 1");
+    let git = |arguments: &[&str]| {
+        let ran = home.command(Path::new("git")).args(["-c", "user.name=T", "-c", "user.email=t@e"]).args(arguments).output();
+        assert!(ran.unwrap().status.success());
+    };
+    git(&["init", "-q", "r"]);
+    std::fs::write(home.path("r/a b.txt"), "x").unwrap();
+    std::fs::write(home.path("r/un\x1btracked"), "x").unwrap();
+    git(&["-C", "r", "add", "a b.txt"]);
+    git(&["-C", "r", "commit", "-qm", "first"]);
+    let ran = Ran::from(home.command(&program).args(["run", "./r", "--dry-run"]).output().unwrap());
+    assert_eq!((ran.status, ran.stdout.as_str()), (Some(0), "a b.txt\n"));
+    assert!(ran.stderr.contains("1 untracked file is not copied; --include-untracked"), "{}", ran.stderr);
+    let ran = home.command(&program).args(["run", "~/r", "--dry-run", "--include-untracked", "-q"]).output().unwrap();
+    assert_eq!(String::from_utf8(ran.stdout).unwrap(), "a b.txt\n\"un\\u{1b}tracked\"\n");
+    let ran = Ran::from(home.command(&program).args(["run", "./r", "--dry-run", "--json"]).output().unwrap());
+    let value: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((&value["schema_version"], &value["files"][0], &value["skipped_untracked"]), (&1.into(), &"a b.txt".into(), &1.into()));
+    assert!(!home.path("started").exists(), "no daemon");
+}
+
+#[test]
+fn completion_knows_machines_and_starts_nothing() {
+    let home = Home::new();
+    let program = home.with_daemon("touch \"$HOME/started\"; exit 1");
+    let complete = |words: &[&str]| {
+        let mut command = home.command(&program);
+        command.env("BANGER_COMPLETE", "fish").arg("--").arg("banger").args(words);
+        Ran::from(command.output().unwrap())
+    };
+    let ran = complete(&["vm", "stop", ""]);
+    assert_eq!((ran.status, ran.stderr.as_str()), (Some(0), ""));
+    assert!(!home.path("started").exists());
+    let list = format!(r#"{{"machines":[{MACHINE}]}}"#);
+    home.serve(&[("GET /v1/machines", 200, &list)]);
+    assert!(complete(&["vm", "stop", "bu"]).stdout.contains("build\trunning, debian"));
+    assert!(complete(&["vm", "sh"]).stdout.contains("shell"));
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(home.run(&["completion", shell]).stdout.contains("BANGER_COMPLETE"), "{shell}");
+    }
+}
+
+#[test]
+fn ssh_config_comes_and_goes() {
+    let home = Home::new();
+    std::fs::create_dir(home.path(".ssh")).unwrap();
+    let foreign = "Host work\n    User me\n";
+    std::fs::write(home.path(".ssh/config"), foreign).unwrap();
+    let ran = home.run(&["ssh-config"]);
+    assert!(ran.stdout.starts_with("Include \"") && ran.stderr.contains("--install"), "{ran:?}");
+    assert_eq!(std::fs::read_to_string(home.path(".ssh/config")).unwrap(), foreign);
+    home.run(&["ssh-config", "--install"]);
+    home.run(&["ssh-config", "--install"]);
+    let text = std::fs::read_to_string(home.path(".ssh/config")).unwrap();
+    assert_eq!(text.matches("Include").count(), 1);
+    assert!(text.ends_with(foreign));
+    assert!(home.path(".config/banger/ssh_config").exists());
+    if let Ok(output) = home.command(Path::new("ssh")).arg("-F").arg(home.path(".ssh/config")).args(["-G", "build.vm"]).output() {
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("internal ssh-proxy '%n'") && text.contains("stricthostkeychecking true"), "{text}");
+        assert!(text.contains(".local/state/banger/ssh/known_hosts"), "{text}");
+    }
+    home.run(&["ssh-config", "--uninstall"]);
+    home.run(&["ssh-config", "--uninstall"]);
+    assert_eq!(std::fs::read_to_string(home.path(".ssh/config")).unwrap(), foreign);
+    assert!(!home.path(".config/banger/ssh_config").exists());
+}
+
+#[test]
+fn man_pages_are_written_for_every_command() {
+    let home = Home::new();
+    assert_eq!(home.run(&["man", "pages/man1"]).status, Some(0));
+    for page in ["banger.1", "banger-vm.1", "banger-vm-run.1", "banger-image-build.1"] {
+        let text = std::fs::read_to_string(home.path("pages/man1").join(page)).unwrap();
+        assert!(text.contains(".TH"), "{page}");
+    }
+}
+
+#[test]
+fn version_is_one_line_and_starts_nothing() {
+    let home = Home::new();
+    let ran = home.run(&["--version"]);
+    assert!(ran.stdout.starts_with("banger v") && ran.stdout.lines().count() == 1, "{ran:?}");
+    let ran = home.run(&["version"]);
+    assert!(ran.stdout.contains("daemon   not running"), "{ran:?}");
+}
