@@ -4,6 +4,7 @@
 //! * [`kernel`]: Debian kernel packages: archive, compressed kernel, modules, the distribution's own package,
 //! * [`initramfs`]: the archive that starts a machine,
 //! * [`recipe`] and [`build`]: the images that banger makes itself,
+//! * [`ingest`](mod@ingest): a tar stream into an image,
 //! * [`tar`]: a bounded reader of tar streams and the policy of what may enter an image,
 //! * [`ext4`]: a writer of ext4 file systems, without root and without unpacking anything onto the host,
 //! * [`disk`]: root and work disks of machines,
@@ -17,6 +18,7 @@ pub mod digest;
 pub mod disk;
 pub mod error;
 pub mod ext4;
+pub mod ingest;
 pub mod initramfs;
 pub mod kernel;
 pub mod process;

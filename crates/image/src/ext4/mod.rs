@@ -17,6 +17,8 @@ pub mod tree;
 pub mod writer;
 
 mod dir;
+mod inode;
+mod sink;
 mod xattr;
 
 use std::io;

@@ -2,24 +2,19 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::FileExt;
 
 use super::dir::{self, Entry};
+use super::inode::{INLINE_EXTENTS, LEAF_EXTENTS, common, put_extent_header, put_extents, set_size};
 use super::layout::{self, BLOCK_UNINIT};
 use super::layout::{
     BLOCK, BLOCK_USIZE, BLOCKS_PER_GROUP, DESC_SIZE, Descriptor, FIRST_INO, Geometry, INODE_SIZE, INODE_UNINIT,
     INODES_PER_GROUP, JOURNAL_INO, META_GROUP, ROOT_INO, Super, descriptor_block, first_block, has_super, inode_bitmap,
     inode_table, leading_bitmap, low16, low32, overhead, put, put16, put32, set_bit,
 };
+use super::sink::{BUFFER, Sink};
 use super::tree::{Kind, MAX_TARGET, Meta, ROOT, Run, Special, Tree, show};
 use super::xattr;
 use super::{Ext4Error, Result};
-
-/// Extents in an inode, and in a block of them.
-const INLINE_EXTENTS: usize = 4;
-const LEAF_EXTENTS: usize = (BLOCK_USIZE - 12) / 12;
-/// Bytes that are gathered before they are written.
-const BUFFER: usize = 1 << 20;
 
 /// What bounds a file system.
 #[derive(Debug, Clone, Copy)]
@@ -101,11 +96,7 @@ impl Writer {
             },
         )?;
         Ok(Self {
-            out: Sink {
-                file,
-                buffer: Vec::with_capacity(BUFFER),
-                at: 0,
-            },
+            out: Sink::new(file),
             tree,
             cursor: 0,
             limits,
@@ -591,100 +582,4 @@ fn label(text: &str) -> [u8; 16] {
     let n = text.len().min(16);
     put(&mut out, 0, text.as_bytes().get(..n).unwrap_or_default());
     out
-}
-
-fn set_size(inode: &mut [u8], size: u64) {
-    put32(inode, 0x04, low32(size));
-    put32(inode, 0x6c, low32(size >> 32));
-}
-
-/// The fields that all inodes have.
-fn common(inode: &mut [u8], mode: u16, links: u32, sectors: u64, meta: &Meta) {
-    let (seconds, extra) = time(meta.mtime, meta.mtime_nsec);
-    put16(inode, 0x00, mode);
-    put16(inode, 0x02, low16(meta.uid.into()));
-    put16(inode, 0x18, low16(meta.gid.into()));
-    put16(inode, 0x78, low16(u64::from(meta.uid) >> 16));
-    put16(inode, 0x7a, low16(u64::from(meta.gid) >> 16));
-    put16(inode, 0x1a, low16(links.into()));
-    put32(inode, 0x1c, low32(sectors));
-    put16(inode, 0x74, low16(sectors >> 32));
-    put16(inode, 0x80, 32);
-    for (at, extra_at) in [(0x08, 0x8c), (0x0c, 0x84), (0x10, 0x88), (0x90, 0x94)] {
-        put32(inode, at, seconds);
-        put32(inode, extra_at, extra);
-    }
-}
-
-/// Seconds and nanoseconds in ext4's 34 + 30 bits; times outside its range become the nearest one in it.
-fn time(seconds: i64, nanoseconds: u32) -> (u32, u32) {
-    let seconds = seconds.clamp(-(1 << 31), (1 << 34) - (1 << 31) - 1);
-    let low = low32(seconds.cast_unsigned());
-    let epoch = low32(((seconds - i64::from(low.cast_signed())) >> 32).cast_unsigned()) & 3;
-    (low, epoch | nanoseconds.min(999_999_999) << 2)
-}
-
-fn put_extent_header(out: &mut [u8], entries: usize, max: usize, depth: u16) {
-    put16(out, 0, 0xf30a);
-    put16(out, 2, u16::try_from(entries).unwrap_or(0));
-    put16(out, 4, u16::try_from(max).unwrap_or(0));
-    put16(out, 6, depth);
-}
-
-fn put_extents(out: &mut [u8], max: usize, list: &[(u64, Run)]) {
-    put_extent_header(out, list.len(), max, 0);
-    for (i, (logical, run)) in list.iter().enumerate() {
-        let at = 12 + 12 * i;
-        put32(out, at, low32(*logical));
-        put16(out, at + 4, low16(run.blocks));
-        put16(out, at + 6, low16(run.start >> 32));
-        put32(out, at + 8, low32(run.start));
-    }
-}
-
-/// Gathers neighbouring writes.
-#[derive(Debug)]
-struct Sink {
-    file: File,
-    buffer: Vec<u8>,
-    at: u64,
-}
-
-impl Sink {
-    fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        if at != self.at + self.buffer.len() as u64 || self.buffer.len() + bytes.len() > BUFFER {
-            self.flush()?;
-            self.at = at;
-        }
-        if bytes.len() >= BUFFER {
-            self.file.write_all_at(bytes, at).map_err(Ext4Error::Write)?;
-            self.at = at + bytes.len() as u64;
-        } else {
-            self.buffer.extend_from_slice(bytes);
-        }
-        Ok(())
-    }
-
-    /// Writes content, and leaves holes where whole blocks are zero.
-    fn write_sparse(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        let mut at = at;
-        for block in bytes.chunks(BLOCK_USIZE) {
-            if block.iter().any(|b| *b != 0) {
-                self.write(at, block)?;
-            }
-            at += block.len() as u64;
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        if !self.buffer.is_empty() {
-            self.file
-                .write_all_at(&self.buffer, self.at)
-                .map_err(Ext4Error::Write)?;
-            self.at += self.buffer.len() as u64;
-            self.buffer.clear();
-        }
-        Ok(())
-    }
 }

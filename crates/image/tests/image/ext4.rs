@@ -1,17 +1,14 @@
 //! The ext4 writer, with `e2fsck` and `debugfs` as judges.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)]
-
-mod common;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use crate::common::{config, debugfs, fsck, need, path};
 use banger_image::ext4::grow;
 use banger_image::ext4::tree::{Meta, Special};
 use banger_image::ext4::writer::{Finish, Limits, Size, Summary, Writer};
 use banger_image::ext4::{Ext4Error, layout};
-use common::{config, debugfs, fsck, need, path};
 use proptest::prelude::*;
 
 fn finish(size: Size) -> Finish {

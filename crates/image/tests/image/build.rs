@@ -1,14 +1,11 @@
 //! From packages to images and kernels, with the distribution's own tools and packages.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)]
-
-mod common;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use crate::common::{debugfs, fsck, need};
 use banger_image::{Error, Progress, Step, Store, disk, recipe};
-use common::{debugfs, fsck, need};
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread()

@@ -1,5 +1,4 @@
 //! What the tests of this crate share.
-#![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

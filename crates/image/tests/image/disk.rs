@@ -1,7 +1,4 @@
 //! Disks of machines: overlays and work disks.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stderr)]
-
-mod common;
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -10,11 +7,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
+use crate::common::{config, debugfs, fsck, maybe, need, path};
 use banger_image::disk::qcow2::{self, CLUSTER, Qcow2Error};
 use banger_image::ext4::tree::Meta;
 use banger_image::ext4::writer::{Finish, Limits, Size, Writer};
 use banger_image::{Error, disk};
-use common::{config, debugfs, fsck, maybe, need, path};
 use proptest::prelude::*;
 
 fn image(at: &Path) -> u64 {
