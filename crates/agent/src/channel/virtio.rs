@@ -25,6 +25,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{Channel, greet, is_call};
 
+/// Size of the driver's buffers of received bytes.
+const READ: usize = 4096;
+
 /// Most that the driver takes in one write.
 const WRITE: usize = 32 * 1024;
 
@@ -233,40 +236,61 @@ impl PortStream {
 }
 
 impl AsyncRead for PortStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.over {
-            return Poll::Ready(Ok(()));
-        }
-        if self.prefix_at < self.prefix.len() {
-            let n = buf.remaining().min(self.prefix.len() - self.prefix_at);
-            buf.put_slice(&self.prefix[self.prefix_at..self.prefix_at + n]);
-            self.prefix_at += n;
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.over {
             return Poll::Ready(Ok(()));
         }
         let mut got = false;
         while buf.remaining() > 0 {
-            // Each read gives one buffer of the driver at most.
-            let spare = buf.initialize_unfilled();
-            match rustix::io::read(self.shared.fd.as_fd(), &mut *spare) {
+            if this.prefix_at < this.prefix.len() {
+                let n = buf.remaining().min(this.prefix.len() - this.prefix_at);
+                buf.put_slice(&this.prefix[this.prefix_at..this.prefix_at + n]);
+                this.prefix_at += n;
+                got = true;
+                continue;
+            }
+            // Each read gives one buffer of the driver at most, and there must be room for all of it: a host's call is known
+            // by standing at the beginning of one.
+            let aside = buf.remaining() < READ;
+            let n = if aside {
+                this.prefix.resize(READ, 0);
+                let n = rustix::io::read(this.shared.fd.as_fd(), this.prefix.as_mut_slice());
+                this.prefix.truncate(n.unwrap_or(0));
+                this.prefix_at = 0;
+                n
+            } else {
+                rustix::io::read(this.shared.fd.as_fd(), buf.initialize_unfilled())
+            };
+            match n {
                 // Nobody is there. What was read before is delivered first; the next read says it again.
                 Ok(0) if got => break,
                 Ok(0) => {
-                    self.over = true;
-                    return Poll::Ready(Ok(()));
-                }
-                Ok(n) if self.serving && is_call(&spare[..n]) => {
-                    lock(&self.pending).extend_from_slice(&spare[..n]);
-                    self.over = true;
-                    return Poll::Ready(Ok(()));
+                    this.over = true;
+                    break;
                 }
                 Ok(n) => {
-                    buf.advance(n);
-                    got = true;
+                    let bytes = if aside {
+                        &this.prefix[..n]
+                    } else {
+                        &buf.initialize_unfilled()[..n]
+                    };
+                    if this.serving && is_call(bytes) {
+                        lock(&this.pending).extend_from_slice(bytes);
+                        this.prefix.clear();
+                        this.prefix_at = 0;
+                        this.over = true;
+                        break;
+                    }
+                    if !aside {
+                        buf.advance(n);
+                        got = true;
+                    }
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if got => break,
                 Err(Errno::AGAIN) => {
-                    let mut state = lock(&self.shared.state);
+                    let mut state = lock(&this.shared.state);
                     if !std::mem::take(&mut state.readable) {
                         state.reader = Some(cx.waker().clone());
                         return Poll::Pending;
@@ -295,5 +319,104 @@ impl AsyncWrite for PortStream {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.poll_flush(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use banger_proto::hello::{GREETING, Greeting, GreetingKind};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    fn greeting(kind: GreetingKind, nonce: u8) -> [u8; GREETING] {
+        Greeting::new(kind, [nonce; 16]).encode()
+    }
+
+    fn port() -> (UnixStream, Port) {
+        let (host, guest) = std::os::unix::net::UnixStream::pair().unwrap();
+        host.set_nonblocking(true).unwrap();
+        guest.set_nonblocking(true).unwrap();
+        (
+            UnixStream::from_std(host).unwrap(),
+            Port::from_fd(guest.into()).unwrap(),
+        )
+    }
+
+    async fn shake_hands(host: &mut UnixStream, nonce: u8) {
+        host.write_all(&greeting(GreetingKind::Call, nonce)).await.unwrap();
+        let mut answer = [0; GREETING];
+        host.read_exact(&mut answer).await.unwrap();
+        assert_eq!(answer, greeting(GreetingKind::Answer, nonce));
+        host.write_all(&greeting(GreetingKind::Go, nonce)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn bytes_pass_both_ways() {
+        let (mut host, mut port) = port();
+        let (mut stream, ()) = tokio::join!(async { port.accept().await.unwrap() }, shake_hands(&mut host, 1));
+        let data: Vec<u8> = (0..3_000_000u32).map(|i| (i >> 3) as u8).collect();
+        let (mut from_host, mut to_host) = host.split();
+        let (mut from_guest, mut to_guest) = tokio::io::split(&mut stream);
+        let (mut there, mut back) = (vec![0; data.len()], vec![0; data.len()]);
+        let write = async {
+            to_guest.write_all(&data).await.unwrap();
+            to_guest.flush().await.unwrap();
+        };
+        let (_, (), there_read, back_read) = tokio::join!(
+            to_host.write_all(&data),
+            write,
+            from_guest.read_exact(&mut there),
+            from_host.read_exact(&mut back)
+        );
+        assert!(there_read.is_ok() && back_read.is_ok() && there == data && back == data);
+    }
+
+    #[tokio::test]
+    async fn a_call_amid_a_connection_ends_it_and_begins_the_next() {
+        let (mut host, mut port) = port();
+        let (mut stream, ()) = tokio::join!(async { port.accept().await.unwrap() }, shake_hands(&mut host, 1));
+        host.write_all(b"some HTTP/2").await.unwrap();
+        let mut got = [0; 11];
+        stream.read_exact(&mut got).await.unwrap();
+        // The host went away and came back, and the port never said so.
+        let next = async {
+            assert_eq!(stream.read(&mut got).await.unwrap(), 0);
+            drop(stream);
+            port.accept().await.unwrap()
+        };
+        let (mut stream, ()) = tokio::join!(next, shake_hands(&mut host, 2));
+        host.write_all(b"PRI").await.unwrap();
+        let mut got = [0; 3];
+        stream.read_exact(&mut got).await.unwrap();
+        assert_eq!(&got, b"PRI");
+    }
+
+    #[tokio::test]
+    async fn nobody_there_is_the_end_of_the_connection() {
+        let (mut host, mut port) = port();
+        let (mut stream, ()) = tokio::join!(async { port.accept().await.unwrap() }, shake_hands(&mut host, 1));
+        drop(host);
+        assert_eq!(stream.read(&mut [0; 8]).await.unwrap(), 0);
+        let mut result = Ok(());
+        // Gathered first, so the failure may come with the second write.
+        for _ in 0..4 {
+            result = stream.write_all(&[0; WRITE]).await;
+        }
+        assert!(result.is_err());
+    }
+
+    #[test]
+    fn the_port_is_found_by_its_name() {
+        let sys = tempfile::tempdir().unwrap();
+        for (port, name) in [("vport0p1", "org.other"), ("vport1p2", "banger.agent")] {
+            let dir = sys.path().join("class/virtio-ports").join(port);
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join("name"), format!("{name}\n")).unwrap();
+        }
+        let found = |name| find_port(sys.path(), Path::new("/dev"), name).unwrap();
+        assert_eq!(found("banger.agent"), Some(PathBuf::from("/dev/vport1p2")));
+        assert_eq!(found("none"), None);
     }
 }
