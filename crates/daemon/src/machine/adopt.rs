@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use banger_proto::api::MachineState as State;
+use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::{Handles, Liveness};
 
 use super::live::Live;
@@ -127,6 +128,21 @@ async fn attach(m: &Machine, handles: Handles) -> Option<Live> {
             tracing::error!(machine = %m.id, error = %e.message, "no engine driver");
             None
         }
+    }
+}
+
+/// Takes charge of an engine that this daemon does not know of, if there is one.
+pub async fn find_lost(m: &Arc<Machine>) -> Result<(), ApiError> {
+    match look(m).await {
+        Liveness::Gone(_) => Ok(()),
+        Liveness::Alive(handles) => {
+            attach(m, handles).await;
+            Ok(())
+        }
+        Liveness::Unclear(why) => Err(ApiError::new(
+            ErrorCode::Engine,
+            format!("the engine of machine {} cannot be verified: {why}", m.name()),
+        )),
     }
 }
 

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use banger_core::state::Event;
+use banger_core::state::{self, Event};
 use banger_proto::error::{ApiError, ErrorCode};
 
+use super::adopt;
 use super::record::Machine;
 use super::start::remove_dir;
 use super::stop;
@@ -14,9 +15,14 @@ use crate::ops::Op;
 
 /// Removes the machine. On failure the row stays, in state `deleting`, so that a second delete goes on with what is left.
 pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
+    let before = m.state();
     m.happen(Event::DeleteBegins, |_| {}).await?;
     failpoint::hit("delete.row").await?;
     let mut errors = Vec::new();
+    if m.live().is_none() && state::may_have_engine(before) {
+        // What was lost sight of would run on without an owner.
+        keep(&mut errors, adopt::find_lost(m).await);
+    }
     if let Some(live) = m.live() {
         op.stage("end");
         // What it would write is removed next, so it is not asked.

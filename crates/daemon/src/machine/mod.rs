@@ -6,7 +6,7 @@
 //! * [`create`], [`start`], [`stop`], [`delete`]: the pieces of work,
 //! * [`adopt`]: what becomes of a machine when the daemon starts,
 //! * [`live`]: a machine's engine while there is one,
-//! * [`handles`]: `handles.json`.
+//! * [`handles`] is `handles.json`.
 
 pub mod adopt;
 pub mod cause;

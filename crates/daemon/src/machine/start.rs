@@ -96,11 +96,12 @@ async fn launch(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), ApiError> {
     stages.enter("launch");
     // Not cut off in between: an engine that was half launched would have no owner.
     let launched = engine.launch(&plan).await.map_err(IntoApi::into_api)?;
-    failpoint::hit("start.launched").await?;
+    let passed = failpoint::hit("start.launched").await;
     let live = Live::new(&m.id, engine, launched.clone());
     let written = handles::write(&m.paths.handles(), &launched);
     m.set_live(live);
-    written?;
+    // Only now may anything fail: the engine has an owner who can end it.
+    passed.and(written)?;
     failpoint::hit("start.handles").await?;
     stages.check()
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use banger_core::state::Event;
+use banger_proto::api::MachineState;
 use banger_proto::error::{ApiError, ErrorCode};
 
 use super::live::Live;
@@ -28,7 +29,10 @@ pub const RECORD: Duration = Duration::from_secs(2);
 
 /// Shuts the guest down and waits for its engine's end; ends the engine when that takes too long.
 pub async fn stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result<(), ApiError> {
-    m.happen(Event::StopBegins, |_| {}).await?;
+    // A stop that failed is gone on with.
+    if m.state() != MachineState::Stopping {
+        m.happen(Event::StopBegins, |_| {}).await?;
+    }
     failpoint::hit("stop.row").await?;
     finish_stop(m, op, timeout).await
 }

@@ -240,8 +240,8 @@ fn take(m: &Arc<Machine>, current: Option<Current>, ask: Ask, waiting: &mut VecD
                 let _ = ask.reply.send(Ok(op.clone()));
                 current
             }
-            // A removal that failed is what is left to be done again.
-            None if state == MachineState::Deleting => Some(begin(m, ask)),
+            // What failed in the middle is gone on with.
+            None if matches!(state, MachineState::Deleting | MachineState::Stopping) => Some(begin(m, ask)),
             _ => {
                 let _ = ask.reply.send(Ok(finished(m, &ask.request)));
                 current

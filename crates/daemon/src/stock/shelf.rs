@@ -96,7 +96,7 @@ impl Shelf {
     /// Kernel and initramfs.
     pub async fn boot(&self, kernel: &str) -> Result<Boot, ApiError> {
         let digest = parse(kernel)?;
-        let (store, wanted) = (self.store.clone(), digest.clone());
+        let (store, wanted) = (self.store.clone(), digest);
         let files = blocking(move || store.kernel(&wanted)?.ok_or(banger_image::Error::NoKernel(wanted))).await?;
         if !self.agent.is_file() {
             let message = format!("the guest agent {} is not there", self.agent.display());
