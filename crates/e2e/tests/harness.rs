@@ -57,18 +57,30 @@ pub(crate) fn shared() -> &'static TestEnv {
 
 /// A running machine without an init system. Tests may write below `/tmp` in it, under names of their own.
 pub(crate) fn slim() -> (&'static TestEnv, &'static str) {
-    static READY: OnceLock<()> = OnceLock::new();
-    let env = shared();
-    READY.get_or_init(|| create(env, "slim", "debian-slim"));
-    (env, "slim")
+    static READY: OnceLock<Result<(), String>> = OnceLock::new();
+    (shared_machine(&READY, "slim", "debian-slim"), "slim")
 }
 
 /// A running machine with systemd and sshd, under the same rules.
 pub(crate) fn debian() -> (&'static TestEnv, &'static str) {
-    static READY: OnceLock<()> = OnceLock::new();
+    static READY: OnceLock<Result<(), String>> = OnceLock::new();
+    (shared_machine(&READY, "deb", "debian"), "deb")
+}
+
+/// Makes a shared machine once; that it could not be made is as lasting.
+fn shared_machine(ready: &OnceLock<Result<(), String>>, name: &str, image: &str) -> &'static TestEnv {
     let env = shared();
-    READY.get_or_init(|| create(env, "deb", "debian"));
-    (env, "deb")
+    let make = || {
+        let done = env
+            .banger(["vm", "create", "--name", name, "--image", image])
+            .deadline(180)
+            .run();
+        if done.status == 0 { Ok(()) } else { Err(done.err()) }
+    };
+    if let Err(e) = ready.get_or_init(make) {
+        panic!("the shared machine {name} could not be made: {e}");
+    }
+    env
 }
 
 /// Makes and starts a machine.

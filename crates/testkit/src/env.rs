@@ -319,20 +319,7 @@ impl TestEnv {
         let machines = [self.state().join("machines"), self.runtime().join("m")];
         // Without a daemon a machine may be running all the same, and the next daemon must find it: `vm list` starts one.
         if self.daemon().is_some() || machines.iter().any(|d| has_entries(d)) {
-            let list = self.run("vm list --quiet");
-            if list.status == 0 {
-                let ids = String::from_utf8_lossy(&list.stdout).into_owned();
-                let done = (!ids.is_empty()).then(|| {
-                    self.banger(["vm", "delete", "--force"])
-                        .args(ids.split_whitespace())
-                        .run()
-                });
-                if let Some(done) = done.filter(|d| d.status != 0) {
-                    left.push(format!("machines that could not be deleted: {}", done.err()));
-                }
-            } else {
-                left.push(format!("a daemon that lists no machines: {}", list.err()));
-            }
+            left.extend(self.delete_machines());
             left.extend(
                 machines
                     .iter()
@@ -355,6 +342,28 @@ impl TestEnv {
             );
         }
         left
+    }
+
+    /// Deletes all machines; says why that did not work.
+    fn delete_machines(&self) -> Option<String> {
+        let mut reason = None;
+        // A machine may be about to go by itself, and be gone between list and delete.
+        for _ in 0..3 {
+            let list = self.run("vm list --quiet");
+            if list.status != 0 {
+                return Some(format!("a daemon that lists no machines: {}", list.err()));
+            }
+            let ids = String::from_utf8_lossy(&list.stdout).into_owned();
+            if ids.trim().is_empty() {
+                return None;
+            }
+            let done = self
+                .banger(["vm", "delete", "--force"])
+                .args(ids.split_whitespace())
+                .run();
+            reason = (done.status != 0).then(|| format!("machines that could not be deleted: {}", done.err()));
+        }
+        reason
     }
 
     /// Ends every process, machines first or not, and removes the directories.
