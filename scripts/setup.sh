@@ -26,8 +26,7 @@ check() {
     need git 'reads the repositories that go into machines' git
     need qemu-system-x86 'runs the machines' qemu-system-x86_64 qemu-kvm
     need mmdebstrap 'bootstraps the default images' mmdebstrap
-    need genext2fs 'writes image file systems without root' genext2fs
-    need e2fsprogs 'makes and checks ext4 file systems' mke2fs
+    need e2fsprogs 'checks file systems in the tests' e2fsck
     need openssh-client 'vm ssh, and the keys for it' ssh-keygen
     [ "$(id -u)" = 0 ] || need uidmap 'lets mmdebstrap work without root' newuidmap
 }
