@@ -56,7 +56,7 @@ fn lacks(need: Need) -> Option<String> {
     match need {
         Need::Programs => binaries::directory().err(),
         Need::Qemu => lacks_program("qemu-system-x86_64"),
-        Need::ImageTools => ["mmdebstrap", "genext2fs"].into_iter().find_map(lacks_program),
+        Need::ImageTools => lacks_program("mmdebstrap"),
         Need::Base => [Need::Programs, Need::Qemu, Need::ImageTools]
             .into_iter()
             .find_map(lacks)
