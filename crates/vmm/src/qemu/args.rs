@@ -13,6 +13,10 @@ use serde_json::json;
 use super::ENGINE;
 use crate::engine::EngineError;
 
+/// The processor under emulation. Without the "fast string" bits, kernel and C library copy with vector registers instead of
+/// `rep movsb`, which TCG emulates byte by byte: reading `/dev/zero` in a guest went from 0.2 GB/s to 1.5 GB/s and more.
+const EMULATED_CPU: &str = "max,-erms,-fsrm";
+
 /// Longest path of a socket: 108 bytes with the one that ends it.
 pub const SOCKET_PATH: usize = 107;
 /// Longest kernel line that x86 kernels take.
@@ -122,7 +126,7 @@ fn machine(line: &mut Line, plan: &BootPlan, setup: &Setup) -> Result<(), Engine
         }
         Accel::Tcg => {
             line.pair("-accel", format!("tcg,thread=multi,tb-size={TRANSLATION_CACHE}"));
-            line.pair("-cpu", "max");
+            line.pair("-cpu", EMULATED_CPU);
         }
     }
     if plan.vcpu == 0 || plan.memory_mib == 0 {
@@ -373,7 +377,7 @@ mod tests {
         let line = args(&plan, &setup()).unwrap();
         assert_eq!(
             (values(&line, "-cpu"), values(&line, "-accel")),
-            (vec!["max"], vec!["tcg,thread=multi,tb-size=512"])
+            (vec![EMULATED_CPU], vec!["tcg,thread=multi,tb-size=512"])
         );
         plan.accel = Accel::Kvm;
         let line = args(&plan, &setup()).unwrap();
