@@ -189,7 +189,15 @@ impl Printer {
             stage: String::new(),
             bar: None,
             shape: Shape::None,
+            lines: true,
         }
+    }
+
+    /// The same for what is mostly short: nothing off a terminal.
+    pub(crate) fn short_activity<'p>(&'p self, label: &str) -> Activity<'p> {
+        let mut activity = self.activity(label);
+        activity.lines = false;
+        activity
     }
 
     fn err_line(&self, text: &str) {
@@ -263,6 +271,8 @@ pub(crate) struct Activity<'p> {
     stage: String,
     bar: Option<ProgressBar>,
     shape: Shape,
+    /// Stages are lines where there is no terminal.
+    lines: bool,
 }
 
 impl Activity<'_> {
@@ -278,7 +288,7 @@ impl Activity<'_> {
         }
         if self.printer.stderr_terminal {
             self.draw(Shape::Spinner, 0, 0);
-        } else {
+        } else if self.lines {
             self.printer.note(format!("[{}] {}", self.label, self.stage));
         }
     }

@@ -1,5 +1,7 @@
 //! The program as users and scripts meet it: exit statuses, streams, files. The daemon is a few canned answers.
 
+#![allow(clippy::unwrap_used, reason = "a test may end this way")]
+
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -45,8 +47,10 @@ impl Home {
     /// Answers requests by method and path; everything else is not found.
     fn serve(&self, answers: &[(&str, u16, &str)]) {
         let listener = UnixListener::bind(self.path("run/banger/bangerd.sock")).unwrap();
-        let answers: HashMap<String, (u16, String)> =
-            answers.iter().map(|(request, status, body)| ((*request).to_owned(), (*status, (*body).to_owned()))).collect();
+        let answers: HashMap<String, (u16, String)> = answers
+            .iter()
+            .map(|(request, status, body)| ((*request).to_owned(), (*status, (*body).to_owned())))
+            .collect();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let (mut stream, answers) = (stream.unwrap(), answers.clone());
@@ -67,9 +71,16 @@ impl Home {
                             }
                         }
                         reader.read_exact(&mut vec![0; length]).unwrap();
-                        let none = (404, r#"{"error":{"code":"not_found","message":"no such thing"}}"#.to_owned());
+                        let none = (
+                            404,
+                            r#"{"error":{"code":"not_found","message":"no such thing"}}"#.to_owned(),
+                        );
                         let (status, body) = answers.get(&request).unwrap_or(&none);
-                        let _ = write!(stream, "HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+                        let _ = write!(
+                            stream,
+                            "HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n{body}",
+                            body.len()
+                        );
                         line.clear();
                     }
                 });
@@ -140,7 +151,10 @@ fn usage_errors_have_their_status() {
         assert_eq!(ran.status, Some(status), "{arguments:?} {ran:?}");
         assert!(ran.stderr.starts_with("error: ") && ran.stdout.is_empty(), "{ran:?}");
     }
-    assert!(home.run(&["vm", "create", "--memory", "512"]).stderr.contains("512M"), "says what to write");
+    assert!(
+        home.run(&["vm", "create", "--memory", "512"]).stderr.contains("512M"),
+        "says what to write"
+    );
 }
 
 #[test]
@@ -161,7 +175,11 @@ fn an_empty_list_is_empty_and_objects_carry_the_schema_version() {
         &["vm", "prune", "--json", "--force"],
     ] {
         let ran = home.run(arguments);
-        assert_eq!((ran.status, ran.stdout.as_str()), (Some(0), "[]\n"), "{arguments:?} {ran:?}");
+        assert_eq!(
+            (ran.status, ran.stdout.as_str()),
+            (Some(0), "[]\n"),
+            "{arguments:?} {ran:?}"
+        );
     }
     assert_eq!(home.run(&["vm", "list", "--quiet"]).stdout, "");
     assert!(home.run(&["vm", "list"]).stdout.starts_with("ID  NAME"));
@@ -173,10 +191,26 @@ fn an_empty_list_is_empty_and_objects_carry_the_schema_version() {
 #[test]
 fn failures_have_the_status_of_their_kind_and_a_hint() {
     let home = Home::new();
-    let refuse = |code: &str| format!(r#"{{"error":{{"code":"{code}","message":"it failed","hint":"try \u001b[31mharder"}}}}"#);
-    let cases = [("not_found", 3), ("conflict", 4), ("invalid_spec", 5), ("unsupported", 6), ("timeout", 7), ("no_space", 8)];
-    let answers: Vec<(String, u16, String)> =
-        cases.iter().map(|(code, _)| (format!("GET /v1/machines/{}", code.replace('_', "-")), 400, refuse(code))).collect();
+    let refuse =
+        |code: &str| format!(r#"{{"error":{{"code":"{code}","message":"it failed","hint":"try \u001b[31mharder"}}}}"#);
+    let cases = [
+        ("not_found", 3),
+        ("conflict", 4),
+        ("invalid_spec", 5),
+        ("unsupported", 6),
+        ("timeout", 7),
+        ("no_space", 8),
+    ];
+    let answers: Vec<(String, u16, String)> = cases
+        .iter()
+        .map(|(code, _)| {
+            (
+                format!("GET /v1/machines/{}", code.replace('_', "-")),
+                400,
+                refuse(code),
+            )
+        })
+        .collect();
     let answers: Vec<(&str, u16, &str)> = answers.iter().map(|a| (a.0.as_str(), a.1, a.2.as_str())).collect();
     home.serve(&answers);
     for (code, status) in cases {
@@ -192,11 +226,18 @@ fn several_machines_are_done_whatever_becomes_of_the_others() {
     let home = Home::new();
     let list = format!(r#"{{"machines":[{MACHINE}]}}"#);
     let done = r#"{"operation":{"id":"op-1","kind":"k","target":"t","state":"done","stage":"","started_at":""}}"#;
-    home.serve(&[("GET /v1/machines", 200, &list), ("POST /v1/machines/0123456789abcdef/stop", 202, done)]);
+    home.serve(&[
+        ("GET /v1/machines", 200, &list),
+        ("POST /v1/machines/0123456789abcdef/stop", 202, done),
+    ]);
     let ran = home.run(&["vm", "stop", "nope", "build", "0123", "buidl"]);
     assert_eq!(ran.stdout, "build\n", "once, though it is meant twice");
     assert_eq!(ran.status, Some(3));
-    assert!(ran.stderr.contains("no machine `nope`") && ran.stderr.contains("did you mean `build`?"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("no machine `nope`") && ran.stderr.contains("did you mean `build`?"),
+        "{}",
+        ran.stderr
+    );
     let ran = home.run(&["vm", "stop", "build", "--json"]);
     let value: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!(value[0]["result"], "stopped");
@@ -223,12 +264,23 @@ fn a_closed_pipe_is_no_news() {
 fn colours_are_for_those_who_want_them() {
     let home = Home::new();
     assert!(!home.run(&["vm", "list", "--bogus"]).stderr.contains('\x1b'));
-    assert!(home.run(&["vm", "list", "--bogus", "--color", "always"]).stderr.contains('\x1b'));
+    assert!(
+        home.run(&["vm", "list", "--bogus", "--color", "always"])
+            .stderr
+            .contains('\x1b')
+    );
     let checks = r#"{"checks":[{"name":"kvm","level":"fail","message":"none","hint":"none"}]}"#;
     home.serve(&[("GET /v1/doctor", 200, checks)]);
     let plain = home.run(&["doctor"]);
-    assert_eq!((plain.status, plain.stdout.as_str()), (Some(6), "FAIL  kvm  none\n           hint: none\n"));
-    assert!(home.run(&["doctor", "--color=always"]).stdout.contains("\x1b[1;31mFAIL"));
+    assert_eq!(
+        (plain.status, plain.stdout.as_str()),
+        (Some(6), "FAIL  kvm  none\n           hint: none\n")
+    );
+    assert!(
+        home.run(&["doctor", "--color=always"])
+            .stdout
+            .contains("\x1b[1;31mFAIL")
+    );
 }
 
 #[test]
@@ -237,9 +289,17 @@ fn a_daemon_that_does_not_start_is_quoted() {
     let program = home.with_daemon("echo 'error: config.toml:3:1: unknown key `x`' >&2; exit 1");
     let ran = Ran::from(home.command(&program).args(["vm", "list"]).output().unwrap());
     assert_eq!(ran.status, Some(9));
-    assert_eq!(ran.stderr, "error: the daemon did not start: config.toml:3:1: unknown key `x`\n");
+    assert_eq!(
+        ran.stderr,
+        "error: the daemon did not start: config.toml:3:1: unknown key `x`\n"
+    );
     // Asking for its state starts nothing.
-    let ran = Ran::from(home.command(&program).args(["daemon", "status", "--json"]).output().unwrap());
+    let ran = Ran::from(
+        home.command(&program)
+            .args(["daemon", "status", "--json"])
+            .output()
+            .unwrap(),
+    );
     assert_eq!(ran.status, Some(9));
     assert!(ran.stdout.contains(r#""running": false"#), "{ran:?}");
     let ran = Ran::from(home.command(&program).args(["daemon", "stop"]).output().unwrap());
@@ -251,11 +311,18 @@ fn another_version_of_the_daemon_is_named() {
     let home = Home::new();
     home.serve(&[
         ("GET /v1/machines", 200, r#"{"things":[]}"#),
-        ("GET /v1/version", 200, r#"{"version":"9.9.9","commit":"unknown","api_version":9}"#),
+        (
+            "GET /v1/version",
+            200,
+            r#"{"version":"9.9.9","commit":"unknown","api_version":9}"#,
+        ),
     ]);
     let ran = home.run(&["vm", "list"]);
     assert_eq!(ran.status, Some(9));
-    assert!(ran.stderr.contains("version 9.9.9 (API 9)") && ran.stderr.contains("banger daemon stop"), "{ran:?}");
+    assert!(
+        ran.stderr.contains("version 9.9.9 (API 9)") && ran.stderr.contains("banger daemon stop"),
+        "{ran:?}"
+    );
 }
 
 #[test]
@@ -263,7 +330,11 @@ fn a_dry_run_lists_files_and_starts_nothing() {
     let home = Home::new();
     let program = home.with_daemon("touch \"$HOME/started\"; exit 1");
     let git = |arguments: &[&str]| {
-        let ran = home.command(Path::new("git")).args(["-c", "user.name=T", "-c", "user.email=t@e"]).args(arguments).output();
+        let ran = home
+            .command(Path::new("git"))
+            .args(["-c", "user.name=T", "-c", "user.email=t@e"])
+            .args(arguments)
+            .output();
         assert!(ran.unwrap().status.success());
     };
     git(&["init", "-q", "r"]);
@@ -271,14 +342,43 @@ fn a_dry_run_lists_files_and_starts_nothing() {
     std::fs::write(home.path("r/un\x1btracked"), "x").unwrap();
     git(&["-C", "r", "add", "a b.txt"]);
     git(&["-C", "r", "commit", "-qm", "first"]);
-    let ran = Ran::from(home.command(&program).args(["run", "./r", "--dry-run"]).output().unwrap());
+    let ran = Ran::from(
+        home.command(&program)
+            .args(["run", "./r", "--dry-run"])
+            .output()
+            .unwrap(),
+    );
     assert_eq!((ran.status, ran.stdout.as_str()), (Some(0), "a b.txt\n"));
-    assert!(ran.stderr.contains("1 untracked file is not copied; --include-untracked"), "{}", ran.stderr);
-    let ran = home.command(&program).args(["run", "~/r", "--dry-run", "--include-untracked", "-q"]).output().unwrap();
-    assert_eq!(String::from_utf8(ran.stdout).unwrap(), "a b.txt\n\"un\\u{1b}tracked\"\n");
-    let ran = Ran::from(home.command(&program).args(["run", "./r", "--dry-run", "--json"]).output().unwrap());
+    assert!(
+        ran.stderr
+            .contains("1 untracked file is not copied; --include-untracked"),
+        "{}",
+        ran.stderr
+    );
+    let ran = home
+        .command(&program)
+        .args(["run", "~/r", "--dry-run", "--include-untracked", "-q"])
+        .output()
+        .unwrap();
+    assert_eq!(
+        String::from_utf8(ran.stdout).unwrap(),
+        "a b.txt\n\"un\\u{1b}tracked\"\n"
+    );
+    let ran = Ran::from(
+        home.command(&program)
+            .args(["run", "./r", "--dry-run", "--json"])
+            .output()
+            .unwrap(),
+    );
     let value: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
-    assert_eq!((&value["schema_version"], &value["files"][0], &value["skipped_untracked"]), (&1.into(), &"a b.txt".into(), &1.into()));
+    assert_eq!(
+        (
+            &value["schema_version"],
+            &value["files"][0],
+            &value["skipped_untracked"]
+        ),
+        (&1.into(), &"a b.txt".into(), &1.into())
+    );
     assert!(!home.path("started").exists(), "no daemon");
 }
 
@@ -288,7 +388,11 @@ fn completion_knows_machines_and_starts_nothing() {
     let program = home.with_daemon("touch \"$HOME/started\"; exit 1");
     let complete = |words: &[&str]| {
         let mut command = home.command(&program);
-        command.env("BANGER_COMPLETE", "fish").arg("--").arg("banger").args(words);
+        command
+            .env("BANGER_COMPLETE", "fish")
+            .arg("--")
+            .arg("banger")
+            .args(words);
         Ran::from(command.output().unwrap())
     };
     let ran = complete(&["vm", "stop", ""]);
@@ -296,10 +400,17 @@ fn completion_knows_machines_and_starts_nothing() {
     assert!(!home.path("started").exists());
     let list = format!(r#"{{"machines":[{MACHINE}]}}"#);
     home.serve(&[("GET /v1/machines", 200, &list)]);
-    assert!(complete(&["vm", "stop", "bu"]).stdout.contains("build\trunning, debian"));
+    assert!(
+        complete(&["vm", "stop", "bu"])
+            .stdout
+            .contains("build\trunning, debian")
+    );
     assert!(complete(&["vm", "sh"]).stdout.contains("shell"));
     for shell in ["bash", "zsh", "fish"] {
-        assert!(home.run(&["completion", shell]).stdout.contains("BANGER_COMPLETE"), "{shell}");
+        assert!(
+            home.run(&["completion", shell]).stdout.contains("BANGER_COMPLETE"),
+            "{shell}"
+        );
     }
 }
 
@@ -310,7 +421,10 @@ fn ssh_config_comes_and_goes() {
     let foreign = "Host work\n    User me\n";
     std::fs::write(home.path(".ssh/config"), foreign).unwrap();
     let ran = home.run(&["ssh-config"]);
-    assert!(ran.stdout.starts_with("Include \"") && ran.stderr.contains("--install"), "{ran:?}");
+    assert!(
+        ran.stdout.starts_with("Include \"") && ran.stderr.contains("--install"),
+        "{ran:?}"
+    );
     assert_eq!(std::fs::read_to_string(home.path(".ssh/config")).unwrap(), foreign);
     home.run(&["ssh-config", "--install"]);
     home.run(&["ssh-config", "--install"]);
@@ -318,9 +432,18 @@ fn ssh_config_comes_and_goes() {
     assert_eq!(text.matches("Include").count(), 1);
     assert!(text.ends_with(foreign));
     assert!(home.path(".config/banger/ssh_config").exists());
-    if let Ok(output) = home.command(Path::new("ssh")).arg("-F").arg(home.path(".ssh/config")).args(["-G", "build.vm"]).output() {
+    if let Ok(output) = home
+        .command(Path::new("ssh"))
+        .arg("-F")
+        .arg(home.path(".ssh/config"))
+        .args(["-G", "build.vm"])
+        .output()
+    {
         let text = String::from_utf8(output.stdout).unwrap();
-        assert!(text.contains("internal ssh-proxy '%n'") && text.contains("stricthostkeychecking true"), "{text}");
+        assert!(
+            text.contains("internal ssh-proxy '%n'") && text.contains("stricthostkeychecking true"),
+            "{text}"
+        );
         assert!(text.contains(".local/state/banger/ssh/known_hosts"), "{text}");
     }
     home.run(&["ssh-config", "--uninstall"]);
@@ -343,7 +466,10 @@ fn man_pages_are_written_for_every_command() {
 fn version_is_one_line_and_starts_nothing() {
     let home = Home::new();
     let ran = home.run(&["--version"]);
-    assert!(ran.stdout.starts_with("banger v") && ran.stdout.lines().count() == 1, "{ran:?}");
+    assert!(
+        ran.stdout.starts_with("banger v") && ran.stdout.lines().count() == 1,
+        "{ran:?}"
+    );
     let ran = home.run(&["version"]);
     assert!(ran.stdout.contains("daemon   not running"), "{ran:?}");
 }

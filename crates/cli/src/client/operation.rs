@@ -16,6 +16,9 @@ use crate::signals::Signals;
 /// Longest line of the event stream.
 const MAX_LINE: usize = 1024 * 1024;
 
+/// What an operation does before it does anything; not worth a line.
+const QUEUED: &str = "queued";
+
 /// How long a cancelled operation may take to be undone.
 const CANCEL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -114,7 +117,9 @@ fn gone(id: &str) -> Error {
 }
 
 fn show(operation: &Operation, activity: &mut Activity<'_>) {
-    activity.stage(&operation.stage);
+    if operation.stage != QUEUED {
+        activity.stage(&operation.stage);
+    }
     if let Some(progress) = operation.progress {
         match progress.unit {
             ProgressUnit::Bytes => activity.bytes(progress.done, progress.total),

@@ -71,7 +71,6 @@ pub(crate) struct Session<'a> {
 }
 
 /// The streams of a session.
-#[derive(Debug)]
 pub(crate) struct Streams {
     /// Begins to read input.
     pub(crate) input: fn() -> mpsc::Receiver<Bytes>,
@@ -266,16 +265,14 @@ impl Session<'_> {
             .send(Message::Binary(open.to_message().into()))
             .await
             .map_err(broken)?;
-        loop {
-            match next(&mut socket).await? {
-                (FrameKind::Opened, payload) => {
-                    let opened: Opened =
-                        serde_json::from_slice(&payload).map_err(|e| Broken::Fatal(protocol(&e.to_string())))?;
-                    return Ok((socket, opened));
-                }
-                (FrameKind::Error, payload) => return Err(refused(&payload)),
-                (kind, _) => return Err(Broken::Fatal(protocol(&format!("{kind:?} before Opened")))),
+        match next(&mut socket).await? {
+            (FrameKind::Opened, payload) => {
+                let opened: Opened =
+                    serde_json::from_slice(&payload).map_err(|e| Broken::Fatal(protocol(&e.to_string())))?;
+                Ok((socket, opened))
             }
+            (FrameKind::Error, payload) => Err(refused(&payload)),
+            (kind, _) => Err(Broken::Fatal(protocol(&format!("{kind:?} before Opened")))),
         }
     }
 

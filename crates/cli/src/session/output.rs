@@ -20,37 +20,26 @@ pub(crate) enum Stream {
 }
 
 /// Where output goes.
-#[derive(Debug)]
 pub(crate) struct Output {
     sender: mpsc::Sender<(Stream, Bytes)>,
     /// Standard output has no reader any more.
     pub(crate) broken: Arc<Notify>,
     done: oneshot::Receiver<()>,
+    /// Starts the writer. Many a command says nothing, and then no thread is made.
+    start: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Output {
     /// To our own standard output and standard error.
     pub(crate) fn to_process() -> Self {
-        let (output, mut receiver, done) = Self::channel();
+        let (mut output, receiver, done) = Self::channel();
         let broken = Arc::clone(&output.broken);
-        std::thread::spawn(move || {
-            let (stdout, stderr) = (std::io::stdout(), std::io::stderr());
-            let mut open = true;
-            while let Some((stream, bytes)) = receiver.blocking_recv() {
-                match stream {
-                    Stream::Out if open => {
-                        if write_all(stdout.as_fd(), &bytes).is_err() {
-                            open = false;
-                            broken.notify_one();
-                        }
-                    }
-                    Stream::Out => {}
-                    // Who closed standard error does not want it.
-                    Stream::Err => drop(write_all(stderr.as_fd(), &bytes)),
-                }
-            }
-            let _ = done.send(());
-        });
+        output.start = Some(Box::new(move || {
+            std::thread::spawn(move || {
+                write_out(receiver, &broken);
+                let _ = done.send(());
+            });
+        }));
         output
     }
 
@@ -58,15 +47,13 @@ impl Output {
     pub(crate) fn channel() -> (Self, mpsc::Receiver<(Stream, Bytes)>, oneshot::Sender<()>) {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (done, wait) = oneshot::channel();
-        (
-            Self {
-                sender,
-                broken: Arc::new(Notify::new()),
-                done: wait,
-            },
-            receiver,
-            done,
-        )
+        let output = Self {
+            sender,
+            broken: Arc::new(Notify::new()),
+            done: wait,
+            start: None,
+        };
+        (output, receiver, done)
     }
 
     /// The queue is full.
@@ -80,14 +67,37 @@ impl Output {
     }
 
     /// Queues a piece; there has to be room.
-    pub(crate) fn push(&self, stream: Stream, bytes: Bytes) {
+    pub(crate) fn push(&mut self, stream: Stream, bytes: Bytes) {
+        if let Some(start) = self.start.take() {
+            start();
+        }
         let _ = self.sender.try_send((stream, bytes));
     }
 
     /// Waits until everything is written.
     pub(crate) async fn finish(self) {
         drop(self.sender);
-        let _ = self.done.await;
+        if self.start.is_none() {
+            let _ = self.done.await;
+        }
+    }
+}
+
+fn write_out(mut receiver: mpsc::Receiver<(Stream, Bytes)>, broken: &Notify) {
+    let (stdout, stderr) = (std::io::stdout(), std::io::stderr());
+    let mut open = true;
+    while let Some((stream, bytes)) = receiver.blocking_recv() {
+        match stream {
+            Stream::Out if open => {
+                if write_all(stdout.as_fd(), &bytes).is_err() {
+                    open = false;
+                    broken.notify_one();
+                }
+            }
+            Stream::Out => {}
+            // Who closed standard error does not want it.
+            Stream::Err => drop(write_all(stderr.as_fd(), &bytes)),
+        }
     }
 }
 

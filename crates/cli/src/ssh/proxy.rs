@@ -25,7 +25,8 @@ pub(crate) fn run(context: &Context, host: &str) -> Result<u8> {
         let socket = client.websocket(&path, MAX_MESSAGE).await?;
         let (mut sink, mut frames) = socket.split();
         let mut input = read_stdin();
-        let output = Output::to_process();
+        let mut output = Output::to_process();
+        let broken = std::sync::Arc::clone(&output.broken);
         let send = async {
             while let Some(piece) = input.recv().await {
                 sink.send(Message::Binary(piece)).await?;
@@ -46,7 +47,6 @@ pub(crate) fn run(context: &Context, host: &str) -> Result<u8> {
             }
             Ok(())
         };
-        let broken = std::sync::Arc::clone(&output.broken);
         let ended = tokio::select! {
             ended = receive => ended,
             // ssh has nothing more to say; what is on its way to it is of no interest any more.

@@ -14,7 +14,9 @@ struct Place {
 impl Place {
     /// A repository with one commit.
     fn new() -> Self {
-        let place = Self { dir: tempfile::tempdir().unwrap() };
+        let place = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
         place.git(&["init", "-q", "-b", "main", "r"]);
         place.write("r/a.txt", "one\n");
         place.write("r/sub/b c.txt", "two\n");
@@ -74,13 +76,24 @@ fn git_in(dir: &Path, arguments: &[&str]) -> String {
     let output = command
         .arg("-C")
         .arg(dir)
-        .args(["-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "protocol.file.allow=always"])
+        .args([
+            "-c",
+            "user.name=T",
+            "-c",
+            "user.email=t@example.org",
+            "-c",
+            "protocol.file.allow=always",
+        ])
         .args(arguments)
         .env("GIT_CONFIG_GLOBAL", "/dev/null")
         .env("GIT_CONFIG_NOSYSTEM", "1")
         .output()
         .unwrap();
-    assert!(output.status.success(), "git {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "git {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
 }
 
@@ -124,9 +137,15 @@ fn the_copy_has_the_same_uncommitted_changes() {
     for gone in ["untracked.txt", "debug.log", "sub/d.txt"] {
         assert!(!copy.join(gone).exists(), "{gone}");
     }
-    assert_eq!(git_in(&copy, &["diff", "--cached"]), place.in_repo(&["diff", "--cached"]));
+    assert_eq!(
+        git_in(&copy, &["diff", "--cached"]),
+        place.in_repo(&["diff", "--cached"])
+    );
     assert_eq!(git_in(&copy, &["diff"]), place.in_repo(&["diff"]));
-    assert_eq!(git_in(&copy, &["rev-parse", "HEAD"]), place.in_repo(&["rev-parse", "HEAD"]));
+    assert_eq!(
+        git_in(&copy, &["rev-parse", "HEAD"]),
+        place.in_repo(&["rev-parse", "HEAD"])
+    );
     assert_eq!(git_in(&copy, &["symbolic-ref", "--short", "HEAD"]), "main");
     assert_eq!(std::fs::read_link(copy.join("link")).unwrap(), Path::new("a.txt"));
     let mode = |name: &str| std::fs::metadata(copy.join(name)).unwrap().permissions().mode() & 0o777;
@@ -158,7 +177,14 @@ fn the_history_is_short_and_whole() {
     std::fs::write(copy.join("n.txt"), "more").unwrap();
     git_in(&copy, &["commit", "-qam", "in the machine"]);
     // A source that is shallow itself works as well.
-    place.git(&["clone", "-q", "--depth", "3", &format!("file://{}", place.path("r").display()), "s"]);
+    place.git(&[
+        "clone",
+        "-q",
+        "--depth",
+        "3",
+        &format!("file://{}", place.path("r").display()),
+        "s",
+    ]);
     let snapshot = inspect(&place.path("s"), Options::default()).unwrap();
     let target = place.path("from-shallow");
     tar::Archive::new(packed(&snapshot).as_slice()).unpack(&target).unwrap();
@@ -179,7 +205,10 @@ fn configuration_is_ours_and_holds_no_secret() {
     let copy = place.copy(Options::default());
     let config = std::fs::read_to_string(copy.join(".git/config")).unwrap();
     assert!(!config.contains("hunter2"), "{config}");
-    assert_eq!(git_in(&copy, &["remote", "get-url", "origin"]), "https://example.org/a.git");
+    assert_eq!(
+        git_in(&copy, &["remote", "get-url", "origin"]),
+        "https://example.org/a.git"
+    );
     assert_eq!(git_in(&copy, &["config", "--local", "user.name"]), "Some One");
     assert!(git_in(&copy, &["status", "-sb"]).contains("[ahead 1]"));
     assert!(!copy.join(".git/hooks").exists());
@@ -196,10 +225,18 @@ fn untracked_files_come_when_asked_and_ignored_ones_never() {
     let without = place.look(Options::default()).unwrap();
     assert_eq!(without.skipped_untracked, 2);
     assert!(!files(&without).iter().any(|f| f.starts_with("u/")));
-    let with = place.look(Options { include_untracked: true, ..Options::default() }).unwrap();
+    let with = place
+        .look(Options {
+            include_untracked: true,
+            ..Options::default()
+        })
+        .unwrap();
     let listed = files(&with);
     assert!(listed.contains(&"u/one.txt".to_owned()) && listed.contains(&"two words.txt".to_owned()));
-    assert!(!listed.iter().any(|f| f.contains("x.log") || f.contains("nested")), "{listed:?}");
+    assert!(
+        !listed.iter().any(|f| f.contains("x.log") || f.contains("nested")),
+        "{listed:?}"
+    );
     assert_eq!(with.skipped_untracked, 0);
 }
 
@@ -212,28 +249,68 @@ fn a_new_branch_starts_where_it_is_told() {
     place.commit("second");
     let branch = Some("fix/it".to_owned());
     // From HEAD: as ever, on another branch.
-    let copy = place.copy(Options { branch: branch.clone(), ..Options::default() });
+    let copy = place.copy(Options {
+        branch: branch.clone(),
+        ..Options::default()
+    });
     assert_eq!(git_in(&copy, &["symbolic-ref", "--short", "HEAD"]), "fix/it");
     assert_eq!(status(&copy), "");
     // From elsewhere: those files, with what is not committed here on top.
     place.write("r/sub/b c.txt", "uncommitted\n");
     // A new time stamp alone is no change.
     place.write("r/later.txt", "later\n");
-    let options = Options { branch: branch.clone(), from: Some("HEAD~1".into()), ..Options::default() };
+    let options = Options {
+        branch: branch.clone(),
+        from: Some("HEAD~1".into()),
+        ..Options::default()
+    };
     let copy = place.copy(options.clone());
     assert_eq!(git_in(&copy, &["rev-parse", "HEAD"]), first);
     assert_eq!(std::fs::read_to_string(copy.join("a.txt")).unwrap(), "one\n");
     assert!(!copy.join("later.txt").exists());
-    assert_eq!(std::fs::read_to_string(copy.join("sub/b c.txt")).unwrap(), "uncommitted\n");
+    assert_eq!(
+        std::fs::read_to_string(copy.join("sub/b c.txt")).unwrap(),
+        "uncommitted\n"
+    );
     assert_eq!(status(&copy), " M \"sub/b c.txt\"");
     assert_eq!(std::fs::read_link(copy.join("link")).unwrap(), Path::new("a.txt"));
     assert!(std::fs::metadata(copy.join("run.sh")).unwrap().permissions().mode() & 0o100 != 0);
     for (options, part) in [
-        (Options { branch: Some("main".into()), ..Options::default() }, "there is a branch"),
-        (Options { branch: Some("bad..name".into()), ..Options::default() }, "not a name"),
-        (Options { branch: Some("@{-1}".into()), ..Options::default() }, "not a name"),
-        (Options { from: Some("nowhere".into()), ..options.clone() }, "no commit"),
-        (Options { from: Some("--all".into()), ..options }, "no commit"),
+        (
+            Options {
+                branch: Some("main".into()),
+                ..Options::default()
+            },
+            "there is a branch",
+        ),
+        (
+            Options {
+                branch: Some("bad..name".into()),
+                ..Options::default()
+            },
+            "not a name",
+        ),
+        (
+            Options {
+                branch: Some("@{-1}".into()),
+                ..Options::default()
+            },
+            "not a name",
+        ),
+        (
+            Options {
+                from: Some("nowhere".into()),
+                ..options.clone()
+            },
+            "no commit",
+        ),
+        (
+            Options {
+                from: Some("--all".into()),
+                ..options
+            },
+            "no commit",
+        ),
     ] {
         let error = place.look(options).unwrap_err();
         assert!(error.message.contains(part), "{error}");
@@ -246,7 +323,10 @@ fn detached_heads_and_linked_work_trees_work() {
     place.commit("second");
     place.in_repo(&["switch", "-q", "--detach", "HEAD~1"]);
     let copy = place.copy(Options::default());
-    assert_eq!(git_in(&copy, &["rev-parse", "HEAD"]), place.in_repo(&["rev-parse", "HEAD"]));
+    assert_eq!(
+        git_in(&copy, &["rev-parse", "HEAD"]),
+        place.in_repo(&["rev-parse", "HEAD"])
+    );
     assert_eq!(git_in(&copy, &["rev-parse", "--abbrev-ref", "HEAD"]), "HEAD");
     place.in_repo(&["worktree", "add", "-q", "-b", "linked", "../w", "main"]);
     place.write("w/a.txt", "in the linked one\n");
@@ -275,7 +355,16 @@ fn what_is_no_work_tree_is_refused_with_a_hint() {
     place.write("plain/file", "x");
     place.git(&["clone", "-q", "r", "module"]);
     place.git(&["clone", "-q", "r", "outer"]);
-    git_in(&place.path("outer"), &["submodule", "--quiet", "add", &place.path("module").display().to_string(), "lib/m"]);
+    git_in(
+        &place.path("outer"),
+        &[
+            "submodule",
+            "--quiet",
+            "add",
+            &place.path("module").display().to_string(),
+            "lib/m",
+        ],
+    );
     for (path, part) in [
         ("bare.git", "bare repository"),
         ("empty", "no commit yet"),
@@ -288,7 +377,12 @@ fn what_is_no_work_tree_is_refused_with_a_hint() {
         assert!(error.message.contains(part), "{path}: {error}");
         assert!(error.hint.is_some(), "{path}");
     }
-    assert!(inspect(&place.path("absent"), Options::default()).unwrap_err().message.contains("no such file"));
+    assert!(
+        inspect(&place.path("absent"), Options::default())
+            .unwrap_err()
+            .message
+            .contains("no such file")
+    );
 }
 
 #[test]
@@ -300,13 +394,20 @@ fn links_in_the_way_of_tracked_files_are_not_followed() {
     std::fs::remove_file(place.path("r/a.txt")).unwrap();
     symlink("/etc/passwd", place.path("r/a.txt")).unwrap();
     let snapshot = place.look(Options::default()).unwrap();
-    assert!(!files(&snapshot).contains(&"sub/b c.txt".to_owned()), "as git has it: deleted");
+    assert!(
+        !files(&snapshot).contains(&"sub/b c.txt".to_owned()),
+        "as git has it: deleted"
+    );
     let bytes = packed(&snapshot);
     let mut archive = tar::Archive::new(bytes.as_slice());
     for entry in archive.entries().unwrap() {
         let mut entry = entry.unwrap();
         if entry.path().unwrap() == Path::new("a.txt") {
-            assert_eq!(entry.link_name().unwrap().unwrap(), Path::new("/etc/passwd"), "a link stays a link");
+            assert_eq!(
+                entry.link_name().unwrap().unwrap(),
+                Path::new("/etc/passwd"),
+                "a link stays a link"
+            );
         }
         let mut content = Vec::new();
         entry.read_to_end(&mut content).unwrap();
@@ -339,11 +440,20 @@ fn no_setting_of_a_repository_runs_anything() {
     place.commit("second");
     let mark = place.path("mark");
     let evil = place.path("evil.sh");
-    place.write("evil.sh", &format!("#!/bin/sh\necho \"$0 $*\" >> '{}'\nexit 1\n", mark.display()));
+    place.write(
+        "evil.sh",
+        &format!("#!/bin/sh\necho \"$0 $*\" >> '{}'\nexit 1\n", mark.display()),
+    );
     std::fs::set_permissions(&evil, std::fs::Permissions::from_mode(0o755)).unwrap();
     let evil = evil.display().to_string();
     std::fs::create_dir_all(place.path("r/.git/hooks")).unwrap();
-    for hook in ["post-index-change", "post-checkout", "pre-auto-gc", "reference-transaction", "fsmonitor-watchman"] {
+    for hook in [
+        "post-index-change",
+        "post-checkout",
+        "pre-auto-gc",
+        "reference-transaction",
+        "fsmonitor-watchman",
+    ] {
         std::fs::copy(&evil, place.path("r/.git/hooks").join(hook)).unwrap();
     }
     let base = place.in_repo(&["rev-parse", "HEAD~1"]);
@@ -374,12 +484,23 @@ fn no_setting_of_a_repository_runs_anything() {
     std::fs::remove_file(&blob).unwrap();
     for options in [
         Options::default(),
-        Options { include_untracked: true, ..Options::default() },
-        Options { branch: Some("b".into()), from: Some(base), ..Options::default() },
+        Options {
+            include_untracked: true,
+            ..Options::default()
+        },
+        Options {
+            branch: Some("b".into()),
+            from: Some(base),
+            ..Options::default()
+        },
     ] {
         let from = options.from.is_some();
         let snapshot = place.look(options).unwrap();
-        assert!(!mark.exists(), "looking ran: {}", std::fs::read_to_string(&mark).unwrap_or_default());
+        assert!(
+            !mark.exists(),
+            "looking ran: {}",
+            std::fs::read_to_string(&mark).unwrap_or_default()
+        );
         if from {
             // Its files come from the repository, where one is missing: an error, but no program.
             let history = history::build(&snapshot).unwrap();
@@ -389,10 +510,18 @@ fn no_setting_of_a_repository_runs_anything() {
         } else {
             assert!(!packed(&snapshot).is_empty());
         }
-        assert!(!mark.exists(), "packing ran: {}", std::fs::read_to_string(&mark).unwrap_or_default());
+        assert!(
+            !mark.exists(),
+            "packing ran: {}",
+            std::fs::read_to_string(&mark).unwrap_or_default()
+        );
     }
     // The marks do work: git itself, left to the repository, does run them.
-    let _ = Command::new("git").arg("-C").arg(place.path("r")).arg("status").output();
+    let _ = Command::new("git")
+        .arg("-C")
+        .arg(place.path("r"))
+        .arg("status")
+        .output();
     assert!(mark.exists(), "the test can tell");
 }
 

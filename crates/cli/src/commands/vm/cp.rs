@@ -18,6 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::files::extract::{Report, Top, extract};
 use crate::files::tree;
 use crate::files::upload::put;
+use crate::printer::clean;
 
 /// How many links in a row are followed for a source in the machine.
 const MAX_LINKS: usize = 16;
@@ -221,7 +222,7 @@ async fn to_machine(context: &Context, client: &Client, from: &Path, machine: &s
             (parent.to_owned(), PathBuf::from(name))
         }
     };
-    let mut activity = context.printer.activity("vm cp");
+    let mut activity = context.printer.short_activity("vm cp");
     activity.stage("looking at the files");
     let list = tree::list(from, found.is_dir())?;
     let total = list.total();
@@ -252,7 +253,7 @@ fn own_name(path: &Path) -> Result<OsString> {
 
 async fn stream_in(context: &Context, client: &Client, machine: &str, directory: &str) -> Result<Copied> {
     let machine = client.get::<Machine>(&machine_path(machine)).await?.id;
-    let mut activity = context.printer.activity("vm cp");
+    let mut activity = context.printer.short_activity("vm cp");
     activity.stage("copying");
     let copy = |sink: &mut crate::files::upload::Sink| {
         std::io::copy(&mut std::io::stdin().lock(), sink)
@@ -316,7 +317,7 @@ async fn from_machine(
         ));
     }
     let mut source = source;
-    let mut activity = context.printer.activity("vm cp");
+    let mut activity = context.printer.short_activity("vm cp");
     activity.stage("copying");
     for _ in 0..MAX_LINKS {
         let (_, body) = open(client, machine, &source).await?;
@@ -425,13 +426,23 @@ async fn stream_out(context: &Context, mut body: hyper::body::Incoming) -> Resul
 }
 
 fn notice(context: &Context, skipped: &[String], count: u64) {
+    const SHOWN: usize = 10;
     if count == 0 {
         return;
     }
-    context.printer.warn(format!(
-        "{count} left out: {}",
-        crate::printer::clean(&skipped.join(", "))
-    ));
+    let shown = skipped
+        .iter()
+        .take(SHOWN)
+        .map(|s| clean(s))
+        .collect::<Vec<_>>()
+        .join(", ");
+    let more = count.saturating_sub(SHOWN as u64);
+    let more = if more > 0 {
+        format!(" and {more} more")
+    } else {
+        String::new()
+    };
+    context.printer.warn(format!("{count} left out: {shown}{more}"));
 }
 
 #[cfg(test)]

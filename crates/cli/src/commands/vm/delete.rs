@@ -9,6 +9,7 @@ use crate::client::{Client, machine_path};
 use crate::commands::vm::common::{Done, for_each};
 use crate::completion;
 use crate::error::Result;
+use crate::printer::Activity;
 use crate::signals::Signals;
 
 /// Remove machines and their disks for good
@@ -36,7 +37,10 @@ impl DeleteArgs {
                 &client,
                 &self.machines,
                 self.output,
-                |client, machine| async move { delete(context, &client, &machine, self.force).await },
+                |client, machine| async move {
+                    let activity = context.printer.activity(&format!("vm delete {}", machine.name));
+                    delete(&client, &machine, self.force, activity).await
+                },
             )
             .await
         })
@@ -44,11 +48,14 @@ impl DeleteArgs {
 }
 
 /// Removes one machine.
-pub(crate) async fn delete(context: &Context, client: &Client, machine: &Machine, force: bool) -> Result<Done> {
-    let accepted: Accepted = client
-        .delete(&format!("{}?force={force}", machine_path(&machine.id)))
-        .await?;
-    let mut activity = context.printer.activity(&format!("vm delete {}", machine.name));
+pub(crate) async fn delete(
+    client: &Client,
+    machine: &Machine,
+    force: bool,
+    mut activity: Activity<'_>,
+) -> Result<Done> {
+    let path = format!("{}?force={force}", machine_path(&machine.id));
+    let accepted: Accepted = client.delete(&path).await?;
     follow(
         client,
         accepted.operation,

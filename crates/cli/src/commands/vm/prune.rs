@@ -59,7 +59,8 @@ impl PruneArgs {
                     let message = format!("{} is {} by now and was left alone", now.name, now.state.as_str());
                     return Err(Error::new(Kind::Conflict, message));
                 }
-                delete(context, &client, &machine, false).await
+                let activity = context.printer.activity(&format!("vm delete {}", machine.name));
+                delete(&client, &machine, false, activity).await
             })
             .await
         })

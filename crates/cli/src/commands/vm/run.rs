@@ -12,7 +12,7 @@ use banger_core::argument::{self, RunTarget};
 use banger_proto::api::{CreateMachine, Machine, PatchMachine};
 use clap::Args;
 
-use crate::cli::{Context, OutputArgs};
+use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::{Client, machine_path};
 use crate::commands::vm::common::{SpecArgs, WaitArgs};
 use crate::commands::vm::create::{create, directory_hint, with_directory_hint};
@@ -126,7 +126,7 @@ impl RunArgs {
             self.program.workdir.clone()
         };
         let keys = self.program.terminal.keys()?;
-        let mut request = self.spec.request(plan.image, &self.wait)?;
+        let mut request = self.spec.clone().request(plan.image, &self.wait)?;
         request.auto_remove = self.rm;
         context.block_on(async {
             let client = Client::new(&context.places)?;
@@ -140,12 +140,9 @@ impl RunArgs {
                 }
                 match plan.then {
                     Then::Command(_) | Then::Shell => run_in(context, &client, &machine, open, keys).await,
-                    Then::Detach => {
-                        context.printer.line(&machine.name)?;
-                        Ok(0)
-                    }
+                    Then::Detach => self.name(context, &machine),
                     Then::Leave => {
-                        context.printer.line(&machine.name)?;
+                        self.name(context, &machine)?;
                         context.printer.note(format!(
                             "no command and no terminal, so {name} is left running: `banger vm exec {name} -- COMMAND`",
                             name = machine.name
@@ -162,6 +159,16 @@ impl RunArgs {
             }
             result
         })
+    }
+
+    /// Prints which machine it was.
+    fn name(&self, context: &Context, machine: &Machine) -> Result<u8> {
+        if self.output.json() {
+            context.printer.json(&versioned(machine))?;
+        } else {
+            context.printer.line(&machine.name)?;
+        }
+        Ok(0)
     }
 
     fn plan(&self, terminal: bool) -> Result<Plan> {
@@ -285,7 +292,9 @@ async fn copy_in(
 /// Removes the machine with a deadline of its own. Signals that come meanwhile change nothing: they have been taken over.
 async fn clean_up(context: &Context, client: &Client, machine: &Machine) {
     let client = client.sibling();
-    let removed = tokio::time::timeout(CLEANUP_DEADLINE, delete(context, &client, machine, true)).await;
+    // Its own lines would stand behind the command's output.
+    let activity = context.printer.short_activity("vm delete");
+    let removed = tokio::time::timeout(CLEANUP_DEADLINE, delete(&client, machine, true, activity)).await;
     let error = match removed {
         Ok(Ok(_)) => return,
         Ok(Err(error)) if error.kind == Kind::NotFound => return,

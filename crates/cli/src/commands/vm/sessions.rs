@@ -10,7 +10,7 @@ use crate::completion;
 use crate::error::Result;
 use crate::table;
 
-/// List the sessions of a machine
+/// List the sessions that run in a machine
 ///
 /// A session lives on in the machine when its client goes; `banger vm attach` joins it again.
 #[derive(Debug, Args)]
@@ -19,6 +19,9 @@ pub(crate) struct SessionsArgs {
     /// Machine by name, id or unambiguous prefix
     #[arg(add = completion::machines())]
     machine: String,
+    /// Those that have ended too
+    #[arg(short, long)]
+    all: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -38,7 +41,8 @@ pub(crate) async fn sessions(client: &Client, machine: &str) -> Result<Vec<Sessi
 
 impl SessionsArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
-        let found = context.block_on(async { sessions(&Client::new(&context.places)?, &self.machine).await })?;
+        let mut found = context.block_on(async { sessions(&Client::new(&context.places)?, &self.machine).await })?;
+        found.retain(|s| self.all || s.running);
         let printer = &context.printer;
         if self.output.json() {
             printer.json(&found.into_iter().map(versioned).collect::<Vec<_>>())?;
