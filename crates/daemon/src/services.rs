@@ -22,6 +22,9 @@ use crate::paths::Paths;
 use crate::ssh::Ssh;
 use crate::stock::Stock;
 
+/// How long a request that only reads waits for the machines to be reconciled.
+const SETTLE: std::time::Duration = std::time::Duration::from_secs(2);
+
 /// What every part of the daemon shares.
 pub struct Services {
     /// Directories.
@@ -147,6 +150,12 @@ impl Services {
         let index = banger_core::reference::find(reference, names.iter().map(|(i, n)| (i.as_str(), n.as_str())))
             .map_err(IntoApi::into_api)?;
         Ok(machines[index].clone())
+    }
+
+    /// Waits a moment for the machines to be reconciled, so that what is read is what is true; one that does not answer holds up
+    /// nobody for long.
+    pub async fn settled(&self) {
+        let _ = tokio::time::timeout(SETTLE, self.reconciled()).await;
     }
 
     /// Waits until every machine is reconciled. Requests that change something come after it.

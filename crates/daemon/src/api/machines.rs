@@ -37,6 +37,7 @@ pub(super) struct Machines {
 /// All machines.
 #[utoipa::path(get, path = "/v1/machines", tag = "machines", responses((status = 200, body = Machines)))]
 pub(super) async fn list(State(app): State<App>) -> Json<Machines> {
+    app.settled().await;
     Json(Machines {
         machines: app.machines().iter().map(|m| m.show()).collect(),
     })
@@ -64,6 +65,7 @@ pub(super) async fn create(
 #[utoipa::path(get, path = "/v1/machines/{ref}", tag = "machines", params(("ref" = String, Path)),
     responses((status = 200, body = Machine), (status = "4XX", body = ErrorBody)))]
 pub(super) async fn show(State(app): State<App>, Path(reference): Path<String>) -> Answer<Json<Machine>> {
+    app.settled().await;
     Ok(Json(app.find(&reference)?.show()))
 }
 

@@ -41,8 +41,12 @@ impl Db {
         self.call(|c| all(c)).await
     }
 
-    /// Writes a new row. The name's unique index decides between two that come at once.
+    /// Writes a new row. The name's unique index decides between two that come at once. Refused while there is no room to write
+    /// down the machine's end.
     pub async fn insert_machine(&self, row: MachineRow) -> Result<(), DbError> {
+        if !self.keep_room() {
+            return Err(DbError::Full);
+        }
         self.call(move |c| insert(c, &row)).await
     }
 
@@ -51,9 +55,14 @@ impl Db {
         self.call(move |c| update(c, &row)).await
     }
 
+    /// The same for a change on the way to a machine's end, which is written on a full disk too.
+    pub async fn update_ending_machine(&self, row: MachineRow) -> Result<(), DbError> {
+        self.insist(move |c| update(c, &row)).await
+    }
+
     /// Removes a row; the last step of a delete.
     pub async fn delete_machine(&self, id: MachineId) -> Result<(), DbError> {
-        self.call(move |c| {
+        self.insist(move |c| {
             c.execute("DELETE FROM machines WHERE id = ?1", [id.as_str()])?;
             Ok(())
         })

@@ -4,6 +4,7 @@
 
 mod machines;
 mod operations;
+mod reserve;
 mod schema;
 mod stock;
 
@@ -42,6 +43,9 @@ pub enum DbError {
     /// The name of a machine is taken.
     #[error("the name `{0}` is taken")]
     NameTaken(String),
+    /// There is not even room to write down that a machine is removed again.
+    #[error("no space left for another machine")]
+    Full,
     /// A row that cannot be read.
     #[error("a row of table {table} cannot be read: {what}")]
     Row {
@@ -75,7 +79,11 @@ impl DbError {
 
     /// Whether the disk is full.
     pub fn is_full(&self) -> bool {
-        matches!(self, Self::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull))
+        match self {
+            Self::Full => true,
+            Self::Sqlite(e) => e.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull),
+            _ => false,
+        }
     }
 }
 
@@ -85,6 +93,7 @@ type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 #[derive(Debug, Clone)]
 pub struct Db {
     jobs: mpsc::Sender<Job>,
+    reserve: reserve::Reserve,
 }
 
 impl Db {
@@ -103,7 +112,33 @@ impl Db {
             .stack_size(512 * 1024)
             .spawn(run)
             .map_err(|_| DbError::Closed)?;
-        Ok(Self { jobs })
+        Ok(Self {
+            jobs,
+            reserve: reserve::Reserve::beside(path),
+        })
+    }
+
+    /// Runs something that ends a machine: on a full disk it gets the room that is kept for it.
+    pub(crate) async fn insist<T, F>(&self, job: F) -> Result<T, DbError>
+    where
+        T: Send + 'static,
+        F: Fn(&mut Connection) -> Result<T, DbError> + Clone + Send + 'static,
+    {
+        match self.call(job.clone()).await {
+            Err(e) if e.is_full() => {
+                tracing::warn!("the disk is full: the room that is kept for removals is used");
+                self.reserve.release();
+                let result = self.call(job).await;
+                self.reserve.fill();
+                result
+            }
+            result => result,
+        }
+    }
+
+    /// Takes the room again that removals may have used, and says whether it is there.
+    pub(crate) fn keep_room(&self) -> bool {
+        self.reserve.fill()
     }
 
     /// Moves the write-ahead log into the database, so that a stopped daemon leaves one file.

@@ -52,11 +52,13 @@ pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
             .hint("delete it again")
             .details(details));
     }
-    m.services
-        .db
-        .delete_machine(m.id.clone())
-        .await
-        .map_err(IntoApi::into_api)
+    let db = &m.services.db;
+    db.delete_machine(m.id.clone()).await.map_err(IntoApi::into_api)?;
+    db.keep_room();
+    // Before the operation ends, so that who waited for its end does not find the machine any more.
+    m.services.forget(&m.id);
+    m.set_gone();
+    Ok(())
 }
 
 async fn kill_now(live: &super::live::Live) -> Result<(), ApiError> {

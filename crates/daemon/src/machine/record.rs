@@ -112,14 +112,24 @@ impl Machine {
 
     /// Changes the row: in the database first, then for everyone to see. Changes come one after the other.
     pub async fn change(&self, edit: impl FnOnce(&mut MachineRow) -> Result<(), ApiError>) -> Result<(), ApiError> {
+        self.write(edit, false).await
+    }
+
+    async fn write(
+        &self,
+        edit: impl FnOnce(&mut MachineRow) -> Result<(), ApiError>,
+        ending: bool,
+    ) -> Result<(), ApiError> {
         let _turn = self.writing.lock().await;
         let mut row = self.row();
         edit(&mut row)?;
-        self.services
-            .db
-            .update_machine(row.clone())
-            .await
-            .map_err(IntoApi::into_api)?;
+        let db = &self.services.db;
+        let written = if ending {
+            db.update_ending_machine(row.clone()).await
+        } else {
+            db.update_machine(row.clone()).await
+        };
+        written.map_err(IntoApi::into_api)?;
         self.view.send_modify(|v| v.row = row);
         Ok(())
     }
@@ -127,7 +137,8 @@ impl Machine {
     /// Moves to the state that follows an event, with further changes of the row.
     pub async fn happen(&self, event: Event, edit: impl FnOnce(&mut MachineRow)) -> Result<(), ApiError> {
         let id = self.id.clone();
-        self.change(|row| {
+        let ending = matches!(event, Event::StopBegins | Event::EngineGone | Event::DeleteBegins);
+        let edit = |row: &mut MachineRow| {
             let next = state::next(row.state, event).ok_or_else(|| {
                 let what = format!("machine {id}: {event:?} cannot happen in state {}", row.state.as_str());
                 ApiError::new(ErrorCode::Internal, what)
@@ -136,8 +147,8 @@ impl Machine {
             row.state = next;
             edit(row);
             Ok(())
-        })
-        .await
+        };
+        self.write(edit, ending).await
     }
 
     /// The engine, while there is one.

@@ -97,10 +97,16 @@ impl Stages {
 
     /// The error of a stage that took too long.
     pub fn late(&self) -> ApiError {
-        let stage = self.current.map_or("start", |(stage, _)| stage);
+        let stage = self.stage();
+        let waited = match stage {
+            "agent" => "the guest agent did not answer",
+            "personalize" => "the guest did not take its identity",
+            "system" => "the image's own system did not finish its start-up",
+            _ => "it was not done",
+        };
         ApiError::new(
             ErrorCode::Timeout,
-            format!("stage `{stage}` was not done within {:?}", self.total),
+            format!("stage `{stage}`: {waited} within {:?}", self.total),
         )
         .hint("give it more time with --timeout, or look at the guest's console: `banger vm logs`")
     }

@@ -26,6 +26,8 @@ use crate::{failpoint, time};
 pub const TIMEOUT: Duration = Duration::from_secs(180);
 /// How long the guest may take to become itself.
 const PERSONALIZE: Duration = Duration::from_secs(30);
+/// Bounds below a stage's own end this much later, so that it is the stage that is told.
+const GRACE: Duration = Duration::from_secs(5);
 /// Lines of the console that go with a failure.
 pub const TAIL: usize = 20;
 /// Pause before the guest is asked again in the background.
@@ -111,14 +113,14 @@ pub async fn become_itself(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), 
     let live = live(m)?;
     stages.enter("agent");
     stages
-        .bounded(or_exit(m, &live, link(live.link.connect(stages.deadline()))))
+        .bounded(or_exit(m, &live, link(live.link.connect(stages.deadline() + GRACE))))
         .await
         .map_err(|e| explain(m, stages, e))?;
     failpoint::hit("start.channel").await?;
     stages.enter("personalize");
     let health = stages
         .bounded(or_exit(m, &live, async {
-            let health = link(live.link.health(stages.deadline())).await?;
+            let health = link(live.link.health(stages.deadline() + GRACE)).await?;
             if health.machine_id.is_empty() {
                 link(live.link.personalize(&identity(m).await?, PERSONALIZE)).await
             } else {
@@ -156,7 +158,7 @@ async fn settle_system(m: &Arc<Machine>, stages: &mut Stages, wait: WaitFor) -> 
     let health = stages
         .bounded(or_exit(m, &live, async {
             loop {
-                match live.link.system(stages.left()).await {
+                match live.link.system(stages.left() + GRACE).await {
                     // A connection that breaks is not the end of the guest: it is made anew, within the same time.
                     Err(e) if e.is_broken() => tokio::time::sleep(AGAIN).await,
                     other => return link(async { other }).await,
