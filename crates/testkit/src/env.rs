@@ -234,11 +234,15 @@ impl TestEnv {
             .collect()
     }
 
-    /// A request to the daemon's API that has to succeed.
+    /// A request to the daemon's API that has to succeed. The daemon is started when it is not there.
     #[track_caller]
     pub fn api(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
-        let answer =
-            http::request(&self.socket(), method, path, body).unwrap_or_else(|e| panic!("{method} {path}: {e}"));
+        let send = || http::request(&self.socket(), method, path, body);
+        let answer = send().or_else(|_| {
+            self.run("daemon start").code(0);
+            send()
+        });
+        let answer = answer.unwrap_or_else(|e| panic!("{method} {path}: {e}"));
         assert!(
             answer.status < 300,
             "{method} {path}: status {}: {}",

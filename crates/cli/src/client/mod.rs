@@ -42,6 +42,9 @@ const MAX_ANSWER: usize = 64 * 1024 * 1024;
 /// How long the daemon may take for an answer that needs no waiting.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 
+/// When a daemon that should be coming up and is not there is started after all.
+const RETRY_START: Duration = Duration::from_millis(300);
+
 /// A client. Requests go one after the other over one connection as far as it lasts.
 #[derive(Debug)]
 pub(crate) struct Client {
@@ -237,7 +240,8 @@ impl Client {
             return Err(Error::unavailable("the daemon is not running").hint("banger starts it when it is needed"));
         }
         let deadline = tokio::time::Instant::now() + start::START_DEADLINE;
-        let started = start::start(&start::program()).await?;
+        let mut started = start::start(&start::program()).await?;
+        let mut tried = tokio::time::Instant::now();
         loop {
             let error = match connect_once(&self.socket).await {
                 Ok(stream) => return Ok(stream),
@@ -248,6 +252,11 @@ impl Client {
                 return Err(unreachable(&self.socket, &error));
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
+            // Or it was on its way out, and has left its place by now.
+            if tried.elapsed() >= RETRY_START {
+                started = start::start(&start::program()).await?;
+                tried = tokio::time::Instant::now();
+            }
         }
     }
 

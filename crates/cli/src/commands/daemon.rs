@@ -155,6 +155,8 @@ impl StatusArgs {
 
 async fn stop(context: &Context) -> Result<u8> {
     let client = Client::passive(&context.places)?;
+    // Asked first, since it is the process that has to be gone. One of another version may answer what is not understood.
+    let status: Result<DaemonStatus> = client.get("daemon").await;
     match client.post_only("daemon/stop", &serde_json::json!({})).await {
         Ok(()) => {}
         Err(error) if error.kind == Kind::Unavailable => {
@@ -163,18 +165,27 @@ async fn stop(context: &Context) -> Result<u8> {
         }
         Err(error) => return Err(error),
     }
-    // Gone means that nothing listens any more.
-    let deadline = tokio::time::Instant::now() + STOP_DEADLINE;
     let socket = context.places.socket()?;
-    while tokio::net::UnixStream::connect(&socket).await.is_ok() {
+    let process = status.ok().and_then(|s| i32::try_from(s.pid).ok());
+    // Gone means that nothing listens any more, and that the process with its locks is gone: another daemon can start.
+    let deadline = tokio::time::Instant::now() + STOP_DEADLINE;
+    while tokio::net::UnixStream::connect(&socket).await.is_ok() || process.is_some_and(runs) {
         if tokio::time::Instant::now() >= deadline {
             let message = format!("waited {} s for the daemon to end", STOP_DEADLINE.as_secs());
             return Err(Error::new(Kind::Timeout, message).hint("see `banger daemon logs`"));
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
     context.printer.note("the daemon has stopped; machines run on");
     Ok(0)
+}
+
+/// Whether a process of this number runs. A number that is given anew meanwhile costs a wait, nothing more.
+fn runs(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state stands behind the name, which is in parentheses and may hold anything.
+    stat.rsplit_once(')')
+        .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 impl LogsArgs {
