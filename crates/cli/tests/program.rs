@@ -4,7 +4,6 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -88,13 +87,18 @@ impl Home {
         });
     }
 
-    /// The program in a directory of its own, beside a daemon that is this script.
+    /// The program in a directory of its own, beside a daemon that is this script. Both are written by another process: a
+    /// file that was open for writing here could still be so in a child that a test beside us is about to start, and then
+    /// cannot be run.
     fn with_daemon(&self, script: &str) -> PathBuf {
         let bin = self.path("bin");
-        std::fs::create_dir(&bin).unwrap();
-        std::fs::copy(PROGRAM, bin.join("banger")).unwrap();
-        std::fs::write(bin.join("bangerd"), format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(bin.join("bangerd"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        let made = Command::new("sh")
+            .arg("-ec")
+            .arg("mkdir \"$1\"; cp \"$2\" \"$1/banger\"; printf '#!/bin/sh\n%s\n' \"$3\" > \"$1/bangerd\"; chmod +x \"$1/bangerd\"")
+            .arg("sh")
+            .args([bin.as_os_str(), PROGRAM.as_ref(), script.as_ref()])
+            .status();
+        assert!(made.unwrap().success());
         bin.join("banger")
     }
 }

@@ -140,14 +140,22 @@ fn receiver(fd: OwnedFd) -> Result<Receiver> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
+    /// A script, written by another process: open for writing here, it could be so in a child of a test beside us as well, and
+    /// then cannot be run.
     fn script(dir: &Path, body: &str) -> PathBuf {
         let path = dir.join("bangerd");
-        std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let made = Command::new("sh")
+            .args([
+                "-ec",
+                "printf '#!/bin/sh\n%s\n' \"$1\" > \"$2\"; chmod +x \"$2\"",
+                "sh",
+                body,
+            ])
+            .arg(&path)
+            .status();
+        assert!(made.unwrap().success());
         path
     }
 

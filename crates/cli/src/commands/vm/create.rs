@@ -97,7 +97,7 @@ pub(crate) async fn create(
 
 /// A machine whose start took too long is kept, so that its console can be looked at; says so.
 async fn explain(client: &Client, machine: &Machine, error: Error) -> Error {
-    if error.kind != Kind::Timeout || error.hint.is_some() {
+    if error.kind != Kind::Timeout {
         return error;
     }
     match client.sibling().get::<Machine>(&machine_path(&machine.id)).await {
