@@ -42,6 +42,9 @@ const MAX_ANSWER: usize = 64 * 1024 * 1024;
 /// How long the daemon may take for an answer that needs no waiting.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 
+/// How the message begins when a daemon that was there goes away in the middle.
+const LOST: &str = "the connection to the daemon was lost";
+
 /// When a daemon that should be coming up and is not there is started after all.
 const RETRY_START: Duration = Duration::from_millis(300);
 
@@ -177,14 +180,22 @@ impl Client {
     }
 
     async fn send(&self, method: Method, path: &str, body: Body) -> Result<Response<Incoming>> {
-        let request = Request::builder()
-            .method(method)
-            .uri(format!("/v1/{path}"))
-            .header(HOST, "banger")
-            .header(CONTENT_TYPE, "application/json")
-            .body(body)
-            .map_err(|e| Error::failed(format!("cannot ask for {path}: {e}")))?;
-        let response = self.dispatch(request).await?;
+        let request = |body: Body| {
+            Request::builder()
+                .method(method.clone())
+                .uri(format!("/v1/{path}"))
+                .header(HOST, "banger")
+                .header(CONTENT_TYPE, "application/json")
+                .body(body)
+                .map_err(|e| Error::failed(format!("cannot ask for {path}: {e}")))
+        };
+        let response = match self.dispatch(request(body)?).await {
+            // A daemon that dies takes connections until it is wholly gone. What only reads can be asked again, of the next.
+            Err(error) if method == Method::GET && error.message.starts_with(LOST) => {
+                self.dispatch(request(empty())?).await.map_err(|_| error)?
+            }
+            other => other?,
+        };
         if response.status().is_client_error() || response.status().is_server_error() {
             let status = response.status();
             return Err(match self.refused(response).await {
@@ -358,8 +369,7 @@ fn unreachable(socket: &Path, error: &io::Error) -> Error {
 }
 
 fn lost(error: &hyper::Error) -> Error {
-    Error::unavailable(format!("the connection to the daemon was lost: {error}"))
-        .hint("try again; machines are not affected by the daemon's end")
+    Error::unavailable(format!("{LOST}: {error}")).hint("try again; machines are not affected by the daemon's end")
 }
 
 /// An empty body.
