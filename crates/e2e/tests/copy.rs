@@ -84,6 +84,7 @@ fn what_the_guest_sends_stays_in_its_place() {
         "the guest wrote through a link on the host"
     );
     // A link that the guest sends is a link here, not what it points at.
+    // One to elsewhere stays behind.
     let fresh = work.join("cp-fresh");
     env.ok(&format!("vm cp {m}:/tmp/tree cp-fresh"));
     assert!(std::fs::symlink_metadata(fresh.join("passwd")).unwrap().is_symlink());

@@ -11,6 +11,15 @@ use tar::{Builder, EntryType, Header};
 use crate::error::{Error, Result};
 use crate::files::upload::aborted;
 
+/// Which permissions a file is sent with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Permissions {
+    /// Its own: a private key stays private.
+    Exact,
+    /// What git keeps of them: whether it can be run.
+    AsGit,
+}
+
 /// A tar stream under way.
 pub(crate) struct Packer<W: Write> {
     builder: Builder<W>,
@@ -72,9 +81,13 @@ impl<W: Write> Packer<W> {
 
     /// An open file as it is now. One that grows meanwhile is cut, one that shrinks is filled with zeros: the stream has
     /// promised its length.
-    pub(crate) fn open_file(&mut self, path: &Path, file: File) -> Result<()> {
+    pub(crate) fn open_file(&mut self, path: &Path, file: File, permissions: Permissions) -> Result<()> {
         let found = file.metadata().map_err(|e| Error::io("look at", path, e))?;
-        let mode = if found.mode() & 0o100 == 0 { 0o644 } else { 0o755 };
+        let mode = match permissions {
+            Permissions::Exact => found.mode() & 0o777,
+            Permissions::AsGit if found.mode() & 0o100 == 0 => 0o644,
+            Permissions::AsGit => 0o755,
+        };
         let mtime = u64::try_from(found.mtime()).unwrap_or(0);
         self.file(
             path,

@@ -8,7 +8,7 @@ use rustix::fs::FileType;
 
 use crate::error::{Error, Result};
 use crate::files::beneath::Root;
-use crate::files::pack::Packer;
+use crate::files::pack::{Packer, Permissions};
 
 /// Deepest directory that is entered.
 const MAX_DEPTH: usize = 512;
@@ -140,7 +140,7 @@ impl List {
                 _ => {
                     let file = root.read(&item.path).map_err(|e| Error::io("open", &full, e))?;
                     if file.metadata().is_ok_and(|m| m.is_file()) {
-                        packer.open_file(&name, file)?;
+                        packer.open_file(&name, file, Permissions::Exact)?;
                     }
                 }
             }

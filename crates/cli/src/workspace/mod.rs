@@ -22,7 +22,7 @@ use crate::cli::Context;
 use crate::client::Client;
 use crate::error::{Error, Result, reason};
 use crate::files::beneath::Root;
-use crate::files::pack::Packer;
+use crate::files::pack::{Packer, Permissions};
 use crate::files::upload::put;
 use crate::workspace::git::{Git, spawn, wait};
 
@@ -290,7 +290,7 @@ fn write<W: Write>(
     for entry in administration {
         packer.parents(&entry.path)?;
         let file = root.read(&entry.path).map_err(|e| Error::io("open", &entry.path, e))?;
-        packer.open_file(&entry.path, file)?;
+        packer.open_file(&entry.path, file, Permissions::AsGit)?;
     }
     let mut root = Root::open(&snapshot.root).map_err(|e| Error::io("open", &snapshot.root, e))?;
     let mut blobs: Option<Blobs> = None;
@@ -340,7 +340,7 @@ fn from_disk<W: Write>(packer: &mut Packer<W>, root: &mut Root, path: &Path) -> 
         FileType::RegularFile => {
             let file = root.read(path).map_err(|e| Error::io("read", path, e))?;
             if file.metadata().is_ok_and(|m| m.is_file()) {
-                packer.open_file(path, file)
+                packer.open_file(path, file, Permissions::AsGit)
             } else {
                 Ok(())
             }
