@@ -8,7 +8,7 @@ use crate::error::STATUSES;
 const INTRODUCTION: &str = "\
 # Command line reference
 
-Generated from the program; a test holds the two together (`BLESS=1 cargo test -p banger-cli reference` writes it anew).
+Generated from the program; a test holds the two together (`make docs` writes it anew).
 
 ## Conventions
 
@@ -93,14 +93,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_reference_is_up_to_date() {
+    fn generated_reference_is_current() {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/cli.md");
         let now = markdown();
         if std::env::var_os("BLESS").is_some() {
             std::fs::write(file, &now).unwrap();
         }
         let kept = std::fs::read_to_string(file).unwrap_or_default();
-        assert!(kept == now, "docs/cli.md is out of date; BLESS=1 writes it anew");
+        assert!(kept == now, "docs/cli.md is out of date; `make docs` writes it anew");
     }
 
     #[test]

@@ -62,10 +62,24 @@ mod tests {
     #[test]
     fn the_wire_form_is_what_older_shims_and_daemons_read() {
         let started = ShimReport::Started { pid: 7, start_time: 9 };
-        assert_eq!(serde_json::to_string(&started).unwrap(), r#"{"started":{"pid":7,"start_time":9}}"#);
+        assert_eq!(
+            serde_json::to_string(&started).unwrap(),
+            r#"{"started":{"pid":7,"start_time":9}}"#
+        );
         let record: ExitRecord = serde_json::from_str(r#"{"code":1,"signal":null,"later":true}"#).unwrap();
-        assert_eq!(record, ExitRecord { code: Some(1), signal: None, last_words: Vec::new(), at_ms: 0 });
+        assert_eq!(
+            record,
+            ExitRecord {
+                code: Some(1),
+                signal: None,
+                last_words: Vec::new(),
+                at_ms: 0
+            }
+        );
         let job = r#"{"engine":"/q","args":["-S"],"console_log":"/c","log_limit":1,"exit_record":"/e"}"#;
-        assert_eq!(serde_json::to_string(&serde_json::from_str::<ShimJob>(job).unwrap()).unwrap(), job);
+        assert_eq!(
+            serde_json::to_string(&serde_json::from_str::<ShimJob>(job).unwrap()).unwrap(),
+            job
+        );
     }
 }

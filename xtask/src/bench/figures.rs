@@ -96,11 +96,6 @@ impl Report {
         self.figures.push(figure);
     }
 
-    /// A figure of an earlier benchmark.
-    pub(crate) fn find(&self, name: &str) -> Option<&Figure> {
-        self.figures.iter().find(|f| f.name == name)
-    }
-
     /// For people, and for docs/performance.md.
     pub(crate) fn table(&self) -> String {
         let mut rows =

@@ -95,7 +95,7 @@ pub fn document() -> OpenApi {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_document_is_checked_in() {
+    fn generated_document_is_current() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/openapi.json");
         let mut now = super::document().to_pretty_json().unwrap();
         now.push('\n');
@@ -105,7 +105,7 @@ mod tests {
         let kept = std::fs::read_to_string(path).unwrap_or_default();
         assert!(
             kept == now,
-            "docs/openapi.json is not what the handlers say; BLESS=1 writes it anew"
+            "docs/openapi.json is not what the handlers say; `make docs` writes it anew"
         );
     }
 }
