@@ -77,9 +77,11 @@ fn gone_after_control_c_on_a_terminal() {
     let mut terminal = env.terminal(["vm", "run", "--rm", "--name", "gone"]);
     terminal.until_raw();
     terminal.send("echo re''ady\r");
-    terminal.expect("ready");
+    terminal.expect("ready\r");
+    terminal.expect("# ");
     // In a shell this ends nothing but the line.
     terminal.send([3]);
+    terminal.expect("# ");
     terminal.send("exit 3\r");
     assert_eq!(terminal.wait(), 3);
     // B30: the reminder came under --rm.

@@ -150,6 +150,8 @@ impl TestEnv {
                 ("XDG_CACHE_HOME", below("cache")),
                 ("XDG_RUNTIME_DIR", self.runtime.display().to_string()),
                 ("GIT_CONFIG_NOSYSTEM", "1".to_owned()),
+                // The project's own repository is above.
+                ("GIT_CEILING_DIRECTORIES", self.root.display().to_string()),
                 ("LANG", "C.UTF-8".to_owned()),
                 ("TERM", "xterm".to_owned()),
                 ("TMPDIR", below("work")),

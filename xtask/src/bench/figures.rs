@@ -227,7 +227,7 @@ mod tests {
     fn the_report_is_a_table_and_json() {
         let mut report = Report::new();
         report.add(Figure::new("a", Unit::Ms, vec![5.0]).target(10.0));
-        let baseline = report.find("a").unwrap().clone();
+        let baseline = report.figures.iter().find(|f| f.name == "a").unwrap().clone();
         report.add(Figure::new("b", Unit::Ms, vec![10.0]).against(&baseline));
         let table = report.table();
         assert!(
