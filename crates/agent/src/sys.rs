@@ -115,6 +115,15 @@ pub(crate) fn add_entropy(device: impl AsFd, bytes: [u8; 64]) -> io::Result<()> 
     Ok(())
 }
 
+const EXT4_IOC_RESIZE_FS: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<u64>(b'f', 16);
+
+/// Grows the mounted ext4 file system that `on` lies in to so many blocks.
+pub(crate) fn resize_ext4(on: impl AsFd, blocks: u64) -> io::Result<()> {
+    // SAFETY: EXT4_IOC_RESIZE_FS reads one u64, the number of blocks.
+    unsafe { rustix::ioctl::ioctl(on, rustix::ioctl::Setter::<EXT4_IOC_RESIZE_FS, u64>::new(blocks))? };
+    Ok(())
+}
+
 /// Has the runtime watch a descriptor.
 pub(crate) fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` names the same open descriptor for as long as it lives, and `AsyncFd` keeps it until it has

@@ -10,6 +10,7 @@ use crate::console::{chain, say};
 use crate::{pid1, power};
 
 mod disks;
+mod grow;
 mod modules;
 mod work;
 
@@ -75,6 +76,7 @@ fn boot() -> Result<(), BootError> {
     modules::load(Path::new("/modules"))?;
     let root = disks::find(disks::ROOT)?;
     mount_disk(&root, NEW_ROOT, none)?;
+    grow::fill(&root, Path::new(NEW_ROOT));
     work::mount(&disks::find(disks::WORK)?, Path::new(NEW_ROOT))?;
     for (name, mode) in [
         ("dev", 0o755),
