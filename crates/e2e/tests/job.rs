@@ -228,7 +228,7 @@ fn what_is_no_repository_is_refused() {
     outer.commit("with a submodule");
     std::fs::write(work.join("file"), "").unwrap();
     for (path, parts) in [
-        ("./plain", &["plain", "repository", "hint:"] as &[&str]),
+        ("./plain", &["plain", "git", "hint:"] as &[&str]),
         ("./bare.git", &["bare"]),
         ("./outer", &["submodule", "hint:"]),
         ("./nowhere", &["nowhere"]),

@@ -67,7 +67,7 @@ fn control_keys_go_to_the_guest() {
 
 fn the_terminal_comes_back_as_it_was() {
     let (env, m) = slim();
-    let mut terminal = env.terminal(["vm", "exec", "-t", m, "--", "sh", "-c", "echo re''ady; sleep 60"]);
+    let mut terminal = env.terminal(["vm", "exec", "-t", m, "--", "sh", "-c", "echo re''ady; exec sleep 60"]);
     terminal.expect("ready");
     terminal.until_raw();
     terminal.signal(Signal::TERM);
