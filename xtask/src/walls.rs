@@ -67,6 +67,7 @@ const SMALL: &[(&str, &[&str])] = &[
             "http-body-util",
             "hyper",
             "hyper-util",
+            "libc",
             "rustix",
             "serde",
             "serde_json",

@@ -294,14 +294,14 @@ mod tests {
 
     fn guest(path: &Path) -> Option<bool> {
         let is = |names: &[&str]| names.iter().any(|n| Path::new(n) == path);
-        if is(&["/usr/bin/git", "/work/run.sh", "/root/bin/tool"]) {
+        if is(&["/usr/bin/git", "/srv/run.sh", "/root/bin/tool"]) {
             return Some(true);
         }
-        is(&["/usr/bin/notes", "/work/dir"]).then_some(false)
+        is(&["/usr/bin/notes", "/srv/dir"]).then_some(false)
     }
 
     fn resolved(command: &[&str], path: &str) -> Result<String, i32> {
-        match resolve(&words(command), "/bin/bash", path, Path::new("/work"), guest) {
+        match resolve(&words(command), "/bin/bash", path, Path::new("/srv"), guest) {
             Ok(target) => Ok(target.program.to_str().unwrap().to_owned()),
             Err(SpawnFailure::Exit(_, code)) => Err(code),
             Err(SpawnFailure::Refused(e)) => panic!("{e}"),
@@ -311,11 +311,11 @@ mod tests {
     #[test]
     fn programs_are_found_like_in_a_shell() {
         assert_eq!(resolved(&["git", "log"], PATH), Ok("/usr/bin/git".into()));
-        assert_eq!(resolved(&["./run.sh"], PATH), Ok("/work/./run.sh".into()));
+        assert_eq!(resolved(&["./run.sh"], PATH), Ok("/srv/./run.sh".into()));
         assert_eq!(resolved(&["/usr/bin/git"], ""), Ok("/usr/bin/git".into()));
         assert_eq!(resolved(&["tool"], "/root/bin:/bin"), Ok("/root/bin/tool".into()));
         assert_eq!(resolved(&["notes"], PATH), Err(126));
-        assert_eq!(resolved(&["/work/dir"], PATH), Err(126));
+        assert_eq!(resolved(&["/srv/dir"], PATH), Err(126));
         assert_eq!(resolved(&["nope"], PATH), Err(127));
         assert_eq!(resolved(&["./nope"], PATH), Err(127));
         assert_eq!(resolved(&[""], PATH), Err(127));

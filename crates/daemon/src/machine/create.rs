@@ -46,7 +46,12 @@ pub async fn run(m: Arc<Machine>, op: Op, creation: Creation, superseded: Cancel
                 tracing::error!(machine = %m.id, error = %undo.message, "a failed create is not wholly undone")
             }
         }
-        Err(e)
+        // The machine is gone, and its console with it: what there was to see goes with the error.
+        Err(if e.code == ErrorCode::Timeout {
+            e.hint("give it more time with --timeout")
+        } else {
+            e
+        })
     };
     let _ = m.services.ops.run(&op, work).await;
     ended
