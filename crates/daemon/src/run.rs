@@ -32,6 +32,14 @@ pub enum StartError {
     /// There is one already.
     #[error("another daemon holds {}", .0.display())]
     Running(PathBuf),
+    /// A daemon with another runtime directory works on the same state.
+    #[error("another daemon (process {holder}) works on the state in {}", state.display())]
+    StateInUse {
+        /// Directory of the state.
+        state: PathBuf,
+        /// Process id of that daemon.
+        holder: String,
+    },
     /// The configuration cannot be read.
     #[error("cannot read the configuration {}", path.display())]
     ConfigFile {
@@ -81,6 +89,10 @@ impl StartError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Db(e) => e.hint(),
+            Self::StateInUse { .. } => Some(
+                "use the XDG_RUNTIME_DIR of that daemon, or give this one a state of its own with XDG_STATE_HOME"
+                    .to_owned(),
+            ),
             Self::Config { path, .. } => Some(format!(
                 "correct {}, or move it away to use the defaults",
                 path.display()
@@ -104,6 +116,9 @@ impl StartError {
     }
 }
 
+/// How long an ending daemon may hold the state's lock longer than that of its runtime directory.
+const STATE_LOCK: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// What is there before the first thread: locks, socket, configuration.
 #[derive(Debug)]
 pub struct Prepared {
@@ -120,7 +135,8 @@ pub fn prepare() -> Result<Prepared, StartError> {
     let uid = rustix::process::geteuid().as_raw();
     let paths = Paths::from_env(|name| std::env::var_os(name), uid)?;
     paths.prepare(uid)?;
-    let locks = [lock(&paths.runtime_lock())?, lock(&paths.state_lock())?];
+    let runtime = lock(&paths.runtime_lock())?;
+    let locks = [runtime, lock_state(&paths)?];
     let config = read_config(&paths.config)?;
     let level = std::env::var("BANGER_LOG_LEVEL").unwrap_or_else(|_| config.log_level.as_str().to_owned());
     log::init(&paths.log(), &level).map_err(|source| io_error("open the log", &paths.log(), source))?;
@@ -155,6 +171,27 @@ fn lock(path: &Path) -> Result<OwnedFd, StartError> {
     let mut file = File::from(file);
     let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
     Ok(file.into())
+}
+
+/// The state's lock. With the runtime directory's own in hand, whoever holds this one has another runtime directory, or is a
+/// daemon that is just ending: that one is waited for.
+fn lock_state(paths: &Paths) -> Result<OwnedFd, StartError> {
+    let end = std::time::Instant::now() + STATE_LOCK;
+    loop {
+        match lock(&paths.state_lock()) {
+            Err(StartError::Running(_)) if std::time::Instant::now() < end => {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            Err(StartError::Running(lock)) => {
+                let holder = std::fs::read_to_string(&lock).unwrap_or_default();
+                return Err(StartError::StateInUse {
+                    state: paths.state.clone(),
+                    holder: holder.trim().chars().filter(char::is_ascii_digit).collect(),
+                });
+            }
+            other => return other,
+        }
+    }
 }
 
 fn read_config(path: &Path) -> Result<Config, StartError> {

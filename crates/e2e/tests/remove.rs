@@ -92,7 +92,16 @@ fn gone_after_control_c_on_a_terminal() {
     );
     nothing_is_left(&env);
 
-    let mut terminal = env.terminal(["vm", "run", "--rm", "-t", "--", "sh", "-c", "echo re''ady; exec sleep 60"]);
+    let mut terminal = env.terminal([
+        "vm",
+        "run",
+        "--rm",
+        "-t",
+        "--",
+        "sh",
+        "-c",
+        "echo re''ady; exec sleep 60",
+    ]);
     terminal.expect("ready");
     terminal.until_raw();
     terminal.send([3]);

@@ -21,8 +21,10 @@ use crate::processes;
 pub struct Terminal {
     child: Child,
     host: File,
-    /// Kept open, so that the terminal's settings can be read when the program has gone.
-    inner: OwnedFd,
+    /// Kept open, so that the terminal's settings can be read when the program has gone; until [`Terminal::wait`].
+    inner: Option<OwnedFd>,
+    /// The settings as the program left them.
+    left_raw: bool,
     /// What the program has written.
     pub screen: Stream,
     /// How far [`Terminal::expect`] has read.
@@ -67,7 +69,8 @@ impl Terminal {
         Self {
             child,
             host,
-            inner,
+            inner: Some(inner),
+            left_raw: false,
             screen,
             seen: 0,
             label,
@@ -131,7 +134,8 @@ impl Terminal {
 
     /// Whether the terminal is in raw mode: what is typed is neither echoed nor looked at.
     pub fn is_raw(&self) -> bool {
-        let modes = tcgetattr(&self.inner).expect("the terminal's settings").local_modes;
+        let Some(inner) = &self.inner else { return self.left_raw };
+        let modes = tcgetattr(inner).expect("the terminal's settings").local_modes;
         !modes.intersects(LocalModes::ECHO | LocalModes::ICANON | LocalModes::ISIG)
     }
 
@@ -166,6 +170,10 @@ impl Terminal {
                 tail(&self.screen.bytes())
             )
         };
+        self.left_raw = self.is_raw();
+        // With the last descriptor of its side the stream ends, so that nothing of the screen is missed.
+        self.inner = None;
+        self.screen.ended(Duration::from_secs(5));
         status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
     }
 }

@@ -74,7 +74,7 @@ fn ask(binary: &Path, args: &[&str]) -> Result<String, EngineError> {
         .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         .spawn()
         .map_err(failed)?;
     let mut text = Vec::new();
@@ -85,12 +85,23 @@ fn ask(binary: &Path, args: &[&str]) -> Result<String, EngineError> {
     let status = child.wait().map_err(failed)?;
     outcome.map_err(failed)?;
     if !status.success() {
-        return Err(failed(std::io::Error::other(status.to_string())));
+        let mut words = Vec::new();
+        // It has ended: what it had to say lies in the pipe, unless a child of its own keeps that open.
+        let _ = child.stderr.take().map_or(Ok(()), |err| read(err, &mut words));
+        let words = String::from_utf8_lossy(&words);
+        let last = words.lines().rev().map(str::trim).find(|l| !l.is_empty());
+        let why = last.map_or_else(|| status.to_string(), |l| format!("{status}: {}", printable(l)));
+        return Err(failed(std::io::Error::other(why)));
     }
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-fn read(mut out: std::process::ChildStdout, text: &mut Vec<u8>) -> std::io::Result<()> {
+/// One line of a program, of bounded length and without control characters.
+fn printable(line: &str) -> String {
+    line.chars().filter(|c| !c.is_control()).take(300).collect()
+}
+
+fn read(mut out: impl Read + std::os::fd::AsFd, text: &mut Vec<u8>) -> std::io::Result<()> {
     let deadline = std::time::Instant::now() + ANSWER;
     let mut buffer = [0; 4096];
     while text.len() < 64 << 10 {
