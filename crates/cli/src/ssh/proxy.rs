@@ -40,9 +40,16 @@ pub(crate) fn run(context: &Context, host: &str) -> Result<u8> {
                         output.room().await;
                         output.push(Stream::Out, bytes);
                     }
+                    // A close with a reason is a refusal: there is no sshd, or the machine is not running.
+                    Ok(Message::Close(Some(close))) if !close.reason.is_empty() => {
+                        let machine = reference(host);
+                        return Err(Error::failed(close.reason.as_str().to_owned()).hint(format!(
+                            "`banger vm shell {machine}` needs nothing in the machine but a shell"
+                        )));
+                    }
                     Ok(Message::Close(_)) => return Ok(()),
                     Ok(_) => {}
-                    Err(error) => return Err(error),
+                    Err(error) => return Err(lost(&error)),
                 }
             }
             Ok(())
@@ -50,17 +57,16 @@ pub(crate) fn run(context: &Context, host: &str) -> Result<u8> {
         let ended = tokio::select! {
             ended = receive => ended,
             // ssh has nothing more to say; what is on its way to it is of no interest any more.
-            ended = send => ended,
+            ended = send => ended.map_err(|e| lost(&e)),
             () = broken.notified() => Ok(()),
         };
         output.finish().await;
-        match ended {
-            Ok(()) => Ok(0),
-            Err(error) => Err(Error::unavailable(format!(
-                "the connection to the machine was lost: {error}"
-            ))),
-        }
+        ended.map(|()| 0)
     })
+}
+
+fn lost(error: &tokio_tungstenite::tungstenite::Error) -> Error {
+    Error::unavailable(format!("the connection to the machine was lost: {error}"))
 }
 
 #[cfg(test)]
