@@ -127,7 +127,13 @@ fn write_keys(root: &Place, wanted: &Personalize) -> io::Result<()> {
 fn write_host_key(root: &Place, wanted: &Personalize) -> io::Result<()> {
     let Some(key) = &wanted.ssh_host_key else { return Ok(()) };
     let run = root.make("run/banger", 0o700)?;
-    run.write(HOST_KEY, 0o600, &format!("{}\n", key.trim_end()))
+    run.write(HOST_KEY, 0o600, &format!("{}\n", key.trim_end()))?;
+    // An sshd that the user starts finds the same key, unless there is one already. The disk itself holds none, so a copy of it
+    // gives no identity away.
+    match root.below("etc/ssh") {
+        Ok(etc) if etc.read(HOST_KEY).is_empty() => etc.link(HOST_KEY, &format!("/run/banger/{HOST_KEY}")),
+        _ => Ok(()),
+    }
 }
 
 fn mask_units(root: &Place, wanted: &Personalize) -> io::Result<()> {
