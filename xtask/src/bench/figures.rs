@@ -96,6 +96,11 @@ impl Report {
         self.figures.push(figure);
     }
 
+    /// A figure of an earlier benchmark of this run.
+    pub(crate) fn find(&self, name: &str) -> Option<&Figure> {
+        self.figures.iter().find(|f| f.name == name)
+    }
+
     /// For people, and for docs/performance.md.
     pub(crate) fn table(&self) -> String {
         let mut rows =

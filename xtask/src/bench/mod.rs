@@ -8,7 +8,7 @@
     reason = "a benchmark that cannot be set up has nothing to report"
 )]
 
-mod channel;
+pub(crate) mod channel;
 mod figures;
 mod measure;
 
