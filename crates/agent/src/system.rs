@@ -143,6 +143,7 @@ pub(crate) fn health(agent: &Agent) -> Health {
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         uptime_ms: uptime_ms(),
         system: agent.system.word(),
+        frozen: false,
     }
 }
 

@@ -150,6 +150,7 @@ mod tests {
             prefix: 24,
             gateway: "10.0.2.2".into(),
             dns: vec![],
+            mac: None,
         };
         let addresses = Addresses::of(&network).unwrap();
         for message in [up(1), address(2, &addresses), default_route(2, &addresses)] {

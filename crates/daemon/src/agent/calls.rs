@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use banger_proto::agent::{GuestStats, Health, MAX_JSON, Personalize, Shutdown, Stat};
+use banger_proto::agent::{Freeze, GuestStats, Health, MAX_JSON, Personalize, Renew, Shutdown, Stat};
 use banger_proto::api::Session;
 use banger_proto::error::ErrorBody;
 use bytes::Bytes;
@@ -76,6 +76,19 @@ impl Link {
     /// Makes the machine itself.
     pub async fn personalize(&self, personalize: &Personalize, within: Duration) -> Result<Health, LinkError> {
         let health = self.post("/v1/personalize", personalize, within).await?;
+        self.check(health)
+    }
+
+    /// Lets nothing run in the guest but the agent. The answer says that this is so now.
+    pub async fn freeze(&self, freeze: &Freeze, within: Duration) -> Result<Health, LinkError> {
+        let health = self.post("/v1/freeze", freeze, within).await?;
+        self.check(health)
+    }
+
+    /// Tells a frozen guest who it is and what time it is, and lets it go on. A guest that takes on an identity is this
+    /// link's machine only with the answer.
+    pub async fn renew(&self, renew: &Renew, within: Duration) -> Result<Health, LinkError> {
+        let health = self.post("/v1/renew", renew, within).await?;
         self.check(health)
     }
 

@@ -180,7 +180,7 @@ async fn answer(
         std::future::pending::<()>().await;
     }
     let path = request.uri().path().to_owned();
-    let body = if path == "/v1/health" {
+    let body = if ["/v1/health", "/v1/freeze", "/v1/renew"].contains(&path.as_str()) {
         let health = Health {
             agent_version: "test\x1b[31m".to_owned(),
             machine_id: if manner == Manner::Stranger {
@@ -192,6 +192,7 @@ async fn answer(
             kernel: "k".repeat(1000),
             uptime_ms: 1,
             system: "none".to_owned(),
+            frozen: path == "/v1/freeze",
         };
         bytes(serde_json::to_vec(&health).unwrap())
     } else if path == "/v1/sessions" {
