@@ -23,8 +23,34 @@ pub struct Config {
     pub qemu_bin: Option<String>,
     /// Sizes of a machine for which none are given.
     pub vm_defaults: VmDefaults,
+    /// Templates, from which machines start.
+    pub templates: TemplatesConfig,
+    /// A machine that was not used for this long is suspended; a use wakes it. 0, the default, is never. A machine's own setting
+    /// wins.
+    pub idle_suspend_after: Span,
+    /// A running machine that was not used for this long is stopped. 0, the default, is never.
+    pub auto_stop_stale_after: Span,
     /// The daemon itself.
     pub daemon: DaemonConfig,
+}
+
+/// `[templates]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TemplatesConfig {
+    /// Whether new machines start from templates.
+    pub enabled: bool,
+    /// Space on the host that templates may take; beyond it the least recently used ones are removed.
+    pub budget: Size,
+}
+
+impl Default for TemplatesConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            budget: Size(4 * size::GIB),
+        }
+    }
 }
 
 /// `[vm_defaults]`

@@ -81,19 +81,36 @@ pub struct BootPlan {
     pub disks: Vec<Disk>,
     /// Network of the first interface, if it has one.
     pub network: Option<NetworkPlan>,
+    /// Memory and devices to go on with; none boots.
+    pub resume: Option<Saved>,
     /// Where the machine's sockets, logs and handles live.
     pub paths: MachinePaths,
 }
 
-/// A disk of a machine.
+/// A machine's memory and devices on disk. They fit a plan with the same processors, memory and devices, and the engine that
+/// saved them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Saved {
+    /// The guest's memory: exactly its size, sparse. Mapped privately: it is never written to.
+    pub memory: PathBuf,
+    /// State of processors and devices, in the engine's own format.
+    pub state: PathBuf,
+}
+
+/// A disk of a machine: a file that it writes to, over layers that it only reads. All are named to the engine with their
+/// formats: neither a guest nor a file's header chooses what is opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
     /// Serial by which the agent finds it: `root` or `work`.
     pub serial: DiskRole,
-    /// File on the host.
+    /// File on the host that takes the writes.
     pub path: PathBuf,
-    /// Its format. Given to the engine explicitly: a guest that could write a header must not choose it.
+    /// Its format.
     pub format: DiskFormat,
+    /// Read-only qcow2 layers below it, the topmost first.
+    pub layers: Vec<PathBuf>,
+    /// The raw file below all of them, read-only. None for a disk that stands alone.
+    pub base: Option<PathBuf>,
 }
 
 /// What a disk is for.
@@ -150,14 +167,34 @@ pub struct MachinePaths {
 }
 
 impl MachinePaths {
+    /// Directory of the disks and the layers below them.
+    pub fn disks(&self) -> PathBuf {
+        self.state.join("disks")
+    }
+
     /// Root disk.
     pub fn root_disk(&self) -> PathBuf {
-        self.state.join("root.qcow2")
+        self.disks().join("root.qcow2")
     }
 
     /// Work disk.
     pub fn work_disk(&self) -> PathBuf {
-        self.state.join("work.ext4")
+        self.disks().join("work.qcow2")
+    }
+
+    /// The memory that the running engine was started with: a hard link, so that the file stays for as long as it is mapped.
+    pub fn memory(&self) -> PathBuf {
+        self.state.join("memory")
+    }
+
+    /// Directory with memory and devices of a suspended machine.
+    pub fn suspended(&self) -> PathBuf {
+        self.state.join("suspended")
+    }
+
+    /// Directory of the machine's snapshots, one directory each.
+    pub fn snapshots(&self) -> PathBuf {
+        self.state.join("snapshots")
     }
 
     /// Console of the guest and last words of the engine, bounded (see `banger-shim`).

@@ -2,17 +2,22 @@
 //!
 //! ```text
 //!                 disks ready        start             agent answers
-//!   (row) ─▶ creating ──────▶ stopped ─────▶ starting ──────────────▶ running
-//!               │                ▲  ▲            │ failed, engine         │ │
-//!               │ failed         │  └────────────┘ gone                   │ │ engine gone
-//!               ▼                │                                   stop │ │ by itself
-//!            (no row)            ├──────────────── stopping ◀─────────────┘ │
-//!                                │   engine gone                            │
-//!                                └──────────────────────────────────────────┘
-//!   stopped, error ── delete ──▶ deleting ──▶ (no row)         damaged disks: ──▶ error
+//!   (row) ─▶ creating ──────▶ stopped ─────▶ starting ──────────────▶ running ◀──────▶ paused
+//!               │                ▲  ▲          ▲ │ failed, engine       │ │ │    pause,   │
+//!               │ failed         │  └──────────┼─┘ gone                 │ │ │    resume   │ stop
+//!               ▼                │             │                   stop │ │ │             ▼
+//!            (no row)            ├───────── stopping ◀──────────────────┘ │ │        (stopping)
+//!                                │   engine gone                          │ │
+//!                                ├────────────────────────────────────────┘ │ suspend
+//!                                │ engine gone  │  by itself                ▼
+//!                                │              │ start                 suspending
+//!                  memory put    │              │    memory saved           │
+//!                  back, dropped └────────▶ suspended ◀─────────────────────┘
+//!   stopped, suspended, error ── delete ──▶ deleting ──▶ (no row)      damaged disks: ──▶ error
 //! ```
 //!
-//! A delete or a stop of a machine that is starting interrupts the start; a delete of a running one stops it first.
+//! A delete or a stop of a machine that is starting interrupts the start; a delete of a running one stops it first. A machine whose
+//! wake fails before its guest has run again is suspended as before; its disks have not changed.
 
 use banger_proto::api::MachineState as State;
 
@@ -37,6 +42,20 @@ pub enum Request {
     Resize,
     /// Grow its disk.
     GrowDisk,
+    /// Stop its virtual CPUs.
+    Pause,
+    /// Let them run again.
+    Resume,
+    /// Write its memory to disk and end its engine.
+    Suspend,
+    /// Keep its disks, and its memory if it runs, as they are now.
+    Snapshot,
+    /// Put it back to a snapshot.
+    Restore,
+    /// Make running copies of it.
+    Fork,
+    /// Read its disk as a whole.
+    Commit,
 }
 
 /// What is done with a request.
@@ -61,6 +80,10 @@ pub enum Refusal {
     NotStopped,
     /// Another change of the machine is under way.
     Busy,
+    /// Its virtual CPUs are stopped.
+    Paused,
+    /// Its memory is on disk, and would be lost.
+    Suspended,
     /// Its disks are damaged; only delete is left.
     Broken,
     /// It is being removed.
@@ -74,6 +97,8 @@ impl Refusal {
             Self::NotRunning => "it is not running",
             Self::NotStopped => "it has to be stopped for this",
             Self::Busy => "another change of it is under way",
+            Self::Paused => "its processors stand still",
+            Self::Suspended => "what is in its memory would be lost",
             Self::Broken => "its disks are damaged",
             Self::Gone => "it is being removed",
         }
@@ -93,27 +118,50 @@ pub fn decide(state: State, request: Request) -> Decision {
         (State::Creating | State::Starting, R::Delete | R::Stop | R::Kill) => Interrupt,
         (State::Creating, _) => refuse(Refusal::Busy),
 
-        (_, R::Rename | R::Resize) => Do,
-        (State::Stopped, R::Start | R::Restart | R::Delete | R::GrowDisk) => Do,
+        (_, R::Rename) => Do,
+        // What is in memory has the size it has.
+        (State::Suspending | State::Suspended, R::Resize) => refuse(Refusal::NotStopped),
+        (_, R::Resize) => Do,
+
+        (
+            State::Stopped,
+            R::Start | R::Restart | R::Delete | R::GrowDisk | R::Snapshot | R::Restore | R::Commit,
+        ) => Do,
         (State::Stopped, R::Stop | R::Kill) => Already,
-        (State::Stopped, R::Agent) => refuse(Refusal::NotRunning),
+        (State::Stopped, R::Agent | R::Pause | R::Resume | R::Suspend | R::Fork) => refuse(Refusal::NotRunning),
 
         (State::Starting, R::Start) => Already,
         // The agent may answer long before the image's init has finished its start-up.
         (State::Starting, R::Agent) => Do,
-        (State::Starting, R::Restart) => refuse(Refusal::Busy),
-        (State::Starting, R::GrowDisk) => refuse(Refusal::NotStopped),
+        (State::Starting, R::GrowDisk | R::Commit) => refuse(Refusal::NotStopped),
+        (State::Starting, _) => refuse(Refusal::Busy),
 
-        (State::Running, R::Start) => Already,
-        (State::Running, R::Stop | R::Restart | R::Kill | R::Delete | R::Agent) => Do,
-        (State::Running, R::GrowDisk) => refuse(Refusal::NotStopped),
+        (State::Running, R::Start | R::Resume) => Already,
+        (State::Running, R::GrowDisk | R::Commit) => refuse(Refusal::NotStopped),
+        (State::Running, _) => Do,
+
+        (State::Paused, R::Pause) => Already,
+        (State::Paused, R::Resume | R::Stop | R::Restart | R::Kill | R::Delete | R::Restore) => Do,
+        (State::Paused, R::Start | R::Agent | R::Suspend | R::Snapshot | R::Fork) => refuse(Refusal::Paused),
+        (State::Paused, R::GrowDisk | R::Commit) => refuse(Refusal::NotStopped),
+
+        (State::Suspending, R::Suspend) => Already,
+        // They come when it is suspended, and are decided then.
+        (State::Suspending, R::Start | R::Kill | R::Delete | R::Restore) => Do,
+        (State::Suspending, R::GrowDisk | R::Commit) => refuse(Refusal::NotStopped),
+        (State::Suspending, _) => refuse(Refusal::Busy),
+
+        (State::Suspended, R::Suspend) => Already,
+        // A kill drops the memory.
+        (State::Suspended, R::Start | R::Kill | R::Delete | R::Restore) => Do,
+        (State::Suspended, _) => refuse(Refusal::Suspended),
 
         (State::Stopping, R::Stop) => Already,
         // A guest that does not go down may be killed, and a machine that goes down removed.
         (State::Stopping, R::Kill | R::Delete) => Do,
-        (State::Stopping, R::Start | R::Restart) => refuse(Refusal::Busy),
         (State::Stopping, R::Agent) => refuse(Refusal::NotRunning),
-        (State::Stopping, R::GrowDisk) => refuse(Refusal::NotStopped),
+        (State::Stopping, R::GrowDisk | R::Commit) => refuse(Refusal::NotStopped),
+        (State::Stopping, _) => refuse(Refusal::Busy),
     }
 }
 
@@ -130,6 +178,17 @@ pub enum Event {
     StopBegins,
     /// Its engine is gone.
     EngineGone,
+    /// Its virtual CPUs were stopped.
+    Pauses,
+    /// They run again; also when a suspension came to nothing.
+    Resumes,
+    /// A suspension begins.
+    SuspendBegins,
+    /// Its memory is on disk and its engine is gone; also when a wake failed before the guest ran, and when a snapshot's memory was
+    /// put in place.
+    MemorySaved,
+    /// Its memory on disk is no more.
+    MemoryDropped,
     /// Its disks can't be used.
     Damaged,
     /// Its removal begins.
@@ -143,10 +202,18 @@ pub fn next(state: State, event: Event) -> Option<State> {
         (State::Deleting, _) => None,
         (_, Event::DeleteBegins) => Some(State::Deleting),
         (State::Creating, Event::DisksReady) => Some(State::Stopped),
-        (State::Stopped, Event::StartBegins) => Some(State::Starting),
+        (State::Stopped | State::Suspended, Event::StartBegins) => Some(State::Starting),
         (State::Starting, Event::AgentReady) => Some(State::Running),
-        (State::Starting | State::Running, Event::StopBegins) => Some(State::Stopping),
-        (State::Starting | State::Running | State::Stopping, Event::EngineGone) => Some(State::Stopped),
+        (State::Running, Event::Pauses) => Some(State::Paused),
+        (State::Paused | State::Suspending, Event::Resumes) => Some(State::Running),
+        (State::Running, Event::SuspendBegins) => Some(State::Suspending),
+        (State::Suspending | State::Starting | State::Stopped, Event::MemorySaved) => Some(State::Suspended),
+        (State::Suspended, Event::MemoryDropped) => Some(State::Stopped),
+        (State::Starting | State::Running | State::Paused, Event::StopBegins) => Some(State::Stopping),
+        (
+            State::Starting | State::Running | State::Paused | State::Suspending | State::Stopping,
+            Event::EngineGone,
+        ) => Some(State::Stopped),
         (State::Creating | State::Starting | State::Stopped, Event::Damaged) => Some(State::Error),
         _ => None,
     }
@@ -156,7 +223,7 @@ pub fn next(state: State, event: Event) -> Option<State> {
 pub fn may_have_engine(state: State) -> bool {
     matches!(
         state,
-        State::Starting | State::Running | State::Stopping | State::Deleting
+        State::Starting | State::Running | State::Paused | State::Suspending | State::Stopping | State::Deleting
     )
 }
 
@@ -166,16 +233,19 @@ mod tests {
 
     use super::*;
 
-    const STATES: [State; 7] = [
+    const STATES: [State; 10] = [
         State::Creating,
         State::Starting,
         State::Running,
+        State::Paused,
+        State::Suspending,
+        State::Suspended,
         State::Stopping,
         State::Stopped,
         State::Error,
         State::Deleting,
     ];
-    const REQUESTS: [Request; 9] = [
+    const REQUESTS: [Request; 16] = [
         Request::Start,
         Request::Stop,
         Request::Restart,
@@ -185,13 +255,25 @@ mod tests {
         Request::Rename,
         Request::Resize,
         Request::GrowDisk,
+        Request::Pause,
+        Request::Resume,
+        Request::Suspend,
+        Request::Snapshot,
+        Request::Restore,
+        Request::Fork,
+        Request::Commit,
     ];
-    const EVENTS: [Event; 7] = [
+    const EVENTS: [Event; 12] = [
         Event::DisksReady,
         Event::StartBegins,
         Event::AgentReady,
         Event::StopBegins,
         Event::EngineGone,
+        Event::Pauses,
+        Event::Resumes,
+        Event::SuspendBegins,
+        Event::MemorySaved,
+        Event::MemoryDropped,
         Event::Damaged,
         Event::DeleteBegins,
     ];
@@ -202,6 +284,9 @@ mod tests {
             Request::Start => Some(Event::StartBegins),
             Request::Stop | Request::Restart | Request::Kill => Some(Event::StopBegins),
             Request::Delete => Some(Event::DeleteBegins),
+            Request::Pause => Some(Event::Pauses),
+            Request::Resume => Some(Event::Resumes),
+            Request::Suspend => Some(Event::SuspendBegins),
             _ => None,
         }
     }
@@ -217,15 +302,25 @@ mod tests {
     }
 
     #[test]
-    fn disks_grow_and_machines_start_only_while_stopped() {
+    fn disks_change_and_are_read_only_while_nothing_else_uses_them() {
         for state in STATES {
-            for request in [Request::GrowDisk, Request::Start] {
+            for request in [Request::GrowDisk, Request::Commit] {
                 assert_eq!(
                     decide(state, request) == Decision::Do,
                     state == State::Stopped,
                     "{state:?} {request:?}"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn memory_is_dropped_by_nothing_but_kill_delete_and_restore() {
+        for request in REQUESTS {
+            let harmless = matches!(request, Request::Start | Request::Rename);
+            let drops = matches!(request, Request::Kill | Request::Delete | Request::Restore);
+            let done = decide(State::Suspended, request) == Decision::Do;
+            assert_eq!(done, harmless || drops, "{request:?}");
         }
     }
 
@@ -247,7 +342,9 @@ mod tests {
                 let other = matches!(
                     (state, request),
                     (State::Stopped, Request::Restart) | (State::Stopping, Request::Kill)
-                );
+                ) || matches!(state, State::Suspending | State::Suspended) && request != Request::Start;
+                // While it is being suspended a start waits.
+                let other = other || (state, request) == (State::Suspending, Request::Start);
                 let event = begins(request).filter(|_| decide(state, request) == Decision::Do && !other);
                 assert!(event.is_none_or(|e| next(state, e).is_some()), "{state:?} {request:?}");
             }

@@ -7,6 +7,8 @@
 //! |---|---|---|
 //! | `GET /v1/health` | | [`Health`] |
 //! | `POST /v1/personalize` | [`Personalize`] | [`Health`]; the image's init is started by the first one |
+//! | `POST /v1/freeze` | [`Freeze`] | [`Health`], once nothing but the agent runs any more |
+//! | `POST /v1/renew` | [`Renew`] | [`Health`]; what was frozen runs again |
 //! | `GET /v1/system` | | [`Health`], once the image's init has finished its start-up |
 //! | `GET /v1/sessions` | | list of [`crate::api::Session`] |
 //! | `POST /v1/sessions/{id}` | frames, starting with `Open` | frames; see [`crate::frame`] |
@@ -45,6 +47,9 @@ pub struct Health {
     pub uptime_ms: u64,
     /// `none` without an init system, else what it says of its start-up: `starting`, `running`, `degraded`, …
     pub system: String,
+    /// Everything but the agent is frozen, and waits for [`Renew`].
+    #[serde(default)]
+    pub frozen: bool,
 }
 
 /// Everything that makes a machine itself. Sent once per start, before anything of the image runs.
@@ -99,6 +104,47 @@ pub struct GuestNetwork {
     pub gateway: String,
     /// Name servers.
     pub dns: Vec<String>,
+    /// MAC address that the interface is to have, `02:…`. A copy of another machine finds the other one's there. Absent: it stays.
+    #[serde(default)]
+    pub mac: Option<String>,
+}
+
+/// Request to let nothing run but the agent, so that memory and disks can be saved and nothing of the guest runs in a copy before
+/// the copy is itself. There is no way out of it but [`Renew`]: no timer, no lost connection. A copy whose host forgets it stays
+/// frozen.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Freeze {
+    /// What is saved becomes a template: services that keep something of the machine's identity are put away first, and nothing
+    /// of this machine's sessions is kept.
+    #[serde(default)]
+    pub template: bool,
+}
+
+/// What a guest is told when it runs again: after a restore, as a copy of another machine, or because it was only saved.
+///
+/// In this order: the kernel's generator takes up the entropy, the clock is set, the identity is taken on, and then what was
+/// frozen runs again. A step that fails before the last one leaves the guest frozen, and the answer is an error.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renew {
+    /// Whose memory this is. Another machine's is refused.
+    pub machine_id: String,
+    /// Wall clock in nanoseconds since the epoch.
+    pub time_ns: u64,
+    /// 64 fresh random bytes in hexadecimal.
+    pub entropy: String,
+    /// Who it is from now on; absent where it stays who it was. A copy has no session of its source.
+    #[serde(default)]
+    pub identity: Option<Personalize>,
+}
+
+impl std::fmt::Debug for Renew {
+    /// Leaves out the entropy.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Renew")
+            .field("machine_id", &self.machine_id)
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What becomes the image's init.

@@ -54,6 +54,12 @@ pub enum MachineState {
     Starting,
     /// The agent answers.
     Running,
+    /// Its virtual CPUs are stopped; everything else is as it was.
+    Paused,
+    /// Its memory is being written to disk.
+    Suspending,
+    /// No engine process; disks and memory are kept, and a start goes on where it was.
+    Suspended,
     /// A stop is under way.
     Stopping,
     /// No engine process; the disks are kept.
@@ -71,6 +77,9 @@ impl MachineState {
             Self::Creating => "creating",
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Suspending => "suspending",
+            Self::Suspended => "suspended",
             Self::Stopping => "stopping",
             Self::Stopped => "stopped",
             Self::Error => "error",
@@ -124,6 +133,9 @@ pub struct Machine {
     /// The machine is removed when the command that created it ends.
     #[serde(default)]
     pub auto_remove: bool,
+    /// It is suspended after so many milliseconds without use; 0 is never.
+    #[serde(default)]
+    pub idle_suspend_after_ms: u64,
 }
 
 /// What a machine is made of, with every default resolved.
@@ -181,8 +193,15 @@ pub struct Workspace {
 /// How a start went.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BootReport {
-    /// `boot` for a cold start.
+    /// `boot` for a cold start, `template` for one from a template, `wake` from suspension, `fork` for a copy of a running
+    /// machine, `snapshot` for a restored snapshot.
     pub how: String,
+    /// Id of the template, name of the source machine or of the snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// For a fork: how long the source stood still, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_paused_ms: Option<u64>,
     /// Stages in order.
     pub stages: Vec<StageTime>,
 }
@@ -224,6 +243,10 @@ pub struct CreateMachine {
     pub wait: WaitFor,
     /// Bound of the start in milliseconds.
     pub timeout_ms: Option<u64>,
+    /// Boot, though there may be a template.
+    pub cold: bool,
+    /// Suspend it after so many milliseconds without use; 0 is never, absent is what the configuration says.
+    pub idle_suspend_after_ms: Option<u64>,
 }
 
 /// Request to change a machine.
@@ -240,6 +263,8 @@ pub struct PatchMachine {
     pub disk_bytes: Option<u64>,
     /// What was copied in (recorded by the client that did it).
     pub workspace: Option<Workspace>,
+    /// Suspend it after so many milliseconds without use; 0 is never.
+    pub idle_suspend_after_ms: Option<u64>,
 }
 
 /// Request to start or restart a machine.
@@ -250,6 +275,8 @@ pub struct StartMachine {
     pub wait: WaitFor,
     /// Bound in milliseconds.
     pub timeout_ms: Option<u64>,
+    /// Boot: for a machine that is suspended this drops its memory, for one that was never started it passes over its template.
+    pub cold: bool,
 }
 
 /// Request to stop a machine.
@@ -266,6 +293,143 @@ pub struct StopMachine {
 pub struct KillMachine {
     /// Signal name for the engine process, `KILL` when absent.
     pub signal: Option<String>,
+}
+
+/// A machine's disks, and its memory if it was running, at one point in time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Snapshot {
+    /// Name, unique within the machine; a DNS label.
+    pub name: String,
+    /// Name of the machine.
+    pub machine: String,
+    /// When it was taken.
+    pub created_at: Timestamp,
+    /// It holds memory: a restore goes on where the machine was. Without, the machine is stopped after a restore.
+    pub memory: bool,
+    /// Bytes that its memory takes on the host.
+    pub memory_bytes: u64,
+    /// Bytes that its disks take on the host; shared with what came after it.
+    pub disk_bytes: u64,
+    /// How long the machine stood still for it, in milliseconds.
+    pub paused_ms: u64,
+}
+
+/// Request to take a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CreateSnapshot {
+    /// Name.
+    pub name: String,
+    /// Disks only, after the guest has written out what it held back.
+    pub disk_only: bool,
+}
+
+/// Request for running copies of a running machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ForkMachine {
+    /// How many.
+    pub count: u32,
+    /// Name of the copy; for several, `NAME-1` to `NAME-N`. Made up when absent.
+    pub name: Option<String>,
+    /// Bound of each copy's start in milliseconds.
+    pub timeout_ms: Option<u64>,
+}
+
+impl Default for ForkMachine {
+    fn default() -> Self {
+        Self {
+            count: 1,
+            name: None,
+            timeout_ms: None,
+        }
+    }
+}
+
+/// Answer to a request for copies.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ForkAccepted {
+    /// The operation to follow. It fails as a whole: either all copies run or none is left.
+    pub operation: Operation,
+    /// The copies, as they are now.
+    pub machines: Vec<Machine>,
+}
+
+/// Request to make an image of a machine's root disk.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CommitMachine {
+    /// Name of the image.
+    pub image: String,
+    /// Snapshot to take it from; the stopped machine itself when absent.
+    pub snapshot: Option<String>,
+    /// Replace an image of that name.
+    pub force: bool,
+}
+
+/// The saved memory and disks of a freshly started machine, from which new ones start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Template {
+    /// Sixteen hexadecimal digits: what it is made of decides them.
+    pub id: String,
+    /// Name of the image it was made for.
+    pub image: String,
+    /// What its machines are made of.
+    pub spec: MachineSpec,
+    /// Engine version that saved it, and the only one that restores it.
+    pub engine_version: String,
+    /// It is complete; else it is being made.
+    pub ready: bool,
+    /// A machine that is made now would use it. Not so after an update of engine, kernel, agent or image.
+    pub current: bool,
+    /// Bytes that its memory takes on the host.
+    pub memory_bytes: u64,
+    /// Bytes that its disks take on the host.
+    pub disk_bytes: u64,
+    /// Machines that were started from it.
+    pub uses: u64,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// When the last machine was started from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_used_at: Option<Timestamp>,
+}
+
+/// Request to make a template. What is absent is resolved as for a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BuildTemplate {
+    /// Image reference.
+    pub image: Option<String>,
+    /// Kernel reference.
+    pub kernel: Option<String>,
+    /// Virtual CPUs.
+    pub vcpu: Option<u32>,
+    /// Memory in MiB.
+    pub memory_mib: Option<u64>,
+    /// Size of the root disk in bytes.
+    pub disk_bytes: Option<u64>,
+    /// Network kind.
+    pub network: Option<String>,
+    /// Make it anew though there is one.
+    pub force: bool,
+}
+
+/// Request to remove templates.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PruneTemplates {
+    /// All of them; else those that fit nothing any more and those beyond the budget.
+    pub all: bool,
+}
+
+/// What a prune removed.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub struct Pruned {
+    /// Ids.
+    pub removed: Vec<String>,
+    /// Bytes that were freed on the host.
+    pub freed_bytes: u64,
 }
 
 /// Answer to a request that takes a while.

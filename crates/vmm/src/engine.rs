@@ -1,11 +1,11 @@
 //! The engine interface.
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
-use banger_core::plan::{BootPlan, MachinePaths};
+use banger_core::plan::{BootPlan, Disk, DiskRole, MachinePaths, Saved};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
@@ -56,6 +56,59 @@ pub enum Liveness {
     /// Something is there that can't be verified (a process that matches, a socket that does not answer). It is neither used
     /// nor signalled.
     Unclear(String),
+}
+
+/// What is saved of a machine, all at one point in time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SavePlan {
+    /// Where memory and devices go: files that do not exist yet. None saves disks only.
+    pub memory: Option<Saved>,
+    /// The memory file that the engine was started with, if it was: what the guest has not written since is still there. A file
+    /// that is not the one makes the save fail.
+    pub base: Option<PathBuf>,
+    /// Disks that go on in a fresh file, so that what they were is left as it is.
+    pub layers: Vec<FreshLayer>,
+    /// What becomes of the machine.
+    pub then: AfterSave,
+}
+
+/// A disk that goes on in a fresh file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FreshLayer {
+    /// The disk.
+    pub serial: DiskRole,
+    /// The file that takes the writes from now on. It is there and empty, of the disk's size; what was written to until now is
+    /// below it. Its name is never used twice for a machine.
+    pub path: PathBuf,
+}
+
+/// What becomes of a machine that was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterSave {
+    /// Its virtual CPUs are as they were before: they run, or they are paused.
+    AsBefore,
+    /// Its virtual CPUs stay stopped: its engine is going to be ended.
+    Stopped,
+}
+
+/// What came of a save.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SaveReport {
+    /// How long the virtual CPUs stood still for it. With [`AfterSave::Stopped`]: until everything was saved.
+    pub paused: Duration,
+}
+
+/// Whether a machine's virtual CPUs run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VcpuState {
+    /// They run.
+    Running,
+    /// They are stopped, and can go on.
+    Paused,
+    /// The engine has not been told to run them yet, or is not done with loading what was saved.
+    Loading,
+    /// They can't go on: the guest has shut down, or the engine has given up on it.
+    Ended,
 }
 
 /// How an engine ended.
@@ -143,6 +196,9 @@ pub trait Engine: Send + Sync {
 
     /// Starts the engine, detached, and returns once its control socket has answered with the machine's id. On failure
     /// nothing of it is left.
+    ///
+    /// With `plan.resume` the machine is as it was saved, and paused: [`Engine::resume`] lets it go on. Until then nothing has
+    /// been written to its disks.
     fn launch<'a>(&'a self, plan: &'a BootPlan) -> BoxFuture<'a, Result<Handles, EngineError>>;
 
     /// Finds the engine of a machine again. `handles` are those that were kept, if they could be read.
@@ -167,4 +223,20 @@ pub trait Engine: Send + Sync {
 
     /// Lets them run again.
     fn resume<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>>;
+
+    /// Whether they run.
+    fn vcpu_state<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<VcpuState, EngineError>>;
+
+    /// Saves memory, devices and disks of a machine at one point in time, with the virtual CPUs stopped as briefly as possible.
+    ///
+    /// On failure the machine runs on as before with the disks it had, and files that were begun are removed; unless the engine
+    /// itself has gone. An engine whose caller goes away is not left paused either.
+    fn save<'a>(&'a self, handles: &'a Handles, plan: &'a SavePlan) -> BoxFuture<'a, Result<SaveReport, EngineError>>;
+
+    /// The files that take the writes of the machine's disks now, as the engine opened them: for the case that nobody saw
+    /// whether a save came as far as its fresh layers.
+    fn writes_to<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<Vec<PathBuf>, EngineError>>;
+
+    /// Copies the content of a disk that no engine writes to, all layers together, to a new raw and sparse file.
+    fn flatten<'a>(&'a self, disk: &'a Disk, target: &'a Path) -> BoxFuture<'a, Result<(), EngineError>>;
 }
