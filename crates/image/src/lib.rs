@@ -7,7 +7,8 @@
 //! * [`ingest`](mod@ingest): a tar stream into an image,
 //! * [`tar`]: a bounded reader of tar streams and the policy of what may enter an image,
 //! * [`ext4`]: a writer of ext4 file systems, without root and without unpacking anything onto the host,
-//! * [`disk`]: root and work disks of machines,
+//! * [`disk`]: root and work disks of machines, and layers over them,
+//! * [`seal`](mod@seal): whether a file that was put away is still what it was,
 //! * [`process`]: how programs are run,
 //! * [`error`], [`progress`], [`digest`]: what all of them share.
 //!
@@ -24,6 +25,7 @@ pub mod kernel;
 pub mod process;
 pub mod progress;
 pub mod recipe;
+pub mod seal;
 pub mod store;
 pub mod tar;
 
@@ -34,4 +36,5 @@ pub use digest::Digest;
 pub use error::{Error, Result};
 pub use progress::{Progress, Stage, Step, Unit};
 pub use recipe::Recipe;
+pub use seal::{Seal, SealError};
 pub use store::{ImageFiles, ImageInfo, KernelFiles, KernelInfo, Store};

@@ -20,5 +20,8 @@ pub mod qmp;
 pub mod records;
 mod sys;
 
-pub use engine::{Capabilities, Engine, EngineError, EngineExit, Handles, Liveness};
+pub use engine::{
+    AfterSave, Capabilities, Engine, EngineError, EngineExit, FreshLayer, Handles, Liveness, SavePlan, SaveReport,
+    VcpuState,
+};
 pub use records::{ExitRecord, console_tail, exit_record};

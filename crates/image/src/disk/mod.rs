@@ -1,8 +1,10 @@
-//! Disks of machines: the root disk, a copy-on-write layer over an image, and the work disk.
+//! Disks of machines: the root disk, a copy-on-write layer over an image, the work disk, and layers over either.
 //!
 //! Both are ready when they are made: their file systems have the size asked for, and the guest grows nothing at its start. Only when
 //! an existing disk is made larger, the guest's kernel has to grow the file system in it.
 
+pub(crate) mod copy;
+mod layer;
 pub mod qcow2;
 
 use std::collections::BTreeMap;
@@ -14,6 +16,8 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use banger_core::plan::DiskFormat;
+pub use copy::clone_file;
+pub use layer::create_layer;
 
 use crate::error::{Error, IoContext, Result};
 use crate::ext4::tree::Meta;
@@ -123,7 +127,7 @@ fn read_cluster(image: &File, number: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Makes a root disk larger, while no engine uses it.
+/// Makes a root disk, or any layer, larger, while no engine uses it. What it adds reads as zeros.
 pub fn grow_root(target: &Path, size_bytes: u64) -> Result<()> {
     let file = OpenOptions::new()
         .read(true)

@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use banger_core::plan::DiskFormat;
+
 /// Bytes of a cluster.
 pub const CLUSTER: u64 = 1 << CLUSTER_BITS;
 const CLUSTER_BITS: u32 = 16;
@@ -48,6 +50,20 @@ pub struct Pieces {
 
 /// An overlay of `size` bytes over the raw file `backing`, in which `clusters` (by their number) have content of their own.
 pub fn overlay(backing: &[u8], size: u64, clusters: &BTreeMap<u64, Vec<u8>>) -> Result<Pieces, Qcow2Error> {
+    build(backing, DiskFormat::Raw, size, clusters)
+}
+
+/// An empty overlay of `size` bytes over the file `backing`.
+pub fn layer(backing: &[u8], format: DiskFormat, size: u64) -> Result<Pieces, Qcow2Error> {
+    build(backing, format, size, &BTreeMap::new())
+}
+
+fn build(
+    backing: &[u8],
+    format: DiskFormat,
+    size: u64,
+    clusters: &BTreeMap<u64, Vec<u8>>,
+) -> Result<Pieces, Qcow2Error> {
     if backing.is_empty() || backing.len() > MAX_BACKING {
         return Err(Qcow2Error::BackingTooLong);
     }
@@ -86,7 +102,7 @@ pub fn overlay(backing: &[u8], size: u64, clusters: &BTreeMap<u64, Vec<u8>>) -> 
     for cluster in 0..next {
         put(&mut refcounts, cluster * 2, &1u16.to_be_bytes());
     }
-    pieces.push((0, header(backing, size)));
+    pieces.push((0, header(backing, format, size)));
     pieces.push((CLUSTER, (2 * CLUSTER).to_be_bytes().to_vec()));
     pieces.push((2 * CLUSTER, refcounts));
     pieces.push((L1_OFFSET, l1));
@@ -98,8 +114,11 @@ pub fn overlay(backing: &[u8], size: u64, clusters: &BTreeMap<u64, Vec<u8>>) -> 
 }
 
 /// The header with its extension and the backing file's name. Its format is named, so that nobody ever probes it.
-fn header(backing: &[u8], size: u64) -> Vec<u8> {
-    const FORMAT: &[u8] = b"raw";
+fn header(backing: &[u8], format: DiskFormat, size: u64) -> Vec<u8> {
+    let format: &[u8] = match format {
+        DiskFormat::Raw => b"raw",
+        DiskFormat::Qcow2 => b"qcow2",
+    };
     let name_at = HEADER_BYTES as u64 + 8 + 8 + 8;
     let mut out = Vec::with_capacity(HEADER_BYTES + 24 + backing.len());
     let big = |n: u64| low32(n).to_be_bytes();
@@ -120,8 +139,8 @@ fn header(backing: &[u8], size: u64) -> Vec<u8> {
     out.extend(big(4)); // 16-bit refcounts
     out.extend(big(HEADER_BYTES as u64));
     out.extend(big(0xe279_2aca)); // format of the backing file
-    out.extend(big(FORMAT.len() as u64));
-    out.extend(FORMAT);
+    out.extend(big(format.len() as u64));
+    out.extend(format);
     out.resize(out.len().next_multiple_of(8), 0);
     out.extend([0; 8]); // end of extensions
     out.extend(backing);

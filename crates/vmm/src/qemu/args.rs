@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use banger_core::host::Accel;
 use banger_core::id::MachineId;
-use banger_core::plan::{BootPlan, Disk, DiskFormat, NetworkKind};
-use serde_json::json;
+use banger_core::plan::{BootPlan, Disk, NetworkKind};
 
 use super::ENGINE;
+use super::block::{self, Access};
 use crate::engine::EngineError;
 
 /// The processor under emulation. Without the "fast string" bits, kernel and C library copy with vector registers instead of
@@ -26,27 +26,9 @@ const AGENT_PORT: &str = "banger.agent";
 /// Size of the cache for translated code in MiB. The default of 1 GiB would be filled, over days, by every machine.
 const TRANSLATION_CACHE: u32 = 512;
 
-/// What holds the guest's memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Memory {
-    /// Memory of the engine process.
-    Anonymous,
-    /// A file.
-    File {
-        /// The file. It must have exactly the size of the memory.
-        path: PathBuf,
-        /// Whether writes reach the file: yes for what becomes a template, no for a machine that starts from one.
-        share: bool,
-    },
-}
-
 /// What the driver knows beyond the plan.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Setup {
-    /// For each disk of the plan: the raw image below it, if it has one.
-    pub backing: Vec<Option<PathBuf>>,
-    /// What holds the guest's memory.
-    pub memory: Memory,
     /// Start with qboot, which does less than SeaBIOS. Where it is not installed QEMU picks.
     pub qboot: bool,
 }
@@ -92,11 +74,8 @@ pub fn args(plan: &BootPlan, setup: &Setup) -> Result<Vec<String>, EngineError> 
     );
     machine(&mut line, plan, setup)?;
     boot(&mut line, plan)?;
-    if setup.backing.len() != plan.disks.len() {
-        return Err(unsupported("tell which image belongs to which disk"));
-    }
-    for (disk, backing) in plan.disks.iter().zip(&setup.backing) {
-        drive(&mut line, disk, backing.as_deref())?;
+    for disk in &plan.disks {
+        drive(&mut line, disk)?;
     }
     channel(&mut line, plan)?;
     network(&mut line, plan)?;
@@ -107,12 +86,18 @@ pub fn args(plan: &BootPlan, setup: &Setup) -> Result<Vec<String>, EngineError> 
     line.pair("-serial", "chardev:console");
     line.pair("-chardev", control_argument(&socket(plan.paths.control_socket())?)?);
     line.pair("-mon", "chardev=control,mode=control");
+    if plan.resume.is_some() {
+        // The state comes over the control socket, and nothing runs before somebody says so.
+        line.flag("-S");
+        line.pair("-incoming", "defer");
+    }
     Ok(line.0)
 }
 
 fn machine(line: &mut Line, plan: &BootPlan, setup: &Setup) -> Result<(), EngineError> {
     let mut machine =
-        "microvm,memory-backend=memory,auto-kernel-cmdline=off,dump-guest-core=off,mem-merge=off".to_owned();
+        "microvm,memory-backend=memory,auto-kernel-cmdline=off,dump-guest-core=off,mem-merge=off,suppress-vmdesc=on"
+            .to_owned();
     if setup.qboot {
         machine.push_str(",x-option-roms=off");
         line.pair("-bios", "qboot.rom");
@@ -137,17 +122,20 @@ fn machine(line: &mut Line, plan: &BootPlan, setup: &Setup) -> Result<(), Engine
     let size = format!("id=memory,size={}M", plan.memory_mib);
     line.pair(
         "-object",
-        match &setup.memory {
-            Memory::Anonymous => format!("memory-backend-ram,{size},share=off"),
-            Memory::File { path, share } => {
-                let share = if *share { "on" } else { "off" };
-                format!("memory-backend-file,{size},mem-path={},share={share}", escaped(path)?)
-            }
+        match &plan.resume {
+            None => format!("memory-backend-ram,{size},share=off"),
+            // Mapped privately: any number of machines go on from one file, and none changes it.
+            Some(saved) => format!(
+                "memory-backend-file,{size},mem-path={},share=off",
+                escaped(&saved.memory)?
+            ),
         },
     );
     line.pair("-overcommit", "mem-lock=off,cpu-pm=off");
     // Version 1 of virtio, not what was before it.
     line.pair("-global", "virtio-mmio.force-legacy=false");
+    // A state that is saved without its memory has no such section, and is refused where one is expected.
+    line.pair("-global", "migration.send-configuration=off");
     Ok(())
 }
 
@@ -164,38 +152,12 @@ fn boot(line: &mut Line, plan: &BootPlan) -> Result<(), EngineError> {
     Ok(())
 }
 
-/// A disk: file, format above it, image below it.
-fn drive(line: &mut Line, disk: &Disk, backing: Option<&Path>) -> Result<(), EngineError> {
-    let name = disk.serial.serial();
-    let (file, base_file, base) = (
-        format!("{name}-file"),
-        format!("{name}-base-file"),
-        format!("{name}-base"),
-    );
-    // The page cache is used and a guest's flush reaches the disk. Space that the guest gives up goes back to the host.
-    line.node(&json!({
-        "node-name": file, "driver": "file", "filename": text(&disk.path)?, "discard": "unmap",
-    }));
-    match (disk.format, backing) {
-        (DiskFormat::Raw, None) => {
-            line.node(&json!({ "node-name": name, "driver": "raw", "file": file, "discard": "unmap" }));
-        }
-        (DiskFormat::Qcow2, None) => {
-            line.node(&json!({
-                "node-name": name, "driver": "qcow2", "file": file, "backing": null, "discard": "unmap",
-            }));
-        }
-        (DiskFormat::Qcow2, Some(image)) => {
-            line.node(&json!({
-                "node-name": base_file, "driver": "file", "filename": text(image)?, "read-only": true,
-            }));
-            line.node(&json!({ "node-name": base, "driver": "raw", "file": base_file, "read-only": true }));
-            line.node(&json!({
-                "node-name": name, "driver": "qcow2", "file": file, "backing": base, "discard": "unmap",
-            }));
-        }
-        (DiskFormat::Raw, Some(_)) => return Err(unsupported("put a raw disk over an image")),
+/// A disk: what it consists of, and the device.
+fn drive(line: &mut Line, disk: &Disk) -> Result<(), EngineError> {
+    for node in block::nodes(disk, Access::Write)? {
+        line.pair("-blockdev", node.to_string());
     }
+    let name = disk.serial.serial();
     line.pair("-device", format!("virtio-blk-device,drive={name},serial={name}"));
     Ok(())
 }
@@ -239,14 +201,10 @@ impl Line {
         self.flag(flag);
         self.0.push(value.into());
     }
-
-    fn node(&mut self, node: &serde_json::Value) {
-        self.pair("-blockdev", node.to_string());
-    }
 }
 
 /// A path as text. QEMU's options are text, so other paths cannot be told to it.
-fn text(path: &Path) -> Result<String, EngineError> {
+pub(super) fn text(path: &Path) -> Result<String, EngineError> {
     path.to_str()
         .map(str::to_owned)
         .ok_or_else(|| unsupported(&format!("use {}: its name is not UTF-8", path.display())))
@@ -280,7 +238,7 @@ pub(super) fn unsupported(what: &str) -> EngineError {
 mod tests {
     use std::os::unix::ffi::OsStrExt;
 
-    use banger_core::plan::{DiskRole, MachinePaths, NetworkPlan};
+    use banger_core::plan::{DiskFormat, DiskRole, MachinePaths, NetworkPlan, Saved};
 
     use super::*;
 
@@ -298,17 +256,22 @@ mod tests {
                     serial: DiskRole::Root,
                     path: "/s/root.qcow2".into(),
                     format: DiskFormat::Qcow2,
+                    layers: Vec::new(),
+                    base: Some("/i/image,\"1\".ext4".into()),
                 },
                 Disk {
                     serial: DiskRole::Work,
                     path: "/s/work.ext4".into(),
                     format: DiskFormat::Raw,
+                    layers: Vec::new(),
+                    base: None,
                 },
             ],
             network: Some(NetworkPlan {
                 kind: NetworkKind::User,
                 mac: "02:01:23:45:67:89".into(),
             }),
+            resume: None,
             paths: MachinePaths {
                 state: "/s".into(),
                 run: "/r".into(),
@@ -317,11 +280,7 @@ mod tests {
     }
 
     fn setup() -> Setup {
-        Setup {
-            backing: vec![Some("/i/image,\"1\".ext4".into()), None],
-            memory: Memory::Anonymous,
-            qboot: true,
-        }
+        Setup { qboot: true }
     }
 
     /// Values of an option, in order.
@@ -333,23 +292,17 @@ mod tests {
     }
 
     #[test]
-    fn every_disk_node_names_its_driver() {
+    fn every_disk_has_its_nodes_and_its_device() {
         let args = args(&plan(), &setup()).unwrap();
         let nodes: Vec<serde_json::Value> = values(&args, "-blockdev")
             .iter()
             .map(|n| serde_json::from_str(n).unwrap())
             .collect();
-        let of = |name: &str| nodes.iter().find(|n| n["node-name"] == name).unwrap();
-        assert!(nodes.iter().all(|n| n["driver"].is_string()));
-        assert_eq!(of("root")["backing"], "root-base");
-        assert_eq!(of("root-base")["driver"], "raw");
-        assert_eq!(of("root-base-file")["read-only"], true);
-        assert_eq!(of("root-base-file")["filename"], "/i/image,\"1\".ext4");
+        let names: Vec<&str> = nodes.iter().map(|n| n["node-name"].as_str().unwrap()).collect();
         assert_eq!(
-            (&of("work")["driver"], &of("work-file")["filename"]),
-            (&json!("raw"), &json!("/s/work.ext4"))
+            names,
+            ["root-base-file", "root-base", "root-file", "root", "work-file", "work"]
         );
-        assert_eq!(of("work-file")["discard"], "unmap");
         assert_eq!(
             values(&args, "-device")[..2],
             [
@@ -357,18 +310,6 @@ mod tests {
                 "virtio-blk-device,drive=work,serial=work"
             ]
         );
-        let mut alone = setup();
-        alone.backing[0] = None;
-        let line = super::args(&plan(), &alone).unwrap();
-        assert!(
-            values(&line, "-blockdev")
-                .iter()
-                .any(|n| n.contains(r#""backing":null"#))
-        );
-        alone.backing[1] = Some("/i/x".into());
-        assert!(super::args(&plan(), &alone).is_err());
-        alone.backing.pop();
-        assert!(super::args(&plan(), &alone).is_err());
     }
 
     #[test]
@@ -414,18 +355,33 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_anonymous_or_a_file() {
+    fn what_goes_on_maps_its_memory_privately_and_waits() {
         let line = args(&plan(), &setup()).unwrap();
         assert!(values(&line, "-object").contains(&"memory-backend-ram,id=memory,size=512M,share=off"));
-        let mut file = setup();
-        file.memory = Memory::File {
-            path: "/t/a,b".into(),
-            share: false,
-        };
-        let line = args(&plan(), &file).unwrap();
+        assert!(values(&line, "-incoming").is_empty() && !line.iter().any(|a| a == "-S"));
+        let mut resumed = plan();
+        resumed.resume = Some(Saved {
+            memory: "/t/a,b".into(),
+            state: "/t/state".into(),
+        });
+        let again = args(&resumed, &setup()).unwrap();
         assert!(
-            values(&line, "-object").contains(&"memory-backend-file,id=memory,size=512M,mem-path=/t/a,,b,share=off")
+            values(&again, "-object").contains(&"memory-backend-file,id=memory,size=512M,mem-path=/t/a,,b,share=off")
         );
+        assert_eq!(values(&again, "-incoming"), ["defer"]);
+        assert!(again.iter().any(|a| a == "-S"));
+        // Nothing else differs: the devices are those that were saved.
+        let rest = |line: &[String]| -> Vec<String> {
+            line.iter()
+                .filter(|a| !a.starts_with("memory-backend") && !["-S", "-incoming", "defer"].contains(&a.as_str()))
+                .cloned()
+                .collect()
+        };
+        assert_eq!(rest(&line), rest(&again));
+        for line in [line, again] {
+            assert!(values(&line, "-global").contains(&"migration.send-configuration=off"));
+            assert!(values(&line, "-machine")[0].contains("suppress-vmdesc=on"));
+        }
     }
 
     #[test]

@@ -10,15 +10,15 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use banger_core::plan::{BootPlan, DiskFormat};
+use banger_core::plan::BootPlan;
 use banger_proto::shim::{ExitRecord, ShimJob, ShimReport};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{ChildStdout, Command};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::args::{self, Memory, Setup, unsupported};
-use super::{ENGINE, Qemu, find, io_error, qcow2};
+use super::args::{self, Setup, unsupported};
+use super::{ENGINE, Qemu, find, io_error};
 use crate::engine::{EngineError, EngineExit, Handles};
 use crate::host;
 use crate::identity::{Expected, Mismatch, Process};
@@ -86,7 +86,7 @@ async fn start(qemu: &Qemu, plan: &BootPlan) -> Result<Engine, EngineError> {
         .map_err(|why| io_error("tell this boot of the host", io::Error::other(why)))?;
     let control = args::socket(plan.paths.control_socket())?;
     let agent = args::socket(plan.paths.agent_socket())?;
-    let line = args::args(plan, &setup(qemu, plan)?)?;
+    let line = args::args(plan, &Setup { qboot: qemu.qboot })?;
     prepare(plan, &control, &agent).await?;
     let job = ShimJob {
         engine: qemu.binary.clone(),
@@ -161,21 +161,6 @@ async fn sweep(qemu: &Qemu, plan: &BootPlan) {
         end_process(plan, process).await;
     }
     remove_sockets(plan);
-}
-
-/// What the plan does not say.
-fn setup(qemu: &Qemu, plan: &BootPlan) -> Result<Setup, EngineError> {
-    let backing = |disk: &banger_core::plan::Disk| match disk.format {
-        DiskFormat::Raw => Ok(None),
-        DiskFormat::Qcow2 => {
-            qcow2::backing(&disk.path).map_err(|e| io_error(format!("read the disk {}", disk.path.display()), e))
-        }
-    };
-    Ok(Setup {
-        backing: plan.disks.iter().map(backing).collect::<Result<_, _>>()?,
-        memory: Memory::Anonymous,
-        qboot: qemu.qboot,
-    })
 }
 
 /// Makes the run directory, and removes what an earlier engine left: sockets that nobody answers on, the record of its end.

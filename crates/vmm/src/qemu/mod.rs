@@ -6,25 +6,25 @@
 //! * `find`: finding it again and being sure that it is the one.
 
 pub mod args;
+mod block;
 mod detect;
 mod find;
 mod launch;
-mod qcow2;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use banger_core::id::MachineId;
-use banger_core::plan::{BootPlan, MachinePaths};
+use banger_core::plan::{BootPlan, Disk, MachinePaths};
 use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep};
 
 use crate::dial::{dial, peer};
-use crate::engine::{BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness};
+use crate::engine::{BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, VcpuState};
 use crate::host::Roots;
 use crate::identity::Mismatch;
-use crate::qmp::QmpError;
+use crate::qmp::{QmpError, Status};
 
 /// Name of the engine.
 pub const ENGINE: &str = "qemu";
@@ -80,8 +80,7 @@ impl Qemu {
                 engine: ENGINE,
                 version: found.version,
                 pause: true,
-                // It can, but this driver does not ask it to yet.
-                snapshot: false,
+                snapshot: true,
                 user_network: true,
                 qcow2: true,
             },
@@ -182,6 +181,45 @@ impl Engine for Qemu {
 
     fn resume<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>> {
         Box::pin(self.command(handles, "cont"))
+    }
+
+    fn vcpu_state<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<VcpuState, EngineError>> {
+        Box::pin(async move {
+            let mut client = find::command_client(self, handles).await?;
+            match client.status().await {
+                Ok(status) => Ok(vcpu_state(&status)),
+                Err(error) => Err(control_error(self, handles, error)),
+            }
+        })
+    }
+
+    fn save<'a>(
+        &'a self,
+        _handles: &'a Handles,
+        _plan: &'a SavePlan,
+    ) -> BoxFuture<'a, Result<SaveReport, EngineError>> {
+        Box::pin(async { Err(args::unsupported("save a machine")) })
+    }
+
+    fn writes_to<'a>(&'a self, _handles: &'a Handles) -> BoxFuture<'a, Result<Vec<PathBuf>, EngineError>> {
+        Box::pin(async { Err(args::unsupported("say what it writes to")) })
+    }
+
+    fn flatten<'a>(&'a self, _disk: &'a Disk, _target: &'a Path) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(async { Err(args::unsupported("flatten a disk")) })
+    }
+}
+
+/// What QEMU's own states mean for the virtual CPUs.
+fn vcpu_state(status: &Status) -> VcpuState {
+    if status.running {
+        return VcpuState::Running;
+    }
+    match status.status.as_str() {
+        "prelaunch" | "inmigrate" | "restore-vm" | "colo" => VcpuState::Loading,
+        "shutdown" | "internal-error" | "guest-panicked" => VcpuState::Ended,
+        // Stopped by somebody, by a disk that failed, or for being saved: `cont` lets it go on.
+        _ => VcpuState::Paused,
     }
 }
 

@@ -162,6 +162,7 @@ impl Bed {
                 kind: NetworkKind::User,
                 mac: id.mac(),
             }),
+            resume: None,
             paths,
             id,
         };
