@@ -1,12 +1,15 @@
-//! What the agent knows: the machine it is in, its sessions, and how far the image's init has come.
+//! What the agent knows: the machine it is in, its sessions, whether it is frozen, and how far the image's init has come.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use banger_proto::agent::{Init, Personalize};
+use banger_proto::agent::{GuestNetwork, Init, Personalize};
 use banger_proto::error::{ApiError, ErrorCode};
 
-use crate::handover::Handover;
+use rustix::process::Pid;
+
+use crate::freezer::Freezer;
+use crate::handover::{Handover, Known};
 use crate::personalize;
 use crate::session::table::Sessions;
 use crate::system::System;
@@ -17,36 +20,64 @@ pub struct Agent {
     pub sessions: Arc<Sessions>,
     /// State of the image's init.
     pub(crate) system: Arc<System>,
-    /// Machine id, once there is one.
-    machine_id: Mutex<Option<String>>,
-    /// Process 1, when it is ours and waits to be told what to become.
-    handover: tokio::sync::Mutex<Option<Handover>>,
+    /// The guest's control groups.
+    pub(crate) freezer: Freezer,
+    /// Process groups of the SSH servers that run for a connection each.
+    pub(crate) connections: Arc<Mutex<Vec<Pid>>>,
+    /// Who the machine is, once that is known.
+    known: Mutex<Option<Known>>,
+    /// Process 1, when it is ours and waits to be told what to become. Held by whoever changes who the machine is or whether
+    /// it runs.
+    pub(crate) handover: tokio::sync::Mutex<Option<Handover>>,
     /// Personalizing changes the machine; only in a guest.
     in_guest: bool,
 }
 
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The answer of a machine that is frozen.
+pub(crate) fn frozen(so: &str) -> ApiError {
+    ApiError::new(
+        ErrorCode::WrongState,
+        format!("the machine is frozen to be saved: {so}"),
+    )
+}
+
 impl Agent {
-    /// The agent of a guest. `known` is the machine id when an earlier agent has personalized the machine already.
-    pub fn new(handover: Handover, known: Option<String>) -> Arc<Self> {
+    /// The agent of a guest. `known` is there when an earlier agent has personalized the machine already.
+    pub fn new(handover: Handover, known: Option<Known>) -> Arc<Self> {
         let waits = known.is_none();
-        Self::make(
+        let agent = Self::make(
             waits.then_some(handover),
             known,
             true,
             System::new(PathBuf::from(crate::system::NOTIFY_SOCKET)),
-        )
+        );
+        if !waits && agent.freezer.looks_frozen() {
+            agent.sessions.hold();
+        }
+        agent
     }
 
     /// An agent in an ordinary process: it serves sessions, files and connections, and changes nothing of the system.
     pub fn for_tests() -> Arc<Self> {
-        Self::make(None, Some("0000000000000000".to_owned()), false, System::none())
+        let known = Known {
+            machine_id: "0000000000000000".to_owned(),
+            init: false,
+            network: None,
+        };
+        Self::make(None, Some(known), false, System::none())
     }
 
-    fn make(handover: Option<Handover>, machine_id: Option<String>, in_guest: bool, system: System) -> Arc<Self> {
+    fn make(handover: Option<Handover>, known: Option<Known>, in_guest: bool, system: System) -> Arc<Self> {
         Arc::new(Self {
             sessions: Arc::new(Sessions::new(PathBuf::from("/etc"))),
             system: Arc::new(system),
-            machine_id: Mutex::new(machine_id),
+            freezer: Freezer::new(),
+            connections: Arc::default(),
+            known: Mutex::new(known),
             handover: tokio::sync::Mutex::new(handover),
             in_guest,
         })
@@ -54,7 +85,34 @@ impl Agent {
 
     /// Machine id, empty before the machine is personalized.
     pub fn machine_id(&self) -> String {
-        self.known_id().unwrap_or_default()
+        lock(&self.known)
+            .as_ref()
+            .map(|k| k.machine_id.clone())
+            .unwrap_or_default()
+    }
+
+    /// The network that was configured last.
+    pub(crate) fn network(&self) -> Option<GuestNetwork> {
+        lock(&self.known).as_ref()?.network.clone()
+    }
+
+    /// Notes who the machine is from now on.
+    pub(crate) fn set_known(&self, known: Known) {
+        crate::handover::remember(&known);
+        *lock(&self.known) = Some(known);
+    }
+
+    /// Whether nothing runs but the agent.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.sessions.is_held()
+    }
+
+    /// Ends the SSH servers that run for a connection each.
+    pub(crate) fn end_connections(&self) {
+        for group in std::mem::take(&mut *lock(&self.connections)) {
+            // One that has just ended takes no signal.
+            let _ = crate::sys::kill_group(group, 9);
+        }
     }
 
     /// Whether the system around is the agent's to change.
@@ -62,35 +120,65 @@ impl Agent {
         self.in_guest
     }
 
-    fn known_id(&self) -> Option<String> {
-        self.machine_id
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .clone()
-    }
-
     /// Nothing of the image runs before the machine is itself.
     pub(crate) fn require_personalized(&self) -> Result<(), ApiError> {
-        match self.known_id() {
-            Some(_) => Ok(()),
-            None => Err(ApiError::new(
-                ErrorCode::WrongState,
-                "the machine has not been personalized yet",
-            )),
+        if lock(&self.known).is_some() {
+            return Ok(());
         }
+        Err(ApiError::new(
+            ErrorCode::WrongState,
+            "the machine has not been personalized yet",
+        ))
+    }
+
+    /// Nothing is changed in a machine that is being saved.
+    pub(crate) fn require_thawed(&self) -> Result<(), ApiError> {
+        if self.is_frozen() {
+            return Err(frozen("it has to be renewed first"));
+        }
+        Ok(())
+    }
+
+    /// The machine is itself and programs run.
+    pub(crate) fn require_running(&self) -> Result<(), ApiError> {
+        self.require_personalized().and_then(|()| self.require_thawed())
+    }
+
+    /// The system around is the agent's to change.
+    pub(crate) fn require_guest(&self) -> Result<(), ApiError> {
+        if self.in_guest {
+            return Ok(());
+        }
+        Err(ApiError::new(
+            ErrorCode::Unsupported,
+            "this agent does not run in a guest",
+        ))
+    }
+
+    /// Nothing of a template belongs to anybody.
+    pub(crate) fn require_idle(&self) -> Result<(), ApiError> {
+        let why = if self.system.is_starting() {
+            "the image's init has not finished its start-up"
+        } else if !self.sessions.is_idle() {
+            "a session is open"
+        } else if !lock(&self.connections).is_empty() {
+            "an SSH connection is open"
+        } else {
+            return Ok(());
+        };
+        Err(ApiError::new(
+            ErrorCode::WrongState,
+            format!("the machine can't become a template: {why}"),
+        ))
     }
 
     /// Makes the machine itself. The first time, the image's init is started too.
     pub(crate) async fn personalize(&self, wanted: Personalize) -> Result<(), ApiError> {
         personalize::check(&wanted)?;
-        if !self.in_guest {
-            return Err(ApiError::new(
-                ErrorCode::Unsupported,
-                "this agent does not run in a guest",
-            ));
-        }
+        self.require_guest()?;
         // One at a time, and the hand-over only once.
         let mut handover = self.handover.lock().await;
+        self.require_thawed()?;
         let init = match &wanted.init {
             Init::Agent => None,
             Init::Auto => crate::handover::find_init(),
@@ -98,7 +186,12 @@ impl Agent {
         };
         personalize::tell_kernel(&wanted);
         personalize::write_files(std::path::Path::new("/"), &wanted);
-        crate::handover::remember(&wanted.machine_id, init.is_some());
+        let known = Known {
+            machine_id: wanted.machine_id,
+            init: init.is_some(),
+            network: wanted.network,
+        };
+        crate::handover::remember(&known);
         if let Some(handover) = handover.take() {
             self.system.expect(init.as_deref());
             if let Err(e) = handover.become_init(init.as_deref()).await {
@@ -109,10 +202,7 @@ impl Agent {
                 );
             }
         }
-        *self
-            .machine_id
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(wanted.machine_id);
+        *lock(&self.known) = Some(known);
         Ok(())
     }
 }

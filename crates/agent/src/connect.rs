@@ -15,12 +15,13 @@ use futures_util::Stream;
 use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Frame};
 use hyper::{Response, StatusCode};
+use rustix::process::Pid;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_util::io::ReaderStream;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::agent::Agent;
+use crate::agent::{Agent, lock};
 use crate::personalize::HOST_KEY;
 use crate::reply::{self, Body};
 use crate::session;
@@ -81,7 +82,7 @@ where
             "this agent does not run in a guest",
         )),
         Target::Sshd => {
-            let (read, write) = sshd()?.into_split();
+            let (read, write) = sshd(agent)?.into_split();
             Ok(bridge(read, write, body))
         }
     }
@@ -95,7 +96,7 @@ async fn loopback(port: u16) -> io::Result<TcpStream> {
 }
 
 /// Starts an SSH server for one connection. The image's own server need not run, nor be set up.
-fn sshd() -> Result<UnixStream, ApiError> {
+fn sshd(agent: &Agent) -> Result<UnixStream, ApiError> {
     if !Path::new(SSHD).exists() {
         return Err(ApiError::new(
             ErrorCode::NotFound,
@@ -103,10 +104,10 @@ fn sshd() -> Result<UnixStream, ApiError> {
         )
         .hint("`banger vm shell` and `banger vm exec` need none"));
     }
-    start_sshd().map_err(|e| ApiError::new(ErrorCode::Guest, format!("{SSHD} can't be started: {e}")))
+    start_sshd(agent).map_err(|e| ApiError::new(ErrorCode::Guest, format!("{SSHD} can't be started: {e}")))
 }
 
-fn start_sshd() -> io::Result<UnixStream> {
+fn start_sshd(agent: &Agent) -> io::Result<UnixStream> {
     // Where it separates its privileges; its unit would make this.
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -139,7 +140,13 @@ fn start_sshd() -> io::Result<UnixStream> {
         .stdout(OwnedFd::from(theirs))
         .stderr(Stdio::null());
     let mut child = tokio::process::Command::from(command).spawn()?;
-    tokio::spawn(async move { child.wait().await });
+    let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+    let connections = agent.connections.clone();
+    lock(&connections).extend(group);
+    tokio::spawn(async move {
+        let _ = child.wait().await;
+        lock(&connections).retain(|other| Some(*other) != group);
+    });
     UnixStream::from_std(ours)
 }
 

@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use banger_proto::agent::GuestNetwork;
 use banger_proto::error::{ApiError, ErrorCode};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -87,30 +88,31 @@ pub(crate) fn is_systemd(init: &str) -> bool {
     real.file_name().is_some_and(|name| name == "systemd")
 }
 
-/// Kept in `/run` for the case that the agent dies and process 1 starts another.
-#[derive(Serialize, Deserialize)]
-struct State {
-    machine_id: String,
-    init: bool,
+/// What is known of the machine once it is itself. Kept in `/run` for the case that the agent dies and process 1 starts
+/// another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    /// Machine id.
+    pub machine_id: String,
+    /// Whether the image's init was started.
+    pub init: bool,
+    /// Network that was configured.
+    #[serde(default)]
+    pub network: Option<GuestNetwork>,
 }
 
-/// Notes that the machine has been personalized.
-pub(crate) fn remember(machine_id: &str, init: bool) {
-    let state = State {
-        machine_id: machine_id.to_owned(),
-        init,
-    };
-    let text = serde_json::to_vec(&state).unwrap_or_default();
+/// Notes who the machine is.
+pub(crate) fn remember(known: &Known) {
+    let text = serde_json::to_vec(known).unwrap_or_default();
     let written = std::fs::create_dir_all("/run/banger").and_then(|()| std::fs::write(STATE, text));
     if let Err(e) = written {
         crate::console::say(&format!("can't write {STATE}: {e}"));
     }
 }
 
-/// The machine id, when an earlier agent of this boot has personalized the machine.
-pub fn recall() -> Option<String> {
-    let state: State = serde_json::from_slice(&std::fs::read(STATE).ok()?).ok()?;
-    Some(state.machine_id)
+/// Who the machine is, when an earlier agent of this boot has personalized it.
+pub fn recall() -> Option<Known> {
+    serde_json::from_slice(&std::fs::read(STATE).ok()?).ok()
 }
 
 #[cfg(test)]

@@ -9,17 +9,21 @@
 
 pub mod agent;
 pub mod boot;
+mod boot_id;
 pub mod channel;
 mod connect;
 mod console;
 mod files;
+pub mod freezer;
 pub mod handover;
 pub mod personalize;
 pub mod pid1;
 mod power;
+mod renew;
 mod reply;
 pub mod serve;
 pub mod server;
+mod services;
 pub mod session;
 mod sys;
 mod system;

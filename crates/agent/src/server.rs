@@ -92,6 +92,16 @@ async fn dispatch(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Respo
             agent.personalize(wanted).await?;
             Ok(reply::json(&system::health(&agent)))
         }
+        (Method::POST, ["v1", "freeze"]) => {
+            let wanted = body(request).await?;
+            agent.freeze(wanted).await?;
+            Ok(reply::json(&system::health(&agent)))
+        }
+        (Method::POST, ["v1", "renew"]) => {
+            let wanted = body(request).await?;
+            agent.renew(wanted).await?;
+            Ok(reply::json(&system::health(&agent)))
+        }
         (Method::GET, ["v1", "system"]) => {
             agent.require_personalized()?;
             system::settled(&agent).await;
@@ -99,7 +109,7 @@ async fn dispatch(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Respo
         }
         (Method::GET, ["v1", "sessions"]) => Ok(reply::json(&agent.sessions.list())),
         (Method::POST, ["v1", "sessions", id]) => {
-            agent.require_personalized()?;
+            agent.require_running()?;
             if !Sessions::valid_id(id) {
                 let message = format!("`{id}` can't name a session: 1 to 64 letters, digits, `-`, `_`, `.`");
                 return Err(ApiError::new(ErrorCode::BadRequest, message));
@@ -111,10 +121,13 @@ async fn dispatch(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Respo
             ))
         }
         (Method::GET, ["v1", "files"]) => files::get(&query.need("path")?),
-        (Method::PUT, ["v1", "files"]) => files::put(&query.need("path")?, request.into_body()).await,
+        (Method::PUT, ["v1", "files"]) => {
+            agent.require_thawed()?;
+            files::put(&query.need("path")?, request.into_body()).await
+        }
         (Method::GET, ["v1", "stat"]) => Ok(reply::json(&files::stat(&query.need("path")?)?)),
         (Method::POST, ["v1", "connect"]) => {
-            agent.require_personalized()?;
+            agent.require_running()?;
             connect::serve(&agent, &query.need("target")?, request.into_body()).await
         }
         (Method::GET, ["v1", "stats"]) => Ok(reply::json(&system::stats()?)),

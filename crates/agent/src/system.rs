@@ -88,6 +88,21 @@ impl System {
         }
     }
 
+    /// Whether the image's own init was started.
+    pub(crate) fn has_init(&self) -> bool {
+        lock(&self.init).is_some()
+    }
+
+    /// Whether it is systemd.
+    pub(crate) fn is_systemd(&self) -> bool {
+        lock(&self.init).as_deref().is_some_and(handover::is_systemd)
+    }
+
+    /// Whether it has not finished its start-up.
+    pub(crate) fn is_starting(&self) -> bool {
+        *self.state.borrow() == STARTING
+    }
+
     fn word(&self) -> String {
         self.state.borrow().clone()
     }
@@ -136,14 +151,14 @@ pub(crate) fn health(agent: &Agent) -> Health {
     Health {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         machine_id: agent.machine_id(),
-        boot_id: read_to_string("/proc/sys/kernel/random/boot_id")
+        boot_id: read_to_string(crate::boot_id::PATH)
             .unwrap_or_default()
             .trim()
             .to_owned(),
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         uptime_ms: uptime_ms(),
         system: agent.system.word(),
-        frozen: false,
+        frozen: agent.is_frozen(),
     }
 }
 
@@ -198,6 +213,9 @@ pub(crate) fn shut_down(agent: &Agent, wanted: &Shutdown) -> Result<(), ApiError
             ErrorCode::Unsupported,
             "this agent does not run in a guest",
         ));
+    }
+    if wanted.graceful && agent.is_frozen() {
+        return Err(crate::agent::frozen("nothing in it can end by itself"));
     }
     let init = if wanted.graceful {
         lock(&agent.system.init).clone()

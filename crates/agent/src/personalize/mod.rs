@@ -6,7 +6,7 @@
 use std::io;
 use std::path::Path;
 
-use banger_proto::agent::Personalize;
+use banger_proto::agent::{GuestNetwork, Personalize};
 use banger_proto::error::{ApiError, ErrorCode};
 use rustix::time::{ClockId, Timespec};
 
@@ -33,15 +33,16 @@ pub fn check(wanted: &Personalize) -> Result<(), ApiError> {
     if !edit::is_host_name(&wanted.hostname) {
         return refuse(format!("`{}` is not a host name", wanted.hostname));
     }
-    if edit::entropy(&wanted.entropy).is_none() {
-        return refuse("the entropy is not 64 bytes in hexadecimal".to_owned());
-    }
+    check_entropy(&wanted.entropy)?;
     if let Some(network) = &wanted.network
         && net::Addresses::of(network).is_none()
     {
         return refuse(format!(
-            "`{}/{}` via `{}` is not an IPv4 configuration",
-            network.address, network.prefix, network.gateway
+            "`{}/{}` via `{}` (MAC `{}`) is not an IPv4 configuration",
+            network.address,
+            network.prefix,
+            network.gateway,
+            network.mac.as_deref().unwrap_or("unchanged")
         ));
     }
     let known = |u: &&String| edit::is_unit(u) || edit::is_generator(u) || edit::wish(u).is_some();
@@ -49,6 +50,44 @@ pub fn check(wanted: &Personalize) -> Result<(), ApiError> {
         return refuse(format!("`{unit}` is not the name of a unit, a generator or a wish"));
     }
     Ok(())
+}
+
+/// Checks what is to be added to the kernel's pool.
+pub fn check_entropy(hex: &str) -> Result<(), ApiError> {
+    match edit::entropy(hex) {
+        Some(_) => Ok(()),
+        None => Err(ApiError::new(
+            ErrorCode::InvalidSpec,
+            "the entropy is not 64 bytes in hexadecimal",
+        )),
+    }
+}
+
+/// Randomness and time of a machine that goes on after it was saved.
+pub(crate) fn wake(time_ns: u64, entropy: &str) -> Result<(), ApiError> {
+    must("add entropy", add_entropy(entropy))?;
+    must("set the clock", set_clock(time_ns))
+}
+
+/// Makes a copy of a machine the machine that `wanted` says. Unlike at a first start, what makes it another one must not fail:
+/// it would go on as somebody else.
+pub(crate) fn take_on(root: &Path, wanted: &Personalize, network: Option<&GuestNetwork>) -> Result<(), ApiError> {
+    must(
+        "set the host name",
+        rustix::system::sethostname(wanted.hostname.as_bytes()).map_err(io::Error::from),
+    )?;
+    let old = network.and_then(net::Addresses::of);
+    let new = wanted.network.as_ref().and_then(net::Addresses::of);
+    must("configure eth0", net::change("eth0", old.as_ref(), new.as_ref()))?;
+    let root = must("open /", Place::open(root))?;
+    must("write /etc", write_etc(&root, wanted))?;
+    must("write the SSH host key", write_host_key(&root, wanted))?;
+    step("write /root/.ssh/authorized_keys", write_keys(&root, wanted));
+    Ok(())
+}
+
+fn must<T>(what: &str, result: io::Result<T>) -> Result<T, ApiError> {
+    result.map_err(|e| ApiError::new(ErrorCode::Guest, format!("can't {what}: {e}")))
 }
 
 /// What the kernel is told.
@@ -105,7 +144,10 @@ fn write_etc(root: &Place, wanted: &Personalize) -> io::Result<()> {
         etc.write("machine-id", 0o444, &format!("{id}\n"))?;
     }
     if let Some(network) = &wanted.network {
-        etc.write("resolv.conf", 0o644, &edit::resolv_conf(&network.dns))?;
+        let text = edit::resolv_conf(&network.dns);
+        if etc.read("resolv.conf") != text {
+            etc.write("resolv.conf", 0o644, &text)?;
+        }
     }
     Ok(())
 }
@@ -125,7 +167,13 @@ fn write_keys(root: &Place, wanted: &Personalize) -> io::Result<()> {
 }
 
 fn write_host_key(root: &Place, wanted: &Personalize) -> io::Result<()> {
-    let Some(key) = &wanted.ssh_host_key else { return Ok(()) };
+    let Some(key) = &wanted.ssh_host_key else {
+        // Another machine's must not stay.
+        return match root.below("run/banger") {
+            Ok(run) => run.remove(HOST_KEY),
+            Err(_) => Ok(()),
+        };
+    };
     let run = root.make("run/banger", 0o700)?;
     run.write(HOST_KEY, 0o600, &format!("{}\n", key.trim_end()))?;
     // An sshd that the user starts finds the same key, unless there is one already. The disk itself holds none, so a copy of it

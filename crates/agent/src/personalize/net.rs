@@ -5,10 +5,12 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use banger_proto::agent::GuestNetwork;
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
@@ -17,6 +19,7 @@ const NLM_F_CREATE: u16 = 0x400;
 const NLMSG_ERROR: u16 = 2;
 const AF_INET: u8 = 2;
 const IFF_UP: u32 = 1;
+const IFLA_ADDRESS: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const RTA_OIF: u16 = 4;
@@ -28,16 +31,22 @@ pub struct Addresses {
     address: Ipv4Addr,
     prefix: u8,
     gateway: Ipv4Addr,
+    mac: Option<[u8; 6]>,
 }
 
 impl Addresses {
     /// Reads them; `None` when they are none.
     pub fn of(network: &GuestNetwork) -> Option<Self> {
         let (address, gateway) = (network.address.parse().ok()?, network.gateway.parse().ok()?);
+        let mac = match &network.mac {
+            Some(text) => Some(mac(text)?),
+            None => None,
+        };
         (network.prefix <= 32).then_some(Self {
             address,
             prefix: network.prefix,
             gateway,
+            mac,
         })
     }
 }
@@ -48,16 +57,65 @@ pub fn loopback_up() -> io::Result<()> {
     Link::open()?.ask(&up(1))
 }
 
-/// Brings the interface `name` up with a static address and a default route.
-pub fn configure(name: &str, addresses: &Addresses) -> io::Result<()> {
-    let index: u32 = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))?
+/// The six bytes of a MAC address of one interface: not all zero, not of a group.
+fn mac(text: &str) -> Option<[u8; 6]> {
+    let mut out = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut out {
+        let part = parts
+            .next()
+            .filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    (parts.next().is_none() && out != [0; 6] && out[0] & 1 == 0).then_some(out)
+}
+
+fn index(name: &str) -> io::Result<u32> {
+    std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))?
         .trim()
         .parse()
-        .map_err(io::Error::other)?;
+        .map_err(io::Error::other)
+}
+
+/// Brings the interface `name` up with a static address and a default route.
+pub fn configure(name: &str, addresses: &Addresses) -> io::Result<()> {
+    let index = index(name)?;
     let mut link = Link::open()?;
-    link.ask(&address(index, addresses))?;
+    if let Some(mac) = addresses.mac {
+        link.ask(&hardware_address(index, mac))?;
+    }
+    link.ask(&address(RTM_NEWADDR, index, addresses))?;
     link.ask(&up(index))?;
     link.ask(&default_route(index, addresses))
+}
+
+/// Turns the configuration `old` of the interface `name` into `new`. A MAC address is changed under way, so that addresses and
+/// routes stay.
+pub fn change(name: &str, old: Option<&Addresses>, new: Option<&Addresses>) -> io::Result<()> {
+    if old.is_none() && new.is_none() {
+        return Ok(());
+    }
+    let index = index(name)?;
+    let mut link = Link::open()?;
+    if let Some(mac) = new.and_then(|new| new.mac) {
+        link.ask(&hardware_address(index, mac))?;
+    }
+    let place = |a: &Addresses| (a.address, a.prefix);
+    let moves = old.map(place) != new.map(place);
+    if let Some(old) = old.filter(|_| moves) {
+        // Its routes go with it. One that the user has removed is not missed.
+        match link.ask(&address(RTM_DELADDR, index, old)) {
+            Err(e) if e.raw_os_error() == Some(Errno::ADDRNOTAVAIL.raw_os_error()) => {}
+            other => other?,
+        }
+    }
+    let Some(new) = new else { return Ok(()) };
+    if moves || old.map(|old| old.gateway) != Some(new.gateway) {
+        link.ask(&address(RTM_NEWADDR, index, new))?;
+        link.ask(&up(index))?;
+        link.ask(&default_route(index, new))?;
+    }
+    Ok(())
 }
 
 struct Link {
@@ -106,10 +164,19 @@ fn message(kind: u16, flags: u16, payload: &[u8]) -> Vec<u8> {
     out
 }
 
-fn attribute(out: &mut Vec<u8>, kind: u16, value: [u8; 4]) {
-    out.extend(8u16.to_ne_bytes());
+fn attribute<const N: usize>(out: &mut Vec<u8>, kind: u16, value: [u8; N]) {
+    out.extend(u16::try_from(4 + N).unwrap_or(u16::MAX).to_ne_bytes());
     out.extend(kind.to_ne_bytes());
     out.extend(value);
+    out.resize(out.len().next_multiple_of(4), 0);
+}
+
+fn hardware_address(index: u32, mac: [u8; 6]) -> Vec<u8> {
+    let mut payload = vec![0; 4];
+    payload.extend(index.to_ne_bytes());
+    payload.extend([0; 8]);
+    attribute(&mut payload, IFLA_ADDRESS, mac);
+    message(RTM_NEWLINK, 0, &payload)
 }
 
 fn up(index: u32) -> Vec<u8> {
@@ -121,13 +188,18 @@ fn up(index: u32) -> Vec<u8> {
     message(RTM_NEWLINK, 0, &payload)
 }
 
-fn address(index: u32, addresses: &Addresses) -> Vec<u8> {
+fn address(kind: u16, index: u32, addresses: &Addresses) -> Vec<u8> {
     // struct ifaddrmsg: family, prefix length, flags, scope, index.
     let mut payload = vec![AF_INET, addresses.prefix, 0, 0];
     payload.extend(index.to_ne_bytes());
     attribute(&mut payload, IFA_LOCAL, addresses.address.octets());
     attribute(&mut payload, IFA_ADDRESS, addresses.address.octets());
-    message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &payload)
+    let flags = if kind == RTM_NEWADDR {
+        NLM_F_CREATE | NLM_F_REPLACE
+    } else {
+        0
+    };
+    message(kind, flags, &payload)
 }
 
 fn default_route(index: u32, addresses: &Addresses) -> Vec<u8> {
@@ -153,7 +225,13 @@ mod tests {
             mac: None,
         };
         let addresses = Addresses::of(&network).unwrap();
-        for message in [up(1), address(2, &addresses), default_route(2, &addresses)] {
+        for message in [
+            up(1),
+            address(RTM_NEWADDR, 2, &addresses),
+            address(RTM_DELADDR, 2, &addresses),
+            default_route(2, &addresses),
+            hardware_address(2, [2; 6]),
+        ] {
             assert_eq!(
                 u32::from_ne_bytes(message[..4].try_into().unwrap()) as usize,
                 message.len()
@@ -174,6 +252,36 @@ mod tests {
             }),
             None
         );
+    }
+
+    #[test]
+    fn mac_addresses() {
+        assert_eq!(mac("02:00:fe:DC:00:01"), Some([2, 0, 0xfe, 0xdc, 0, 1]));
+        for bad in [
+            "",
+            "02:00:fe:dc:00",
+            "02:00:fe:dc:00:01:02",
+            "2:0:0:0:0:1",
+            "00:00:00:00:00:00",
+            "03:00:00:00:00:01",
+        ] {
+            assert_eq!(mac(bad), None, "{bad}");
+        }
+        assert_eq!(mac("+2:00:00:00:00:01"), None);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn every_mac_address_is_read_back(bytes in proptest::array::uniform6(0u8..)) {
+            let text = bytes.map(|b| format!("{b:02x}")).join(":");
+            let good = bytes[0] & 1 == 0 && bytes != [0; 6];
+            proptest::prop_assert_eq!(mac(&text), good.then_some(bytes));
+        }
+
+        #[test]
+        fn any_text_is_no_harm(text in "\\PC{0,20}") {
+            let _ = mac(&text);
+        }
     }
 
     #[test]

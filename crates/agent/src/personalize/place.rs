@@ -73,6 +73,36 @@ impl Place {
         Ok(rustix::fs::renameat(&self.0, &new, &self.0, name)?)
     }
 
+    /// Removes directory `name` with the plain files in it. A directory in it is none of ours, and stays with it.
+    pub fn remove_flat(&self, name: &str) -> io::Result<()> {
+        let inner = match self.below(name) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        };
+        let listed = rustix::fs::openat(
+            &inner.0,
+            ".",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        let names: Vec<_> = rustix::fs::Dir::new(listed)?
+            .filter_map(|entry| Some(entry.ok()?.file_name().to_owned()))
+            .filter(|name| ![c".", c".."].contains(&name.as_c_str()))
+            .collect();
+        for name in names {
+            rustix::fs::unlinkat(&inner.0, &name, AtFlags::empty())?;
+        }
+        Ok(rustix::fs::unlinkat(&self.0, name, AtFlags::REMOVEDIR)?)
+    }
+
+    /// Removes file `name` if it is there.
+    pub fn remove(&self, name: &str) -> io::Result<()> {
+        match rustix::fs::unlinkat(&self.0, name, AtFlags::empty()) {
+            Err(Errno::NOENT) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
     /// Puts a link there.
     pub fn link(&self, name: &str, target: &str) -> io::Result<()> {
         match rustix::fs::symlinkat(target, &self.0, name) {
@@ -103,6 +133,22 @@ impl Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn flat_directories_are_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::open(dir.path()).unwrap();
+        std::fs::create_dir(dir.path().join("flat")).unwrap();
+        std::fs::write(dir.path().join("flat/a"), "").unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("flat/b")).unwrap();
+        place.remove_flat("flat").unwrap();
+        place.remove_flat("flat").unwrap();
+        assert!(!dir.path().join("flat").exists());
+        std::fs::create_dir_all(dir.path().join("deep/er")).unwrap();
+        assert!(place.remove_flat("deep").is_err());
+        std::os::unix::fs::symlink("deep", dir.path().join("link")).unwrap();
+        assert!(place.remove_flat("link").is_err() && place.remove("none").is_ok());
+    }
 
     #[test]
     fn links_are_replaced_not_followed() {

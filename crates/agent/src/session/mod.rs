@@ -85,6 +85,8 @@ struct Inner {
     generation: u64,
     waker: Option<Waker>,
     started: bool,
+    /// It is to run as soon as the guest is no longer frozen.
+    waits: bool,
     /// The program's process group, while its leader has not been waited for.
     group: Option<Pid>,
     pty: Option<Arc<AsyncFd<OwnedFd>>>,
@@ -113,6 +115,7 @@ impl Session {
             generation: 0,
             waker: None,
             started: false,
+            waits: false,
             group: None,
             pty: None,
             size: open.size,

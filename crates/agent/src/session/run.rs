@@ -42,6 +42,10 @@ impl Session {
             if inner.started {
                 return;
             }
+            inner.waits = sessions.is_held();
+            if inner.waits {
+                return;
+            }
             inner.started = true;
         }
         let mut open = self.open.clone();

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use banger_proto::api;
@@ -19,10 +20,14 @@ const MAX_FINISHED_BYTES: usize = 16 * 1024 * 1024;
 /// Sessions that run at the same time.
 const MAX_RUNNING: usize = 4096;
 
+const KILL: i32 = 9;
+
 /// The sessions.
 pub struct Sessions {
     etc: PathBuf,
     known: Mutex<Known>,
+    /// The guest is frozen: nothing is started.
+    held: AtomicBool,
 }
 
 #[derive(Default)]
@@ -37,6 +42,51 @@ impl Sessions {
         Self {
             etc,
             known: Mutex::default(),
+            held: AtomicBool::new(false),
+        }
+    }
+
+    /// Starts nothing from now on.
+    pub(crate) fn hold(&self) {
+        self.held.store(true, Ordering::Relaxed);
+    }
+
+    /// Starts what has been waiting, and whatever else is wanted.
+    pub(crate) fn release(self: &Arc<Self>) {
+        self.held.store(false, Ordering::Relaxed);
+        let waiting: Vec<_> = lock(&self.known)
+            .by_id
+            .values()
+            .filter(|s| std::mem::take(&mut lock(&s.inner).waits))
+            .cloned()
+            .collect();
+        for session in waiting {
+            session.go(self);
+        }
+    }
+
+    /// Whether nothing is started.
+    pub(crate) fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// Whether no session runs or is about to.
+    pub(crate) fn is_idle(&self) -> bool {
+        lock(&self.known)
+            .by_id
+            .values()
+            .all(|s| lock(&s.inner).outcome.is_some())
+    }
+
+    /// Ends the programs of all sessions, each with its process group, and forgets all of it. What has left its session's
+    /// group, a daemon for example, belongs to the machine and goes on.
+    pub(crate) fn forget_all(&self) {
+        let known = std::mem::take(&mut *lock(&self.known));
+        for session in known.by_id.values() {
+            if let Some(group) = lock(&session.inner).group {
+                // One that ends by itself meanwhile takes no signal.
+                let _ = crate::sys::kill_group(group, KILL);
+            }
         }
     }
 
@@ -95,6 +145,13 @@ impl Sessions {
     /// Keeps a finished session, and lets go of the oldest ones beyond the bounds.
     pub(super) fn finished(&self, session: &Session) {
         let mut known = lock(&self.known);
+        let is_known = known
+            .by_id
+            .get(&session.id)
+            .is_some_and(|s| std::ptr::eq(&raw const **s, session));
+        if !is_known {
+            return;
+        }
         known.finished.push_back(session.id.clone());
         let mut bytes: usize = known
             .finished
