@@ -15,10 +15,12 @@
 
 pub mod agent;
 pub mod api;
+pub mod commit;
 pub mod db;
 pub mod doctor;
 pub mod error;
 pub mod failpoint;
+pub mod idle;
 pub mod log;
 pub mod machine;
 pub mod memory;
@@ -32,5 +34,6 @@ pub mod services;
 pub mod ssh;
 pub mod stats;
 pub mod stock;
+pub mod templates;
 pub mod time;
 pub mod version;

@@ -134,6 +134,16 @@ impl Paths {
         self.state.join("machines")
     }
 
+    /// Templates.
+    pub fn templates(&self) -> PathBuf {
+        self.state.join("templates")
+    }
+
+    /// Machines that are saved for the copies that are being made of them.
+    pub fn forks(&self) -> PathBuf {
+        self.state.join("forks")
+    }
+
     /// Directory of all machines' sockets.
     pub fn machines_run(&self) -> PathBuf {
         self.runtime.join("m")

@@ -6,15 +6,16 @@ use std::time::Duration;
 use banger_core::id::MachineId;
 use banger_core::name::{self, MachineName};
 use banger_core::spec;
-use banger_proto::api::{CreateMachine, MachineSpec, MachineState};
+use banger_core::state;
+use banger_proto::api::{CreateMachine, ForkMachine, MachineSpec, MachineState, WaitFor, Workspace};
 use banger_proto::error::{ApiError, ErrorCode};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::db::{DbError, MachineRow};
 use crate::error::IntoApi;
 use crate::machine::task::{Current, Manner};
-use crate::machine::{Machine, adopt, create, start, task};
+use crate::machine::{Machine, adopt, create, fork, start, task};
 use crate::ops::Op;
 use crate::services::Services;
 use crate::time;
@@ -30,7 +31,30 @@ pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<
         .map(MachineName::parse)
         .transpose()
         .map_err(IntoApi::into_api)?;
-    let resolved = spec::resolve(&request, &services.config, services.shape().await).map_err(IntoApi::into_api)?;
+    let spec = resolve(services, &request).await?;
+    let idle = services.config.idle_suspend_after.0.as_millis().try_into().unwrap_or(0);
+    let draft = Draft {
+        spec,
+        workspace: None,
+        auto_remove: request.auto_remove,
+        idle_suspend_after_ms: request.idle_suspend_after_ms.unwrap_or(idle),
+    };
+    let row = insert(services, name, draft).await?;
+    let creation = create::Creation {
+        start: request.start.unwrap_or(true),
+        wanted: start::Wanted {
+            wait: request.wait,
+            cold: request.cold,
+        },
+        timeout: request.timeout_ms.map_or(start::TIMEOUT, Duration::from_millis),
+        copy: None,
+    };
+    Ok(begin(services, row, creation))
+}
+
+/// The spec of a request, every default resolved and everything checked. What is to be built or fetched has no digest yet.
+pub async fn resolve(services: &Services, request: &CreateMachine) -> Result<MachineSpec, ApiError> {
+    let resolved = spec::resolve(request, &services.config, services.shape().await).map_err(IntoApi::into_api)?;
     let image_size = services.stock.check_image(&resolved.image).await?;
     services.stock.check_kernel(&resolved.kernel).await?;
     if let Some(size) = image_size
@@ -43,7 +67,7 @@ pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<
         .into_api());
     }
     let engine = services.engine().await?;
-    let spec = MachineSpec {
+    Ok(MachineSpec {
         image: resolved.image,
         image_digest: String::new(),
         kernel: resolved.kernel,
@@ -54,14 +78,12 @@ pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<
         memory_mib: resolved.memory_mib,
         disk_bytes: resolved.disk_bytes,
         network: resolved.network,
-    };
-    let row = insert(services, name, spec, request.auto_remove).await?;
+    })
+}
+
+/// Begins the creation of a machine whose row is written.
+fn begin(services: &Arc<Services>, row: MachineRow, creation: create::Creation) -> (Op, Arc<Machine>) {
     let op = services.ops.begin("machine.create", &row.name);
-    let creation = create::Creation {
-        start: request.start.unwrap_or(true),
-        wait: request.wait,
-        timeout: request.timeout_ms.map_or(start::TIMEOUT, Duration::from_millis),
-    };
     let (asks, queue) = mpsc::channel(task::QUEUE);
     let m = Machine::new(services.clone(), row, asks);
     services.remember(m.clone());
@@ -69,16 +91,141 @@ pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<
         Box::pin(create::run(m.clone(), op.clone(), creation, superseded))
     });
     tokio::spawn(task::run(m.clone(), queue, Some(first)));
-    Ok((op, m))
+    (op, m)
+}
+
+/// Makes running copies of a running machine: everything is checked, the rows are written, and the work is begun.
+pub async fn fork(
+    services: &Arc<Services>,
+    source: &Arc<Machine>,
+    request: ForkMachine,
+) -> Result<(Op, Vec<Arc<Machine>>), ApiError> {
+    if !(1..=fork::MOST).contains(&request.count) {
+        let message = format!("{} copies are not possible; 1 to {} are", request.count, fork::MOST);
+        return Err(ApiError::new(ErrorCode::InvalidSpec, message));
+    }
+    task::check_change(source, state::Request::Fork)?;
+    let names = copies(request.name.as_deref(), request.count).map_err(IntoApi::into_api)?;
+    let (tell, saved) = watch::channel(None);
+    let row = source.row();
+    let creation = create::Creation {
+        start: true,
+        wanted: start::Wanted {
+            wait: WaitFor::Agent,
+            cold: false,
+        },
+        timeout: request.timeout_ms.map_or(start::TIMEOUT, Duration::from_millis),
+        copy: Some(create::CopyOf {
+            source: row.name.clone(),
+            saved,
+        }),
+    };
+    let place = Arc::new(fork::Place::new(services)?);
+    let mut rows = Vec::new();
+    for name in names {
+        let draft = Draft {
+            spec: row.spec.clone(),
+            workspace: row.workspace.clone(),
+            auto_remove: false,
+            idle_suspend_after_ms: row.idle_suspend_after_ms,
+        };
+        match insert(services, name, draft).await {
+            Ok(row) => rows.push(row),
+            Err(e) => {
+                for row in rows {
+                    let _ = services.db.delete_machine(row.id).await;
+                }
+                return Err(e);
+            }
+        }
+    }
+    let op = services.ops.begin("machine.fork", &row.name);
+    let begun: Vec<_> = rows
+        .into_iter()
+        .map(|row| begin(services, row, creation.clone()))
+        .collect();
+    let copies: Vec<Arc<Machine>> = begun.iter().map(|(_, m)| m.clone()).collect();
+    let job = task::ForkJob {
+        place: place.clone(),
+        tell: Arc::new(tell),
+    };
+    let (own, running, source) = (services.clone(), op.clone(), source.clone());
+    tokio::spawn(async move {
+        let work = async {
+            running.stage("save");
+            let begun: Vec<Op> = begun.into_iter().map(|(op, _)| op).collect();
+            follow(&source, &running, job, &begun).await
+        };
+        let done = own.ops.run(&running, work).await;
+        drop(place);
+        drop(done);
+    });
+    Ok((op, copies))
+}
+
+/// Waits for the source and for every copy. All of them, or none is left.
+async fn follow(source: &Arc<Machine>, op: &Op, job: task::ForkJob, copies: &[Op]) -> Result<(), ApiError> {
+    let tell = job.tell.clone();
+    let saved = task::ask(source, task::Request::Fork(job)).await;
+    if let Err(e) = saved {
+        tell.send_replace(Some(Err(e)));
+    }
+    op.stage("start");
+    let mut failed = None;
+    for copy in copies {
+        let mut state = copy.subscribe();
+        let ended = async { state.wait_for(|o| o.ended_at.is_some()).await.map(|o| o.error.clone()) };
+        tokio::select! {
+            biased;
+            () = op.canceled().cancelled() => {
+                failed = Some(crate::ops::canceled());
+                break;
+            }
+            ended = ended => if let Ok(Some(e)) = ended {
+                failed = Some(e);
+                break;
+            },
+        }
+    }
+    let Some(e) = failed else { return Ok(()) };
+    op.stage("undo");
+    for copy in copies {
+        copy.cancel();
+    }
+    let machines = source.services.machines();
+    for copy in copies {
+        let name = copy.snapshot().target;
+        if let Some(m) = machines.iter().find(|m| m.name() == name)
+            && let Ok(removal) = task::ask(m, task::Request::Delete).await
+        {
+            let mut state = removal.subscribe();
+            let _ = state.wait_for(|o| o.ended_at.is_some()).await;
+        }
+    }
+    Err(e)
+}
+
+/// Names of copies: made up, or `NAME`, or `NAME-1` to `NAME-N`.
+fn copies(name: Option<&str>, count: u32) -> Result<Vec<Option<MachineName>>, name::NameError> {
+    (1..=count)
+        .map(|n| match name {
+            None => Ok(None),
+            Some(name) if count == 1 => MachineName::parse(name).map(Some),
+            Some(name) => MachineName::parse(&format!("{name}-{n}")).map(Some),
+        })
+        .collect()
+}
+
+/// What a new row says beyond its name.
+struct Draft {
+    spec: MachineSpec,
+    workspace: Option<Workspace>,
+    auto_remove: bool,
+    idle_suspend_after_ms: u64,
 }
 
 /// Writes the row. A made-up name that was taken in the meantime is made up again.
-async fn insert(
-    services: &Services,
-    name: Option<MachineName>,
-    spec: MachineSpec,
-    auto_remove: bool,
-) -> Result<MachineRow, ApiError> {
+async fn insert(services: &Services, name: Option<MachineName>, draft: Draft) -> Result<MachineRow, ApiError> {
     for _ in 0..TRIES {
         let invented = match &name {
             Some(name) => name.as_str().to_owned(),
@@ -96,12 +243,13 @@ async fn insert(
             name: invented,
             state: MachineState::Creating,
             cause: None,
-            spec: spec.clone(),
+            spec: draft.spec.clone(),
             created_at: time::now(),
             started_at: None,
-            workspace: None,
+            workspace: draft.workspace.clone(),
             boot: None,
-            auto_remove,
+            auto_remove: draft.auto_remove,
+            idle_suspend_after_ms: draft.idle_suspend_after_ms,
         };
         match services.db.insert_machine(row.clone()).await {
             Ok(()) => return Ok(row),

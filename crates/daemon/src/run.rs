@@ -252,9 +252,12 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     // A row that can't be read is told to whoever starts the daemon.
     let known = provision::load(&services).await?;
     tokio::spawn(signals(services.clone()));
+    tokio::spawn(crate::idle::watch(services.clone()));
     let reconciling = services.clone();
     tokio::spawn(async move {
         reconciling.host().await;
+        crate::machine::fork::sweep(&reconciling);
+        reconciling.templates.sweep(&reconciling).await;
         provision::reconcile(&reconciling, known).await;
         tracing::info!(machines = reconciling.machines().len(), "reconciled");
         reconciling.ready.send_replace(true);

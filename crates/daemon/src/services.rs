@@ -21,6 +21,7 @@ use crate::ops::Ops;
 use crate::paths::Paths;
 use crate::ssh::Ssh;
 use crate::stock::Stock;
+use crate::templates::Templates;
 
 /// How long a request that only reads waits for the machines to be reconciled.
 const SETTLE: std::time::Duration = std::time::Duration::from_secs(2);
@@ -37,6 +38,8 @@ pub struct Services {
     pub ops: Arc<Ops>,
     /// Images and kernels.
     pub stock: Stock,
+    /// Templates.
+    pub templates: Templates,
     /// Keys and known hosts.
     pub ssh: Ssh,
     /// Directory of `banger-shim` and `banger-agent`.
@@ -64,12 +67,14 @@ impl Services {
     /// Puts them together.
     pub fn new(paths: Paths, config: Config, db: Db, ops: Arc<Ops>, stock: Stock, libexec: PathBuf) -> Self {
         let ssh = Ssh::new(paths.ssh());
+        let templates = Templates::new(paths.templates(), ops.clone());
         Self {
             paths,
             config,
             db,
             ops,
             stock,
+            templates,
             ssh,
             libexec,
             started_at: crate::time::now(),

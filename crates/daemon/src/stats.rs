@@ -33,6 +33,12 @@ fn cpu_ms(stat: &str, ticks_per_second: u64) -> Option<u64> {
     Some((user + system) * 1000 / ticks_per_second.max(1))
 }
 
+/// CPU time of a process in milliseconds.
+pub fn cpu_of(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    cpu_ms(&stat, USER_HZ)
+}
+
 /// Bytes that a file really takes on the host.
 pub fn allocated(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
@@ -44,8 +50,7 @@ pub async fn read(m: &Machine) -> Result<MachineStats, ApiError> {
     let gone = || ApiError::new(ErrorCode::WrongState, format!("machine `{}` is not running", m.name()));
     let live = m.live().ok_or_else(gone)?;
     let pid = live.handles.pid;
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|_| gone())?;
-    let cpu = cpu_ms(&stat, USER_HZ).ok_or_else(gone)?;
+    let cpu = cpu_of(pid).ok_or_else(gone)?;
     let now = Instant::now();
     let percent = {
         let mut last = m.last_cpu.lock().unwrap_or_else(PoisonError::into_inner);

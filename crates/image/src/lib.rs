@@ -37,4 +37,4 @@ pub use error::{Error, Result};
 pub use progress::{Progress, Stage, Step, Unit};
 pub use recipe::Recipe;
 pub use seal::{Seal, SealError};
-pub use store::{ImageFiles, ImageInfo, KernelFiles, KernelInfo, Store};
+pub use store::{Draft, ImageFiles, ImageInfo, KernelFiles, KernelInfo, Store};

@@ -138,7 +138,7 @@ pub fn check(path: &Path, seal: &Seal, boot_id: &str) -> Result<(), SealError> {
     }
 }
 
-fn digest(file: &File) -> io::Result<Digest> {
+pub(crate) fn digest(file: &File) -> io::Result<Digest> {
     let mut hasher = Hasher::new();
     let mut buffer = vec![0; BLOCK_USIZE];
     // The next block that has not been looked at: one block may hold several stretches of data.

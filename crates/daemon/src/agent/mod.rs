@@ -4,6 +4,7 @@
 //! * [`link`]: one HTTP/2 connection per machine, made on demand and made again when it breaks,
 //! * [`calls`]: requests with JSON answers,
 //! * [`relay`]: sessions and raw connections between a WebSocket and the agent,
+//! * [`warm`]: a first command in a guest that becomes a template,
 //! * [`sanitize`]: makes guest text fit to be stored and shown.
 
 pub mod calls;
@@ -11,6 +12,7 @@ pub mod handshake;
 pub mod link;
 pub mod relay;
 pub mod sanitize;
+pub mod warm;
 
 #[cfg(test)]
 pub(crate) mod fake;

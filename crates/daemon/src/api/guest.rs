@@ -10,7 +10,7 @@ use axum::extract::{Path, Request, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use banger_proto::agent::Stat;
-use banger_proto::api::{FilesWritten, Session};
+use banger_proto::api::{FilesWritten, MachineState, Session, StartMachine};
 use banger_proto::error::{ApiError, ErrorBody, ErrorCode};
 use banger_proto::frame::MAX_PAYLOAD;
 use futures_util::StreamExt;
@@ -25,6 +25,7 @@ use super::extract::Params;
 use crate::agent::calls::{RECONNECT, empty, query_value, refusal, request};
 use crate::agent::{Link, LinkError, relay};
 use crate::error::{Failure, IntoApi};
+use crate::idle::{self, Use};
 use crate::machine::{Machine, task};
 
 type Answer<T> = Result<T, Failure>;
@@ -36,10 +37,15 @@ const READ_AHEAD: usize = 64 * 1024;
 /// Bytes that wait for a client that does not read.
 const WRITE_BEHIND: usize = 1024 * 1024;
 
-/// The link of a machine that runs.
-async fn link(app: &App, reference: &str) -> Result<(Arc<Machine>, Arc<Link>), ApiError> {
+/// The link of a machine that runs, and the machine's use for as long as it is held. A machine that is suspended is woken.
+async fn link(app: &App, reference: &str) -> Result<(Use, Arc<Link>), ApiError> {
     app.reconciled().await?;
     let m = app.find(reference)?;
+    // Before its state is looked at: whoever suspends what is idle sees the use, or is seen.
+    let used = idle::begin(&m);
+    if matches!(m.state(), MachineState::Suspended | MachineState::Suspending) {
+        wake(&m).await?;
+    }
     task::check_agent(&m)?;
     let Some(live) = m.live() else {
         let why = m.row().cause.unwrap_or_else(|| "its engine is not up yet".to_owned());
@@ -48,7 +54,18 @@ async fn link(app: &App, reference: &str) -> Result<(Arc<Machine>, Arc<Link>), A
             format!("machine `{}` cannot be talked to: {why}", m.name()),
         ));
     };
-    Ok((m, live.link))
+    Ok((used, live.link))
+}
+
+/// Wakes a machine. Whoever comes second waits for the same.
+async fn wake(m: &Arc<Machine>) -> Result<(), ApiError> {
+    let op = task::ask(m, task::Request::Start(StartMachine::default())).await?;
+    let mut state = op.subscribe();
+    let ended = state.wait_for(|o| o.ended_at.is_some()).await;
+    match ended.map(|o| o.error.clone()) {
+        Ok(Some(e)) => Err(e),
+        _ => Ok(()),
+    }
 }
 
 /// Sessions.
@@ -62,7 +79,9 @@ pub(super) struct Sessions {
 #[utoipa::path(get, path = "/v1/machines/{ref}/sessions", tag = "guest", params(("ref" = String, Path)),
     responses((status = 200, body = Sessions), (status = "4XX", body = ErrorBody)))]
 pub(super) async fn sessions(State(app): State<App>, Path(reference): Path<String>) -> Answer<Json<Sessions>> {
-    let (_, link) = link(&app, &reference).await?;
+    let m = app.find(&reference)?;
+    task::check_agent(&m)?;
+    let (_used, link) = link(&app, &reference).await?;
     Ok(Json(Sessions {
         sessions: link.sessions().await?,
     }))
@@ -85,9 +104,10 @@ pub(super) async fn attach(
         let message = "a session id has 1 to 64 characters of a-z, A-Z, 0-9, `_` and `-`";
         return Err(Failure(ApiError::new(ErrorCode::BadRequest, message)));
     }
-    let (_, link) = link(&app, &reference).await?;
+    let (used, link) = link(&app, &reference).await?;
     let path = format!("/v1/sessions/{id}");
     Ok(bounded(upgrade, MAX_PAYLOAD + 1).on_upgrade(move |socket| async move {
+        let _used = used;
         tokio::select! {
             () = relay::session(socket, &link, &path, IntoApi::into_api) => {}
             () = app.stopping.cancelled() => {}
@@ -133,14 +153,14 @@ pub(super) async fn read_files(
     Params(params): Params<PathParams>,
 ) -> Answer<Response> {
     let path = params.check()?;
-    let (_, link) = link(&app, &reference).await?;
+    let (used, link) = link(&app, &reference).await?;
     let permit = link.relay_permit()?;
     let request = request(Method::GET, &format!("/v1/files?path={path}"), empty())?;
     let answer = link.send(request, Instant::now() + RECONNECT, Some(FIRST_BYTE)).await?;
     let body = refusal("/v1/files", answer).await?.into_body();
     // The place among the relays is given back with the body.
     let body = body.map_frame(move |frame| {
-        let _held = &permit;
+        let _held = (&permit, &used);
         frame
     });
     Ok(([(header::CONTENT_TYPE, "application/x-tar")], Body::new(body)).into_response())
@@ -157,7 +177,7 @@ pub(super) async fn write_files(
     body: Request,
 ) -> Answer<Json<FilesWritten>> {
     let path = params.check()?;
-    let (_, link) = link(&app, &reference).await?;
+    let (_used, link) = link(&app, &reference).await?;
     let _permit = link.relay_permit()?;
     let body = body.into_body().map_err(Into::into);
     let request = request(
@@ -188,7 +208,7 @@ pub(super) async fn stat(
     Params(params): Params<PathParams>,
 ) -> Answer<Json<PathStat>> {
     params.check()?;
-    let (_, link) = link(&app, &reference).await?;
+    let (_used, link) = link(&app, &reference).await?;
     let Stat { kind, size } = link.stat(&params.path).await?;
     Ok(Json(PathStat { kind, size }))
 }
@@ -221,9 +241,10 @@ pub(super) async fn connect(
             "a target is `tcp:PORT` or `sshd`",
         )));
     }
-    let (_, link) = link(&app, &reference).await?;
+    let (used, link) = link(&app, &reference).await?;
     let path = format!("/v1/connect?target={}", query_value(&params.target));
     Ok(bounded(upgrade, 1024 * 1024).on_upgrade(move |socket| async move {
+        let _used = used;
         tokio::select! {
             () = relay::raw(socket, &link, &path, LinkError::into_api) => {}
             () = app.stopping.cancelled() => {}

@@ -13,13 +13,12 @@ use banger_proto::api::{
 };
 use banger_proto::error::{ApiError, ErrorBody, ErrorCode};
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
 use utoipa::{IntoParams, ToSchema};
 
 use super::App;
 use super::extract::{Body, Params};
 use crate::error::{Failure, IntoApi};
-use crate::machine::{Ask, Request, stop as stopping, task};
+use crate::machine::{Request, stop as stopping, task};
 use crate::{provision, stats};
 
 type Answer<T> = Result<T, Failure>;
@@ -113,6 +112,9 @@ pub(super) async fn patch(
         if patch.workspace.is_some() {
             row.workspace = patch.workspace;
         }
+        if let Some(after) = patch.idle_suspend_after_ms {
+            row.idle_suspend_after_ms = after;
+        }
         Ok(())
     })
     .await?;
@@ -123,7 +125,7 @@ pub(super) async fn patch(
     if let Some(bytes) = patch.disk_bytes
         && bytes > row.spec.disk_bytes
     {
-        let op = ask(&m, Request::GrowDisk(bytes)).await?;
+        let op = task::ask(&m, Request::GrowDisk(bytes)).await?;
         let mut state = op.subscribe();
         let _ = state.wait_for(|o| o.ended_at.is_some()).await;
         if let Some(error) = op.snapshot().error {
@@ -189,10 +191,10 @@ pub(super) async fn kill(
     accept(&app, &reference, Request::Kill(signal)).await
 }
 
-async fn accept(app: &App, reference: &str, request: Request) -> Answer<(StatusCode, Json<Accepted>)> {
+pub(super) async fn accept(app: &App, reference: &str, request: Request) -> Answer<(StatusCode, Json<Accepted>)> {
     app.reconciled().await?;
     let m = app.find(reference)?;
-    let op = ask(&m, request).await?;
+    let op = task::ask(&m, request).await?;
     Ok((
         StatusCode::ACCEPTED,
         Json(Accepted {
@@ -200,14 +202,6 @@ async fn accept(app: &App, reference: &str, request: Request) -> Answer<(StatusC
             machine: Some(m.show()),
         }),
     ))
-}
-
-/// Asks a machine's task.
-async fn ask(m: &crate::machine::Machine, request: Request) -> Result<crate::ops::Op, ApiError> {
-    let gone = || ApiError::new(ErrorCode::NotFound, format!("machine `{}` was removed", m.name()));
-    let (reply, answer) = oneshot::channel();
-    m.asks.send(Ask { request, reply }).await.map_err(|_| gone())?;
-    answer.await.map_err(|_| gone())?
 }
 
 /// What to wait for.
@@ -235,7 +229,7 @@ pub(super) async fn wait(
         let state: MachineState = serde_json::from_value(serde_json::Value::String(word.to_owned())).map_err(|_| {
             let word: String = word.chars().take(20).flat_map(char::escape_default).collect();
             ApiError::new(ErrorCode::BadRequest, format!("unknown state `{word}`"))
-                .hint("states: creating starting running stopping stopped error deleting")
+                .hint("states: creating starting running paused suspending suspended stopping stopped error deleting")
         })?;
         states.push(state);
     }

@@ -6,6 +6,7 @@ mod guest;
 mod logs;
 mod machines;
 mod operations;
+mod saved;
 mod stock;
 
 use std::sync::Arc;
@@ -49,6 +50,17 @@ fn all() -> OpenApiRouter<App> {
         .routes(routes!(machines::kill))
         .routes(routes!(machines::wait))
         .routes(routes!(machines::stats))
+        .routes(routes!(saved::pause))
+        .routes(routes!(saved::resume))
+        .routes(routes!(saved::suspend))
+        .routes(routes!(saved::snapshots, saved::take_snapshot))
+        .routes(routes!(saved::snapshot, saved::delete_snapshot))
+        .routes(routes!(saved::restore))
+        .routes(routes!(saved::fork))
+        .routes(routes!(saved::commit))
+        .routes(routes!(saved::templates, saved::build_template))
+        .routes(routes!(saved::prune_templates))
+        .routes(routes!(saved::template, saved::delete_template))
         .routes(routes!(logs::logs))
         .routes(routes!(guest::sessions))
         .routes(routes!(guest::attach))

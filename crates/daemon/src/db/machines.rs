@@ -31,9 +31,12 @@ pub struct MachineRow {
     pub boot: Option<BootReport>,
     /// Removed when its holder is gone.
     pub auto_remove: bool,
+    /// Suspended after so many milliseconds without use; 0 is never.
+    pub idle_suspend_after_ms: u64,
 }
 
-const COLUMNS: &str = "id, name, state, cause, spec, created_at, started_at, workspace, boot, auto_remove";
+const COLUMNS: &str = "id, name, state, cause, spec, created_at, started_at, workspace, boot, auto_remove, \
+                       idle_suspend_after_ms";
 
 impl Db {
     /// All machines, oldest first.
@@ -84,7 +87,7 @@ fn insert(c: &Connection, row: &MachineRow) -> Result<(), DbError> {
     write(
         c,
         row,
-        &format!("INSERT INTO machines ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)"),
+        &format!("INSERT INTO machines ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)"),
     )
 }
 
@@ -93,7 +96,7 @@ fn update(c: &Connection, row: &MachineRow) -> Result<(), DbError> {
         c,
         row,
         "UPDATE machines SET name = ?2, state = ?3, cause = ?4, spec = ?5, created_at = ?6, started_at = ?7,
-         workspace = ?8, boot = ?9, auto_remove = ?10 WHERE id = ?1",
+         workspace = ?8, boot = ?9, auto_remove = ?10, idle_suspend_after_ms = ?11 WHERE id = ?1",
     )
 }
 
@@ -109,6 +112,7 @@ fn write(c: &Connection, row: &MachineRow, sql: &str) -> Result<(), DbError> {
         row.workspace.as_ref().map(json).transpose()?,
         row.boot.as_ref().map(json).transpose()?,
         row.auto_remove,
+        i64::try_from(row.idle_suspend_after_ms).unwrap_or(i64::MAX),
     ];
     match c.prepare_cached(sql)?.execute(values) {
         Ok(_) => Ok(()),
@@ -144,6 +148,7 @@ fn read(row: &Row<'_>) -> Result<MachineRow, DbError> {
         workspace: row.get::<_, Option<String>>(7)?.map(|t| parse(&t, &id)).transpose()?,
         boot: row.get::<_, Option<String>>(8)?.map(|t| parse(&t, &id)).transpose()?,
         auto_remove: row.get(9)?,
+        idle_suspend_after_ms: row.get::<_, i64>(10)?.try_into().unwrap_or(0),
     })
 }
 

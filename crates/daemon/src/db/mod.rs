@@ -7,6 +7,7 @@ mod operations;
 mod reserve;
 mod schema;
 mod stock;
+mod templates;
 
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use machines::MachineRow;
 pub use schema::VERSION;
 pub use stock::{NameTable, NamedObject};
+pub use templates::TemplateRow;
 
 /// Jobs that may wait for the connection.
 const QUEUE: usize = 64;

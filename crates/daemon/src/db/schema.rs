@@ -36,6 +36,14 @@ const MIGRATIONS: &[&str] = &[
         sequence INTEGER NOT NULL UNIQUE,
         document TEXT NOT NULL
     ) STRICT;",
+    // 2: machines that are suspended when nobody uses them; how often templates were used.
+    "ALTER TABLE machines ADD COLUMN idle_suspend_after_ms INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE templates (
+        id           TEXT PRIMARY KEY NOT NULL,
+        uses         INTEGER NOT NULL DEFAULT 0,
+        created_at   TEXT NOT NULL,
+        last_used_at TEXT
+    ) STRICT;",
 ];
 
 /// The schema this build knows.

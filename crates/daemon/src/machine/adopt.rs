@@ -3,16 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use banger_core::state::Event;
 use banger_proto::api::MachineState as State;
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_vmm::{Handles, Liveness};
+use banger_vmm::{Handles, Liveness, VcpuState};
 
 use super::live::Live;
 use super::record::Machine;
 use super::stages::Stages;
 use super::task::{Ended, Work};
-use super::{cause, create, delete, handles, start, stop};
-use crate::error::chain;
+use super::{cause, create, delete, disks, handles, restore, snapshot, start, stop, suspend};
+use crate::error::{IntoApi, chain};
 use crate::failpoint;
 
 /// How long a start that the last daemon began may still take.
@@ -35,7 +36,9 @@ pub enum Fate {
     FinishStart(Handles),
     /// Its engine lives and is to go.
     FinishStop(Handles),
-    /// Its engine is gone: clean up, mark it stopped.
+    /// Its engine lives, and its suspension is not done: the machine runs on.
+    TakeBackSuspension(Handles),
+    /// Its engine is gone: clean up, mark it stopped, or suspended if all of its memory is there.
     MarkStopped,
     /// It was being made: remove what there is.
     Undo,
@@ -49,13 +52,16 @@ pub enum Fate {
 pub fn decide(state: State, found: Liveness) -> Fate {
     match (state, found) {
         (State::Creating, _) => Fate::Undo,
-        (State::Stopped | State::Error, _) => Fate::Leave,
+        (State::Stopped | State::Suspended | State::Error, _) => Fate::Leave,
         (State::Deleting, Liveness::Alive(handles)) => Fate::FinishDelete(Some(handles)),
         (State::Deleting, Liveness::Gone(_)) => Fate::FinishDelete(None),
-        (State::Running, Liveness::Alive(handles)) => Fate::Adopt(handles),
+        (State::Running | State::Paused, Liveness::Alive(handles)) => Fate::Adopt(handles),
+        (State::Suspending, Liveness::Alive(handles)) => Fate::TakeBackSuspension(handles),
         (State::Starting, Liveness::Alive(handles)) => Fate::FinishStart(handles),
         (State::Stopping, Liveness::Alive(handles)) => Fate::FinishStop(handles),
-        (State::Running | State::Starting | State::Stopping, Liveness::Gone(_)) => Fate::MarkStopped,
+        (State::Running | State::Paused | State::Suspending | State::Starting | State::Stopping, Liveness::Gone(_)) => {
+            Fate::MarkStopped
+        }
         (_, Liveness::Unclear(why)) => Fate::LookAgain(why),
     }
 }
@@ -86,7 +92,10 @@ pub async fn look(m: &Machine) -> Liveness {
 /// With the work comes whether the machine can't be used until it is done.
 pub async fn reconcile(m: &Arc<Machine>) -> Option<(Work, bool)> {
     let state = m.state();
-    let found = if matches!(state, State::Creating | State::Stopped | State::Error) {
+    let found = if matches!(
+        state,
+        State::Creating | State::Stopped | State::Suspended | State::Error
+    ) {
         Liveness::Gone("it should have none".to_owned())
     } else {
         look(m).await
@@ -100,7 +109,11 @@ pub async fn reconcile(m: &Arc<Machine>) -> Option<(Work, bool)> {
     }
     let m = m.clone();
     match fate {
-        Fate::Leave => None,
+        Fate::Leave => {
+            at_rest(&m).await;
+            None
+        }
+        Fate::TakeBackSuspension(handles) => Some((Box::pin(take_back_suspension(m, handles)), false)),
         Fate::Adopt(handles) => {
             take_charge(&m, handles).await;
             None
@@ -146,8 +159,56 @@ pub async fn find_lost(m: &Arc<Machine>) -> Result<(), ApiError> {
     }
 }
 
+/// What was cut off in the middle of a machine without an engine.
+async fn at_rest(m: &Arc<Machine>) {
+    let dir = m.paths.disks();
+    let settled = if dir.is_dir() {
+        disks::settle(&dir, None)
+    } else {
+        Ok(())
+    };
+    let swept = suspend::sweep(m);
+    if let Err(e) = settled.and(swept).and(snapshot::settle(m).await) {
+        tracing::error!(machine = %m.id, error = %e.message, "what was cut off is not settled");
+    }
+}
+
+/// What was cut off in the middle of a machine whose engine lives: a save that left it standing still, its disks half frozen or its
+/// guest frozen.
+async fn settle(m: &Arc<Machine>, live: &Live) -> Result<(), ApiError> {
+    let paused = m.state() == State::Paused;
+    let vcpus = live.engine.vcpu_state(&live.handles).await.map_err(IntoApi::into_api)?;
+    let dir = m.paths.disks();
+    if dir.is_dir() {
+        let written = live.engine.writes_to(&live.handles).await.map_err(IntoApi::into_api)?;
+        disks::settle(&dir, Some(&written))?;
+    }
+    snapshot::sweep(m)?;
+    suspend::sweep(m)?;
+    match (paused, vcpus) {
+        (true, VcpuState::Running) => live.engine.pause(&live.handles).await.map_err(IntoApi::into_api),
+        (false, VcpuState::Paused) => live.engine.resume(&live.handles).await.map_err(IntoApi::into_api),
+        _ => Ok(()),
+    }
+}
+
+async fn take_back_suspension(m: Arc<Machine>, handles: Handles) -> Ended {
+    if attach(&m, handles).await.is_none() {
+        return Ended::Still;
+    }
+    let op = m.services.ops.begin("machine.resume", &m.name());
+    let _ = m.services.ops.run(&op, suspend::take_back(&m)).await;
+    if let Some(live) = m.live() {
+        tokio::spawn(start::follow_guest(m.clone(), live));
+    }
+    Ended::Still
+}
+
 async fn take_charge(m: &Arc<Machine>, handles: Handles) {
     if let Some(live) = attach(m, handles).await {
+        if let Err(e) = settle(m, &live).await {
+            tracing::error!(machine = %m.id, error = %e.message, "what was cut off is not settled");
+        }
         if m.row().cause.is_some() {
             let cleared = m.change(|row| {
                 row.cause = None;
@@ -160,6 +221,14 @@ async fn take_charge(m: &Arc<Machine>, handles: Handles) {
 }
 
 async fn mark_stopped(m: &Arc<Machine>) {
+    let unspent = m.state() == State::Suspending && m.paths.suspended().is_dir() || suspend::unspent(m);
+    if unspent {
+        if let Err(e) = suspend::finish(m).await {
+            tracing::error!(machine = %m.id, error = %e.message, "cannot be marked suspended");
+        }
+        at_rest(m).await;
+        return;
+    }
     let cause = match m.state() {
         State::Stopping => None,
         State::Starting => Some("its start was cut off: the daemon ended in the middle of it".to_owned()),
@@ -168,14 +237,28 @@ async fn mark_stopped(m: &Arc<Machine>) {
     if let Err(e) = stop::engine_gone(m, cause).await {
         tracing::error!(machine = %m.id, error = %e.message, "cannot be marked stopped");
     }
+    at_rest(m).await;
 }
 
 async fn finish_start(m: Arc<Machine>, handles: Handles) -> Ended {
-    attach(&m, handles).await;
+    let live = attach(&m, handles).await;
     let op = m.services.ops.begin("machine.start", &m.name());
     let work = async {
         let mut stages = Stages::new(&op, FINISH);
-        let started = start::become_itself(&m, &mut stages).await;
+        if suspend::unspent(&m) {
+            restore::take_back(&m).await?;
+            return m.happen(Event::MemorySaved, |_| {}).await;
+        }
+        let started = match live {
+            // A wake whose guest may run already.
+            Some(_) if suspend::was_spent(&m) => suspend::finish_wake(&m, &mut stages).await,
+            // Whose memory it is only the daemon knew that has ended: it is nobody's, and ended.
+            Some(_) if m.paths.memory().exists() => Err(ApiError::new(
+                ErrorCode::Canceled,
+                "its start was cut off: the daemon ended in the middle of it",
+            )),
+            _ => start::become_itself(&m, &mut stages).await,
+        };
         if started.is_ok()
             && let Some(live) = m.live()
         {
@@ -229,6 +312,7 @@ async fn look_again(m: Arc<Machine>, mut why: String) -> Ended {
                 mark_stopped(&m).await;
                 return Ended::Still;
             }
+            Fate::TakeBackSuspension(handles) => return take_back_suspension(m, handles).await,
             Fate::FinishStart(handles) => return finish_start(m, handles).await,
             Fate::FinishStop(handles) => return finish_stop(m, handles).await,
             Fate::Undo => return remove(m, None).await,
@@ -265,7 +349,9 @@ mod tests {
 
     fn states() -> impl Strategy<Value = State> {
         use State::*;
-        prop::sample::select(vec![Creating, Starting, Running, Stopping, Stopped, Error, Deleting])
+        prop::sample::select(vec![
+            Creating, Starting, Running, Paused, Suspending, Suspended, Stopping, Stopped, Error, Deleting,
+        ])
     }
 
     proptest! {
@@ -289,7 +375,7 @@ mod tests {
                 let fate = decide(state, alive());
                 let taken = matches!(
                     fate,
-                    Fate::Adopt(_) | Fate::FinishStart(_) | Fate::FinishStop(_) | Fate::FinishDelete(Some(_))
+                    Fate::Adopt(_) | Fate::TakeBackSuspension(_) | Fate::FinishStart(_) | Fate::FinishStop(_) | Fate::FinishDelete(Some(_))
                 );
                 prop_assert!(taken, "{fate:?}");
             }

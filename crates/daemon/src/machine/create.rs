@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use banger_core::spec::SpecError;
 use banger_core::state::Event;
-use banger_proto::api::{MachineState, WaitFor};
+use banger_proto::api::MachineState;
 use banger_proto::error::{ApiError, ErrorCode};
 use tokio_util::sync::CancellationToken;
 
 use super::record::Machine;
 use super::stages::Stages;
 use super::task::Ended;
-use super::{delete, start, stop};
-use crate::error::{self, IntoApi};
+use super::{delete, disks, fork, start, stop};
+use crate::error::IntoApi;
 use crate::failpoint;
 use crate::ops::{Op, canceled};
 
@@ -22,10 +22,21 @@ use crate::ops::{Op, canceled};
 pub struct Creation {
     /// Start it.
     pub start: bool,
-    /// How far the start goes.
-    pub wait: WaitFor,
+    /// How.
+    pub wanted: start::Wanted,
     /// Bound of the start.
     pub timeout: Duration,
+    /// It is a copy of a running machine.
+    pub copy: Option<CopyOf>,
+}
+
+/// What a copy is made of.
+#[derive(Debug, Clone)]
+pub struct CopyOf {
+    /// Name of the source.
+    pub source: String,
+    /// The source, once it is saved.
+    pub saved: fork::Source,
 }
 
 /// Carries a creation out. What fails leaves nothing behind, but for two cases: a guest whose own system takes too long is
@@ -59,6 +70,9 @@ pub async fn run(m: Arc<Machine>, op: Op, creation: Creation, superseded: Cancel
 
 async fn make(m: &Arc<Machine>, stages: &mut Stages, creation: &Creation) -> Result<(), ApiError> {
     failpoint::hit("create.row").await?;
+    if let Some(copy) = &creation.copy {
+        return fork::start_copy(m, stages, &copy.source, copy.saved.clone()).await;
+    }
     stages.enter("image");
     let spec = m.row().spec;
     let services = &m.services;
@@ -86,7 +100,7 @@ async fn make(m: &Arc<Machine>, stages: &mut Stages, creation: &Creation) -> Res
     failpoint::hit("create.stock").await?;
     stages.restart_clock();
     stages.enter("disks");
-    make_dir(&m.paths.state)?;
+    disks::make_dir(&m.paths.state)?;
     services
         .stock
         .make_disks(&m.paths, &image.digest, spec.disk_bytes)
@@ -95,18 +109,10 @@ async fn make(m: &Arc<Machine>, stages: &mut Stages, creation: &Creation) -> Res
     stages.check()?;
     m.happen(Event::DisksReady, |_| {}).await?;
     if creation.start {
-        start::bring_up(m, stages, creation.wait).await
+        start::bring_up(m, stages, creation.wanted).await
     } else {
         Ok(())
     }
-}
-
-fn make_dir(path: &std::path::Path) -> Result<(), ApiError> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .mode(0o700)
-        .create(path)
-        .map_err(|e| error::io(format_args!("make {}", path.display()), e))
 }
 
 /// Whether a creation that failed leaves its machine.
@@ -147,13 +153,13 @@ pub async fn down(m: &Arc<Machine>, cause: Option<String>) -> bool {
 pub async fn run_start(
     m: Arc<Machine>,
     op: Op,
-    wait: WaitFor,
+    wanted: start::Wanted,
     timeout: Duration,
     superseded: CancellationToken,
 ) -> Ended {
     let work = async {
         let mut stages = Stages::new(&op, timeout);
-        let started = start::bring_up(&m, &mut stages, wait).await;
+        let started = start::bring_up(&m, &mut stages, wanted).await;
         after_start(&m, started, superseded.is_cancelled()).await
     };
     let _ = m.services.ops.run(&op, work).await;
@@ -164,19 +170,19 @@ pub async fn run_start(
 pub async fn run_restart(
     m: Arc<Machine>,
     op: Op,
-    wait: WaitFor,
+    wanted: start::Wanted,
     timeout: Duration,
     superseded: CancellationToken,
 ) -> Ended {
     let work = async {
-        if m.state() == MachineState::Running {
+        if matches!(m.state(), MachineState::Running | MachineState::Paused) {
             stop::stop(&m, &op, stop::TIMEOUT).await?;
         }
         if op.canceled().is_cancelled() {
             return Err(canceled());
         }
         let mut stages = Stages::new(&op, timeout);
-        let started = start::bring_up(&m, &mut stages, wait).await;
+        let started = start::bring_up(&m, &mut stages, wanted).await;
         after_start(&m, started, superseded.is_cancelled()).await
     };
     let _ = m.services.ops.run(&op, work).await;

@@ -26,7 +26,7 @@ pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
     if let Some(live) = m.live() {
         op.stage("end");
         // What it would write is removed next, so it is not asked.
-        keep(&mut errors, kill_now(&live).await);
+        keep(&mut errors, stop::kill_now(&live).await);
     }
     keep(&mut errors, failpoint::hit("delete.stopped").await);
     op.stage("files");
@@ -59,18 +59,6 @@ pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
     m.services.forget(&m.id);
     m.set_gone();
     Ok(())
-}
-
-async fn kill_now(live: &super::live::Live) -> Result<(), ApiError> {
-    // A failing signal may mean that it is gone; `end_engine` finds out.
-    let _ = live.engine.signal(&live.handles, 9).await;
-    if tokio::time::timeout(std::time::Duration::from_secs(5), live.exited.cancelled())
-        .await
-        .is_ok()
-    {
-        return Ok(());
-    }
-    stop::end_engine(live).await
 }
 
 fn keep(errors: &mut Vec<ApiError>, result: Result<(), ApiError>) {

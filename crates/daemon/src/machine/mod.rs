@@ -4,20 +4,30 @@
 //! * [`record`]: what is known of a machine, written to the database before it is shown,
 //! * [`task`]: takes requests, decides, runs one piece of work at a time,
 //! * [`create`], [`start`], [`stop`], [`delete`]: the pieces of work,
+//! * [`restore`]: a start from saved memory instead of a boot; [`save`]: the way there, [`checkpoint`] what lies between,
+//! * [`suspend`], [`snapshot`], [`fork`]: what is made of these,
+//! * [`disks`]: the files that a machine writes to and the layers that it shares,
 //! * [`adopt`]: what becomes of a machine when the daemon starts,
 //! * [`live`]: a machine's engine while there is one,
 //! * [`handles`] is `handles.json`.
 
 pub mod adopt;
 pub mod cause;
+pub mod checkpoint;
 pub mod create;
 pub mod delete;
+pub mod disks;
+pub mod fork;
 pub mod handles;
 pub mod live;
 pub mod record;
+pub mod restore;
+pub mod save;
+pub mod snapshot;
 pub mod stages;
 pub mod start;
 pub mod stop;
+pub mod suspend;
 pub mod task;
 
 pub use record::Machine;

@@ -13,6 +13,7 @@ use super::live::Live;
 use super::task::Ask;
 use crate::db::MachineRow;
 use crate::error::IntoApi;
+use crate::idle::Usage;
 use crate::services::Services;
 
 /// A machine: what lasts, what is true now, and the way to its task.
@@ -28,6 +29,8 @@ pub struct Machine {
     pub asks: mpsc::Sender<Ask>,
     /// Clients that hold the machine.
     pub holders: watch::Sender<usize>,
+    /// Who uses it, and when it was last used.
+    pub used: Usage,
     view: watch::Sender<View>,
     live: Mutex<Option<Live>>,
     writing: tokio::sync::Mutex<()>,
@@ -53,6 +56,7 @@ impl Machine {
             services,
             asks,
             holders: watch::Sender::new(0),
+            used: Usage::new(),
             view: watch::Sender::new(View {
                 row,
                 guest: None,
@@ -97,6 +101,7 @@ impl Machine {
             workspace: row.workspace,
             boot: row.boot,
             auto_remove: row.auto_remove,
+            idle_suspend_after_ms: row.idle_suspend_after_ms,
         }
     }
 

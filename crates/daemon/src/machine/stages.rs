@@ -100,7 +100,7 @@ impl Stages {
         let stage = self.stage();
         let waited = match stage {
             "agent" => "the guest agent did not answer",
-            "personalize" => "the guest did not take its identity",
+            "personalize" | "identity" => "the guest did not take its identity",
             "system" => "the image's own system did not finish its start-up",
             _ => "it was not done",
         };
@@ -116,11 +116,13 @@ impl Stages {
         self.current.map_or("start", |(stage, _)| stage)
     }
 
-    /// The report, the stage under way included.
-    pub fn report(&mut self) -> BootReport {
+    /// The report, the stage under way included: how the machine started, and from what.
+    pub fn report(&mut self, how: &str, from: Option<String>) -> BootReport {
         self.close();
         BootReport {
-            how: "boot".to_owned(),
+            how: how.to_owned(),
+            from,
+            source_paused_ms: None,
             stages: self.done.clone(),
         }
     }

@@ -1,4 +1,5 @@
-//! Bringing a machine up: engine, guest channel, identity, and as far as wanted the start-up of the image's own system.
+//! Bringing a machine up: from a template, from its own saved memory, or by booting it: engine, guest channel, identity, and as far
+//! as wanted the start-up of the image's own system.
 
 use std::future::Future;
 use std::path::Path;
@@ -6,20 +7,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use banger_core::host::Accel;
-use banger_core::plan::{self, BootPlan, Disk, DiskFormat, DiskRole, NetworkKind, NetworkPlan};
+use banger_core::id::MachineId;
+use banger_core::plan::{self, BootPlan, MachinePaths, NetworkKind, NetworkPlan, Saved};
 use banger_core::state::Event;
 use banger_proto::agent::{GuestNetwork, Personalize};
-use banger_proto::api::WaitFor;
+use banger_proto::api::{MachineSpec, MachineState, WaitFor};
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::console_tail;
 use tokio::time::Instant;
 
 use super::live::Live;
 use super::record::Machine;
+use super::restore::{self, Becomes};
 use super::stages::Stages;
-use super::{cause, handles};
+use super::{cause, disks, handles, save, stop, suspend};
 use crate::agent::{LinkError, sanitize};
 use crate::error::{self, IntoApi};
+use crate::services::Services;
 use crate::{failpoint, time};
 
 /// Bound of a start when the request has none.
@@ -27,7 +31,7 @@ pub const TIMEOUT: Duration = Duration::from_secs(180);
 /// How long the guest may take to become itself.
 const PERSONALIZE: Duration = Duration::from_secs(30);
 /// Bounds below a stage's own end this much later, so that it is the stage that is told.
-const GRACE: Duration = Duration::from_secs(5);
+pub const GRACE: Duration = Duration::from_secs(5);
 /// Lines of the console that go with a failure.
 pub const TAIL: usize = 20;
 /// Pause before the guest is asked again in the background.
@@ -35,13 +39,39 @@ const AGAIN: Duration = Duration::from_secs(2);
 /// Longest wait for the end of a guest's start-up in the background.
 const SYSTEM: Duration = Duration::from_secs(15 * 60);
 
+/// How a machine is to be brought up.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted {
+    /// How far the start goes.
+    pub wait: WaitFor,
+    /// Boot, whatever there is to start from.
+    pub cold: bool,
+}
+
 /// Brings the machine up. After a failure the machine is in state `starting`, or `running` if the guest was up already; the
-/// caller undoes what has to be undone.
-pub async fn bring_up(m: &Arc<Machine>, stages: &mut Stages, wait: WaitFor) -> Result<(), ApiError> {
-    launch(m, stages).await?;
-    become_itself(m, stages).await?;
-    settle_system(m, stages, wait).await?;
-    let report = stages.report();
+/// caller undoes what has to be undone. One that was suspended and has not run again is `suspended` as before.
+pub async fn bring_up(m: &Arc<Machine>, stages: &mut Stages, wanted: Wanted) -> Result<(), ApiError> {
+    let report = if m.state() == MachineState::Suspended && !wanted.cold {
+        suspend::wake(m, stages).await?
+    } else {
+        if m.state() == MachineState::Suspended {
+            suspend::drop_memory(m).await?;
+        }
+        // One that has run before has disks of its own.
+        let fresh = m.row().started_at.is_none();
+        let from = if fresh && !wanted.cold {
+            from_template(m, stages).await?
+        } else {
+            None
+        };
+        if from.is_none() {
+            launch(m, stages).await?;
+            become_itself(m, stages).await?;
+        }
+        settle_system(m, stages, wanted.wait).await?;
+        let how = if from.is_some() { "template" } else { "boot" };
+        stages.report(how, from)
+    };
     m.change(|row| {
         row.boot = Some(report);
         Ok(())
@@ -49,53 +79,95 @@ pub async fn bring_up(m: &Arc<Machine>, stages: &mut Stages, wait: WaitFor) -> R
     .await
 }
 
-/// The engine, from nothing to a process whose handles are written down.
+/// Starts a fresh machine from its template. `None` where it has to boot: there is no template and none can be made, or it failed,
+/// and then the machine is as fresh as before.
+async fn from_template(m: &Arc<Machine>, stages: &mut Stages) -> Result<Option<String>, ApiError> {
+    let services = &m.services;
+    let able = services.engine().await?.capabilities().snapshot;
+    if !able || !services.config.templates.enabled {
+        return Ok(None);
+    }
+    stages.enter("template");
+    let op = stages.op().clone();
+    let spec = m.row().spec;
+    let obtained = stages
+        .cancellable(services.templates.obtain(services, &spec, &op))
+        .await;
+    let (id, template) = match obtained {
+        Ok(obtained) => obtained,
+        Err(e) if e.code == ErrorCode::Canceled => return Err(e),
+        Err(e) => {
+            tracing::warn!(machine = %m.id, error = %e.message, details = ?e.details, "no template; it boots");
+            return Ok(None);
+        }
+    };
+    // Making a template is not the start's time.
+    stages.restart_clock();
+    let work = async {
+        begin(m).await?;
+        let (disks, from) = (m.paths.disks(), template.disks());
+        blocking(move || {
+            remove_dir(&disks)?;
+            disks::create_over(&disks, &from)
+        })
+        .await?;
+        failpoint::hit("restore.disks").await?;
+        restore::launch(m, stages, &template).await?;
+        restore::go_on(m, stages, &template, Becomes::ThisMachine).await
+    };
+    match work.await {
+        Ok(()) => {
+            services.templates.used(services, &id).await;
+            Ok(Some(id))
+        }
+        Err(e) if e.code == ErrorCode::Canceled || e.code == ErrorCode::NoSpace => Err(e),
+        Err(e) => {
+            services.templates.drop_failed(services, &id, &e).await;
+            restore::take_back(m).await?;
+            let dir = m.paths.disks();
+            blocking(move || remove_dir(&dir)).await?;
+            services
+                .stock
+                .make_disks(&m.paths, &spec.image_digest, spec.disk_bytes)
+                .await?;
+            stages.restart_clock();
+            Ok(None)
+        }
+    }
+}
+
+/// The row says that it is starting, unless it does already.
+pub async fn begin(m: &Arc<Machine>) -> Result<(), ApiError> {
+    if m.state() != MachineState::Starting {
+        m.happen(Event::StartBegins, |row| {
+            row.started_at = Some(time::now());
+            row.cause = None;
+            row.boot = None;
+        })
+        .await?;
+    }
+    failpoint::hit("start.row").await
+}
+
+/// Boots the engine, from nothing to a process whose handles are written down.
 async fn launch(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), ApiError> {
     stages.enter("prepare");
-    let row = m.row();
-    let engine = m.services.engine().await?;
-    let boot = stages.cancellable(m.services.stock.boot_files(&row.spec)).await?;
-    m.happen(Event::StartBegins, |row| {
-        row.started_at = Some(time::now());
-        row.cause = None;
-        row.boot = None;
-    })
-    .await?;
-    failpoint::hit("start.row").await?;
-    fresh_run_dir(&m.paths.run)?;
-    let _ = std::fs::remove_file(m.paths.exit_record());
-    let accel = if row.spec.accel == Accel::Kvm.as_str() {
-        Accel::Kvm
-    } else {
-        Accel::Tcg
-    };
-    let plan = BootPlan {
-        id: m.id.clone(),
-        accel,
-        vcpu: row.spec.vcpu,
-        memory_mib: row.spec.memory_mib,
-        kernel: boot.kernel,
-        initrd: boot.initrd,
-        cmdline: plan::cmdline(accel, m.services.host().await.tsc_khz()),
-        disks: vec![
-            Disk {
-                serial: DiskRole::Root,
-                path: m.paths.root_disk(),
-                format: DiskFormat::Qcow2,
-            },
-            Disk {
-                serial: DiskRole::Work,
-                path: m.paths.work_disk(),
-                format: DiskFormat::Raw,
-            },
-        ],
-        network: (row.spec.network == "user").then(|| NetworkPlan {
-            kind: NetworkKind::User,
-            mac: m.id.mac(),
-        }),
-        paths: m.paths.clone(),
-    };
+    begin(m).await?;
+    let paths = m.paths.clone();
+    blocking(move || disks::upgrade(&paths)).await?;
     stages.enter("launch");
+    launch_engine(m, stages, None).await
+}
+
+/// Starts the engine of a machine that is `starting`, with saved memory or without.
+pub async fn launch_engine(m: &Arc<Machine>, stages: &Stages, resume: Option<Saved>) -> Result<(), ApiError> {
+    fresh_run_dir(&m.paths.run)?;
+    stop::remove_file(&m.paths.exit_record())?;
+    let engine = m.services.engine().await?;
+    let spec = m.row().spec;
+    let plan = stages
+        .cancellable(boot_plan(&m.services, &m.id, &spec, &m.paths, resume))
+        .await?;
     // Not cut off in between: an engine that was half launched would have no owner.
     let launched = engine.launch(&plan).await.map_err(IntoApi::into_api)?;
     let passed = failpoint::hit("start.launched").await;
@@ -106,6 +178,50 @@ async fn launch(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), ApiError> {
     passed.and(written)?;
     failpoint::hit("start.handles").await?;
     stages.check()
+}
+
+/// Everything that an engine needs for a machine.
+pub async fn boot_plan(
+    services: &Services,
+    id: &MachineId,
+    spec: &MachineSpec,
+    paths: &MachinePaths,
+    resume: Option<Saved>,
+) -> Result<BootPlan, ApiError> {
+    let boot = services.stock.boot_files(spec).await?;
+    let image = services.stock.image_file(spec).await?;
+    let accel = if spec.accel == Accel::Kvm.as_str() {
+        Accel::Kvm
+    } else {
+        Accel::Tcg
+    };
+    Ok(BootPlan {
+        id: id.clone(),
+        accel,
+        vcpu: spec.vcpu,
+        memory_mib: spec.memory_mib,
+        kernel: boot.kernel,
+        initrd: boot.initrd,
+        cmdline: plan::cmdline(accel, services.host().await.tsc_khz()),
+        disks: disks::plan(paths, image)?,
+        network: (spec.network == "user").then(|| NetworkPlan {
+            kind: NetworkKind::User,
+            mac: id.mac(),
+        }),
+        resume,
+        paths: paths.clone(),
+    })
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| {
+        Err(ApiError::new(
+            ErrorCode::Internal,
+            format!("work on files broke off: {e}"),
+        ))
+    })
 }
 
 /// The guest, from its first sign of life to being this machine.
@@ -178,7 +294,8 @@ async fn settle_system(m: &Arc<Machine>, stages: &mut Stages, wait: WaitFor) -> 
     failpoint::hit("start.system").await
 }
 
-fn live(m: &Machine) -> Result<Live, ApiError> {
+/// The engine of a machine that has one.
+pub fn live(m: &Machine) -> Result<Live, ApiError> {
     m.live()
         .ok_or_else(|| ApiError::new(ErrorCode::Engine, format!("machine {} has no engine", m.name())))
 }
@@ -188,7 +305,11 @@ async fn link<T>(call: impl Future<Output = Result<T, LinkError>>) -> Result<T, 
 }
 
 /// Ends with an error as soon as the engine ends.
-async fn or_exit<T>(m: &Machine, live: &Live, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+pub async fn or_exit<T>(
+    m: &Machine,
+    live: &Live,
+    work: impl Future<Output = Result<T, ApiError>>,
+) -> Result<T, ApiError> {
     let result = tokio::select! {
         biased;
         () = live.exited.cancelled() => Err(engine_ended(m).await),
@@ -215,7 +336,7 @@ async fn engine_ended(m: &Machine) -> ApiError {
 }
 
 /// Names the stage and adds the end of the console.
-fn explain(m: &Machine, stages: &Stages, mut e: ApiError) -> ApiError {
+pub fn explain(m: &Machine, stages: &Stages, mut e: ApiError) -> ApiError {
     if e.code != ErrorCode::Canceled {
         if !e.message.contains("stage `") {
             e.message = format!("stage `{}`: {}", stages.stage(), e.message);
@@ -228,32 +349,42 @@ fn explain(m: &Machine, stages: &Stages, mut e: ApiError) -> ApiError {
 }
 
 /// Everything that makes the machine itself.
-async fn identity(m: &Machine) -> Result<Personalize, ApiError> {
+pub async fn identity(m: &Machine) -> Result<Personalize, ApiError> {
     let row = m.row();
-    let mut entropy = [0; 64];
-    getrandom::fill(&mut entropy).map_err(|e| ApiError::new(ErrorCode::Internal, format!("no randomness: {e}")))?;
     let ssh = m.services.ssh.of_machine(&m.paths.state, &m.id, &row.name).await;
-    let network = (row.spec.network == "user").then(|| GuestNetwork {
+    personalize(&m.id, &row.name, &row.spec, ssh.authorized_keys, ssh.host_key)
+}
+
+/// The identity of a machine of this id, name and spec.
+pub fn personalize(
+    id: &MachineId,
+    name: &str,
+    spec: &MachineSpec,
+    authorized_keys: Vec<String>,
+    ssh_host_key: Option<String>,
+) -> Result<Personalize, ApiError> {
+    let network = (spec.network == "user").then(|| GuestNetwork {
         address: "10.0.2.15".to_owned(),
         prefix: 24,
         gateway: "10.0.2.2".to_owned(),
         dns: vec!["10.0.2.3".to_owned()],
+        mac: Some(id.mac()),
     });
     Ok(Personalize {
-        machine_id: m.id.to_string(),
-        hostname: row.name,
-        time_ns: u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or_default(),
-        entropy: banger_core::id::hex(&entropy),
+        machine_id: id.to_string(),
+        hostname: name.to_owned(),
+        time_ns: save::now_ns(),
+        entropy: save::entropy()?,
         network,
-        authorized_keys: ssh.authorized_keys,
-        ssh_host_key: ssh.host_key,
+        authorized_keys,
+        ssh_host_key,
         init: Default::default(),
         mask_units: plan::MASKED_UNITS.iter().map(|u| (*u).to_owned()).collect(),
     })
 }
 
 /// An empty directory for the machine's sockets.
-fn fresh_run_dir(path: &Path) -> Result<(), ApiError> {
+pub fn fresh_run_dir(path: &Path) -> Result<(), ApiError> {
     use std::os::unix::fs::DirBuilderExt;
     remove_dir(path)?;
     std::fs::DirBuilder::new()

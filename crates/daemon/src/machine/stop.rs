@@ -1,5 +1,6 @@
 //! Ending a machine's engine: asked nicely, by a signal, or found gone.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::live::Live;
 use super::record::Machine;
 use super::start::remove_dir;
 use super::{cause, handles};
-use crate::error::IntoApi;
+use crate::error::{self, IntoApi};
 use crate::failpoint;
 use crate::ops::Op;
 
@@ -30,8 +31,13 @@ pub const RECORD: Duration = Duration::from_secs(2);
 /// Shuts the guest down and waits for its engine's end; ends the engine when that takes too long.
 pub async fn stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result<(), ApiError> {
     // A stop that failed is gone on with.
+    let paused = m.state() == MachineState::Paused;
     if m.state() != MachineState::Stopping {
         m.happen(Event::StopBegins, |_| {}).await?;
+    }
+    if paused && let Some(live) = m.live() {
+        // A guest that stands still cannot shut down.
+        let _ = live.engine.resume(&live.handles).await;
     }
     failpoint::hit("stop.row").await?;
     finish_stop(m, op, timeout).await
@@ -80,6 +86,9 @@ pub async fn finish_stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result
 
 /// Ends the engine by a signal, and makes sure that it ends.
 pub async fn kill(m: &Arc<Machine>, op: &Op, signal: i32) -> Result<(), ApiError> {
+    if m.state() == MachineState::Suspended {
+        return super::suspend::drop_memory(m).await;
+    }
     let Some(live) = m.live() else {
         return engine_gone(m, None).await;
     };
@@ -127,7 +136,29 @@ pub async fn clean_up(m: &Machine) -> Result<(), ApiError> {
         live.link.disconnect().await;
     }
     let removed = handles::remove(&m.paths.handles());
-    remove_dir(&m.paths.run).and(removed)
+    // Nobody maps it any more.
+    let unmapped = remove_file(&m.paths.memory());
+    remove_dir(&m.paths.run).and(removed).and(unmapped)
+}
+
+/// Removes a file; one that is not there is fine.
+pub fn remove_file(path: &Path) -> Result<(), ApiError> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(error::io(format_args!("remove {}", path.display()), e))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Ends an engine without asking it: what it would write is not wanted.
+pub async fn kill_now(live: &Live) -> Result<(), ApiError> {
+    // A failing signal may mean that it is gone; `end_engine` finds out.
+    let _ = live.engine.signal(&live.handles, 9).await;
+    if tokio::time::timeout(TERM, live.exited.cancelled()).await.is_ok() {
+        return Ok(());
+    }
+    end_engine(live).await
 }
 
 /// The engine is gone: cleans up and says so.

@@ -18,11 +18,12 @@ use std::time::Duration;
 use banger_core::state::{self, Decision, Refusal};
 use banger_proto::api::{MachineState, StartMachine};
 use banger_proto::error::{ApiError, ErrorCode};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::record::Machine;
-use super::{create, delete, start, stop};
+use super::stages::Stages;
+use super::{checkpoint::Checkpoint, create, delete, fork, snapshot, start, stop, suspend};
 use crate::ops::Op;
 
 /// Requests that may wait for a machine.
@@ -45,6 +46,41 @@ pub enum Request {
     Delete,
     /// Grow its root disk to so many bytes.
     GrowDisk(u64),
+    /// Stop its virtual CPUs.
+    Pause,
+    /// Let them run again.
+    Resume,
+    /// Write its memory to disk and end its engine.
+    Suspend,
+    /// The same if nobody uses it any more: decided again when its turn comes.
+    SuspendIdle,
+    /// Take a snapshot.
+    Snapshot {
+        /// Its name.
+        name: String,
+        /// Without memory.
+        disk_only: bool,
+    },
+    /// Put it back to a snapshot.
+    Restore(String),
+    /// Save it for copies of it.
+    Fork(ForkJob),
+    /// Make an image of its root disk.
+    Commit {
+        /// Name of the image.
+        image: String,
+        /// Replace one of that name.
+        force: bool,
+    },
+}
+
+/// A machine to be saved for its copies.
+#[derive(Debug, Clone)]
+pub struct ForkJob {
+    /// Where to.
+    pub place: Arc<fork::Place>,
+    /// Who waits for it.
+    pub tell: Arc<watch::Sender<Option<Result<Arc<Checkpoint>, ApiError>>>>,
 }
 
 impl Request {
@@ -56,6 +92,13 @@ impl Request {
             Self::Kill(_) => state::Request::Kill,
             Self::Delete => state::Request::Delete,
             Self::GrowDisk(_) => state::Request::GrowDisk,
+            Self::Pause => state::Request::Pause,
+            Self::Resume => state::Request::Resume,
+            Self::Suspend | Self::SuspendIdle => state::Request::Suspend,
+            Self::Snapshot { .. } => state::Request::Snapshot,
+            Self::Restore(_) => state::Request::Restore,
+            Self::Fork(_) => state::Request::Fork,
+            Self::Commit { .. } => state::Request::Commit,
         }
     }
 
@@ -67,6 +110,13 @@ impl Request {
             Self::Kill(_) => "machine.kill",
             Self::Delete => "machine.delete",
             Self::GrowDisk(_) => "machine.grow",
+            Self::Pause => "machine.pause",
+            Self::Resume => "machine.resume",
+            Self::Suspend | Self::SuspendIdle => "machine.suspend",
+            Self::Snapshot { .. } => "machine.snapshot",
+            Self::Restore(_) => "machine.restore",
+            Self::Fork(_) => "machine.save",
+            Self::Commit { .. } => "machine.commit",
         }
     }
 }
@@ -292,6 +342,11 @@ fn refused(m: &Machine, state: MachineState, refusal: Refusal) -> ApiError {
         Refusal::NotRunning => error.hint(format!("start it: banger vm start {}", m.name())),
         Refusal::NotStopped => error.hint(format!("stop it first: banger vm stop {}", m.name())),
         Refusal::Busy => error.hint(format!("wait for it: banger vm wait {}", m.name())),
+        Refusal::Paused => error.hint(format!("let it go on first: banger vm resume {}", m.name())),
+        Refusal::Suspended => error.hint(format!(
+            "wake it first: banger vm start {0}; or drop its memory: banger vm kill {0}",
+            m.name()
+        )),
         Refusal::Broken => error.hint(format!("remove it: banger vm delete {}", m.name())),
         Refusal::Gone => error,
     }
@@ -315,6 +370,14 @@ pub fn check_change(m: &Machine, request: state::Request) -> Result<(), ApiError
     }
 }
 
+/// Asks a machine's task.
+pub async fn ask(m: &Machine, request: Request) -> Reply {
+    let gone = || ApiError::new(ErrorCode::NotFound, format!("machine `{}` was removed", m.name()));
+    let (reply, answer) = oneshot::channel();
+    m.asks.send(Ask { request, reply }).await.map_err(|_| gone())?;
+    answer.await.map_err(|_| gone())?
+}
+
 /// An operation with nothing to do.
 fn finished(m: &Machine, request: &Request) -> Op {
     let op = m.services.ops.begin(request.operation(), &m.name());
@@ -332,16 +395,53 @@ fn begin(m: &Arc<Machine>, ask: Ask) -> Current {
     let within = |s: &StartMachine| s.timeout_ms.map_or(start::TIMEOUT, Duration::from_millis);
     match ask.request {
         Request::Start(s) => yields(&op, |superseded| {
-            Box::pin(create::run_start(m.clone(), op.clone(), s.wait, within(&s), superseded))
+            let wanted = start::Wanted {
+                wait: s.wait,
+                cold: s.cold,
+            };
+            Box::pin(create::run_start(m.clone(), op.clone(), wanted, within(&s), superseded))
         }),
         Request::Restart(s) => yields(&op, |superseded| {
+            let wanted = start::Wanted {
+                wait: s.wait,
+                cold: true,
+            };
             Box::pin(create::run_restart(
                 m.clone(),
                 op.clone(),
-                s.wait,
+                wanted,
                 within(&s),
                 superseded,
             ))
+        }),
+        Request::Pause => bounded(m, op, |m, op| Box::pin(async move { suspend::pause(&m, &op).await })),
+        Request::Resume => bounded(m, op, |m, op| Box::pin(async move { suspend::resume(&m, &op).await })),
+        Request::Suspend => bounded(m, op, |m, op| {
+            Box::pin(async move { suspend::suspend(&m, &op, false).await })
+        }),
+        Request::SuspendIdle => bounded(m, op, |m, op| {
+            Box::pin(async move { suspend::suspend(&m, &op, true).await })
+        }),
+        Request::Snapshot { name, disk_only } => bounded(m, op, move |m, op| {
+            Box::pin(async move { snapshot::take(&m, &op, &name, disk_only).await })
+        }),
+        Request::Restore(name) => bounded(m, op, move |m, op| {
+            Box::pin(async move {
+                let mut stages = Stages::new(&op, start::TIMEOUT);
+                let restored = snapshot::restore(&m, &mut stages, &name).await;
+                create::after_start(&m, restored, false).await
+            })
+        }),
+        Request::Fork(job) => bounded(m, op, move |m, op| {
+            Box::pin(async move {
+                op.stage("save");
+                let saved = fork::save_source(&m, job.place.dir()).await.map(Arc::new);
+                job.tell.send_replace(Some(saved.clone()));
+                saved.map(drop)
+            })
+        }),
+        Request::Commit { image, force } => bounded(m, op, move |m, op| {
+            Box::pin(async move { crate::commit::machine(&m, &op, &image, force).await })
         }),
         Request::Stop(timeout) => bounded(m, op, move |m, op| {
             Box::pin(async move { stop::stop(&m, &op, timeout).await })

@@ -10,12 +10,13 @@ use std::sync::Arc;
 use banger_core::plan::MachinePaths;
 use banger_core::reference::similar;
 use banger_core::spec::DEFAULT_KERNEL;
-use banger_image::recipe;
+use banger_image::{Draft, recipe};
 use banger_proto::api::{Check, CheckLevel, Image, Kernel, MachineSpec};
 use banger_proto::error::{ApiError, ErrorCode};
 
 use crate::db::{Db, NameTable, NamedObject};
 use crate::error::IntoApi;
+use crate::machine::disks;
 use crate::ops::{Op, Ops};
 use crate::paths::Paths;
 use crate::services::Services;
@@ -23,9 +24,6 @@ use crate::time;
 use flight::Flights;
 pub use shelf::Boot;
 use shelf::Shelf;
-
-/// Size of a new work disk. Sparse: it takes what is written to it.
-const WORK_DISK: u64 = 8 << 30;
 
 /// An image or kernel that a machine is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -167,15 +165,86 @@ impl Stock {
         self.shelf.boot(&spec.kernel_digest).await
     }
 
+    /// The file system of a machine's image.
+    pub async fn image_file(&self, spec: &MachineSpec) -> Result<PathBuf, ApiError> {
+        self.shelf.image_file(&spec.image_digest).await
+    }
+
     /// Makes a machine's disks.
     pub async fn make_disks(&self, paths: &MachinePaths, image_digest: &str, root_bytes: u64) -> Result<(), ApiError> {
         let image = self.shelf.image_file(image_digest).await?;
-        let (root, work) = (paths.root_disk(), paths.work_disk());
-        blocking(move || {
-            banger_image::disk::create_root(&image, &root, root_bytes)?;
-            banger_image::disk::create_work(&work, WORK_DISK, "work")
+        let dir = paths.disks();
+        tokio::task::spawn_blocking(move || disks::create(&dir, &image, root_bytes))
+            .await
+            .unwrap_or_else(|e| {
+                Err(ApiError::new(
+                    ErrorCode::Internal,
+                    format!("making disks broke off: {e}"),
+                ))
+            })
+    }
+
+    /// Checks that an image may be stored under this name.
+    pub async fn check_new_image(&self, name: &str, force: bool) -> Result<(), ApiError> {
+        banger_core::name::MachineName::parse(name).map_err(|e| {
+            let mut error = e.into_api();
+            error.message = error.message.replace("machine name", "image name");
+            error
+        })?;
+        if recipe::find(name).is_some() {
+            let message = format!("`{name}` is the name of a default image");
+            return Err(ApiError::new(ErrorCode::Conflict, message).hint("choose another name"));
+        }
+        if !force && self.named(NameTable::Images, name).await?.is_some() {
+            return Err(
+                ApiError::new(ErrorCode::Conflict, format!("there is an image `{name}` already"))
+                    .hint("choose another name, or replace it with --force"),
+            );
+        }
+        Ok(())
+    }
+
+    /// Begins an image that an engine writes.
+    pub fn draft(&self) -> Result<Draft, ApiError> {
+        self.shelf.draft()
+    }
+
+    /// Keeps a disk as an image of this name. It has the init system of the image that it began as.
+    pub async fn keep_disk(
+        &self,
+        draft: Draft,
+        spec: &MachineSpec,
+        source: String,
+        name: &str,
+        op: &Op,
+    ) -> Result<(), ApiError> {
+        let init = self.shelf.image(&spec.image_digest).await?.init;
+        let facts = self.shelf.keep_disk(draft, init, source, op).await?;
+        let named = NamedObject {
+            name: name.to_owned(),
+            digest: facts.digest,
+            created_at: time::now(),
+        };
+        self.db
+            .put_name(NameTable::Images, named)
+            .await
+            .map_err(IntoApi::into_api)
+    }
+
+    /// The spec with the digests that its names of image and kernel stand for now; `None` where one is not there.
+    pub async fn as_of_now(&self, spec: &MachineSpec) -> Option<MachineSpec> {
+        let digest = |named: Option<NamedObject>| named.map(|n| n.digest);
+        let image = self.named(NameTable::Images, &spec.image).await.ok().and_then(digest)?;
+        let kernel = self
+            .named(NameTable::Kernels, &spec.kernel)
+            .await
+            .ok()
+            .and_then(digest)?;
+        Some(MachineSpec {
+            image_digest: image,
+            kernel_digest: kernel,
+            ..spec.clone()
         })
-        .await
     }
 
     /// Makes a root disk larger.

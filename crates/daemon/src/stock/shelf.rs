@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use banger_image::recipe::Recipe;
-use banger_image::{Digest, Progress, Stage, Store, Unit};
+use banger_image::{Digest, Draft, Progress, Stage, Store, Unit};
 use banger_proto::api::{Progress as ApiProgress, ProgressUnit};
 use banger_proto::error::{ApiError, ErrorCode};
 
@@ -131,6 +131,23 @@ impl Shelf {
             None => self.store.fetch_distribution_kernel(&progress).await,
         };
         imported.map(kernel_facts).map_err(IntoApi::into_api)
+    }
+
+    /// Begins an image that somebody else writes.
+    pub fn draft(&self) -> Result<Draft, ApiError> {
+        self.store.draft().map_err(IntoApi::into_api)
+    }
+
+    /// Keeps a disk as an image.
+    pub async fn keep_disk(
+        &self,
+        draft: Draft,
+        init: Option<String>,
+        source: String,
+        op: &Op,
+    ) -> Result<ImageFacts, ApiError> {
+        let kept = self.store.keep_disk(draft, init, source, &told(op)).await;
+        kept.map(image_facts).map_err(IntoApi::into_api)
     }
 
     /// Removes an image's files.

@@ -70,3 +70,29 @@ pub enum Ext4Error {
 
 /// Result of this module.
 pub type Result<T> = std::result::Result<T, Ext4Error>;
+
+/// How full a file system is, by its superblock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Usage {
+    /// Free bytes.
+    pub(crate) free_bytes: u64,
+    /// Inodes in use.
+    pub(crate) files: u64,
+}
+
+/// Reads the superblock of a file system. Offsets as in the kernel's `struct ext4_super_block`; the high half of the count of free
+/// blocks matters only beyond 16 TiB.
+pub(crate) fn usage(disk: &std::fs::File) -> std::io::Result<Usage> {
+    use std::os::unix::fs::FileExt;
+    let mut superblock = [0; grow::SUPER_BYTES];
+    disk.read_exact_at(&mut superblock, grow::SUPER_OFFSET)?;
+    let word = |at: usize| u64::from(u32::from_le_bytes([0, 1, 2, 3].map(|i| superblock[at + i])));
+    let magic = [superblock[0x38], superblock[0x39]];
+    if magic != [0x53, 0xef] || word(0x18) > 6 {
+        return Err(std::io::Error::other("it holds no ext4 file system"));
+    }
+    Ok(Usage {
+        free_bytes: word(0x0c) * (1024 << word(0x18)),
+        files: word(0x00).saturating_sub(word(0x10)),
+    })
+}

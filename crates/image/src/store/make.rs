@@ -9,12 +9,28 @@ use super::{ImageInfo, KERNEL_FORMAT, KernelInfo, Staging, Store, blocking, now_
 use crate::build::{self, Scratch};
 use crate::cancel::Cancel;
 use crate::error::{Error, IoContext, Result};
+use crate::ext4::{self, writer::Summary};
 use crate::files;
 use crate::ingest::{Ingested, ingest};
 use crate::kernel::{extract, fetch};
 use crate::progress::{Progress, Step};
 use crate::recipe::Recipe;
+use crate::seal;
 use crate::tar::Scrub;
+
+/// An image that somebody else writes. Dropped without [`Store::keep_disk`] it leaves nothing.
+#[derive(Debug)]
+pub struct Draft {
+    staging: Arc<Staging>,
+    dir: PathBuf,
+}
+
+impl Draft {
+    /// Where its file system goes: a raw file that is not there yet.
+    pub fn rootfs(&self) -> PathBuf {
+        self.dir.join("rootfs.ext4")
+    }
+}
 
 impl Store {
     /// Imports the kernel of a Debian kernel package. `source` says where it came from; the file's name if none.
@@ -184,6 +200,44 @@ impl Store {
         })
         .await?;
         self.settle_image(staging, dir, made, source, None, progress).await
+    }
+
+    /// Begins an image that somebody else writes.
+    pub fn draft(&self) -> Result<Draft> {
+        let staging = Arc::new(Staging::new(&self.root)?);
+        let dir = staging.path().join("image");
+        files::make_dir(&dir)?;
+        Ok(Draft { staging, dir })
+    }
+
+    /// Keeps a whole disk as an image. `init` is the init system in it; the digest is taken over all of its bytes.
+    pub async fn keep_disk(
+        &self,
+        draft: Draft,
+        init: Option<String>,
+        source: String,
+        progress: &Progress,
+    ) -> Result<ImageInfo> {
+        let (rootfs, held) = (draft.rootfs(), draft.staging.clone());
+        progress.begin(Step::Store);
+        let made = blocking(move || {
+            let _held = held;
+            let file = File::open(&rootfs).on("open", &rootfs)?;
+            file.sync_data().on("write", &rootfs)?;
+            let usage = ext4::usage(&file).on("read", &rootfs)?;
+            Ok(Ingested {
+                digest: seal::digest(&file).on("read", &rootfs)?,
+                init,
+                summary: Summary {
+                    size_bytes: file.metadata().on("read", &rootfs)?.len(),
+                    free_bytes: usage.free_bytes,
+                    files: usage.files,
+                },
+            })
+        })
+        .await?;
+        self.settle_image(draft.staging, draft.dir, made, source, None, progress)
+            .await
     }
 
     async fn settle_image(

@@ -13,6 +13,8 @@
 
 mod boot;
 mod make;
+
+pub use make::Draft;
 mod staging;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,102 @@
+//! Starting a machine from saved memory instead of booting it.
+//!
+//! ```text
+//!   check the files ─▶ launch, paused ─▶ (nothing has run yet: may be taken back) ─▶ resume ─▶ agent ─▶ renew ─▶ running
+//! ```
+//!
+//! Nothing of the guest but kernel and agent runs before the renew has given it fresh randomness, the time and its identity. A guest
+//! that cannot be given them is ended, never handed over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use banger_core::state::Event;
+use banger_proto::error::{ApiError, ErrorCode};
+
+use super::checkpoint::Checkpoint;
+use super::live::Live;
+use super::record::Machine;
+use super::stages::Stages;
+use super::{save, start, stop};
+use crate::agent::sanitize;
+use crate::error::{self, IntoApi};
+use crate::failpoint;
+
+/// How long a restored guest may take to go on. It only has to answer.
+const RENEW: Duration = Duration::from_secs(30);
+
+/// As whom the restored guest goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Becomes {
+    /// Who it was.
+    Itself,
+    /// This machine, being a copy of another.
+    ThisMachine,
+}
+
+/// Starts the engine with a checkpoint's memory, its processors stopped. The row says `starting` already, the disks are there.
+pub async fn launch(m: &Arc<Machine>, stages: &mut Stages, from: &Checkpoint) -> Result<(), ApiError> {
+    stages.enter("restore");
+    stages.cancellable(from.check(&m.services)).await?;
+    let mut saved = from.saved();
+    let memory = m.paths.memory();
+    stop::remove_file(&memory)?;
+    std::fs::hard_link(&saved.memory, &memory)
+        .map_err(|e| error::io(format_args!("link {}", saved.memory.display()), e))?;
+    saved.memory = memory;
+    start::launch_engine(m, stages, Some(saved)).await
+}
+
+/// Lets it run, and makes it who it is to be.
+pub async fn go_on(m: &Arc<Machine>, stages: &mut Stages, from: &Checkpoint, becomes: Becomes) -> Result<(), ApiError> {
+    let live = start::live(m)?;
+    stages.enter("agent");
+    // The host's greeting is there when the guest looks.
+    let by = stages.deadline() + start::GRACE;
+    let connected = async {
+        let (resumed, connected) = tokio::join!(live.engine.resume(&live.handles), live.link.connect(by));
+        resumed.map_err(IntoApi::into_api)?;
+        connected.map(drop).map_err(IntoApi::into_api)
+    };
+    stages
+        .bounded(start::or_exit(m, &live, connected))
+        .await
+        .map_err(|e| start::explain(m, stages, e))?;
+    failpoint::hit("restore.channel").await?;
+    stages.enter("identity");
+    renew(m, stages, &live, &from.manifest.machine_id, becomes).await?;
+    failpoint::hit("restore.renewed").await?;
+    stages.check()
+}
+
+async fn renew(m: &Arc<Machine>, stages: &Stages, live: &Live, whose: &str, becomes: Becomes) -> Result<(), ApiError> {
+    let health = stages
+        .bounded(start::or_exit(m, live, async {
+            let identity = match becomes {
+                Becomes::Itself => None,
+                Becomes::ThisMachine => Some(start::identity(m).await?),
+            };
+            let renew = save::renew(whose, identity)?;
+            live.link.renew(&renew, RENEW).await.map_err(IntoApi::into_api)
+        }))
+        .await
+        .map_err(|e| start::explain(m, stages, e))?;
+    if health.frozen || health.machine_id != m.id.as_str() {
+        return Err(ApiError::new(
+            ErrorCode::Guest,
+            format!("the restored guest of machine {} did not become it", m.name()),
+        ));
+    }
+    m.happen(Event::AgentReady, |_| {}).await?;
+    m.set_guest(sanitize::guest_info(&health));
+    Ok(())
+}
+
+/// Ends what a restore has come to, while the machine is still `starting`.
+pub async fn take_back(m: &Arc<Machine>) -> Result<(), ApiError> {
+    let ended = match m.live() {
+        Some(live) => stop::kill_now(&live).await,
+        None => Ok(()),
+    };
+    ended.and(stop::clean_up(m).await)
+}
