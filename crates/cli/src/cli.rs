@@ -1,12 +1,13 @@
 //! The command tree, and the way from arguments to an exit status.
 
 use std::ffi::{OsStr, OsString};
+use std::time::Instant;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
-use crate::commands::{self, daemon, image, kernel, vm};
+use crate::commands::{self, daemon, image, kernel, template, vm};
 use crate::completion;
 use crate::error::{Error, GUEST_COMMAND_FAILED, Kind, Result, STATUSES};
 use crate::paths::Places;
@@ -66,6 +67,7 @@ enum Command {
     Ps(vm::list::ListArgs),
     Image(image::ImageArgs),
     Kernel(kernel::KernelArgs),
+    Template(template::TemplateArgs),
     Daemon(daemon::DaemonArgs),
     Doctor(commands::doctor::DoctorArgs),
     SshConfig(commands::ssh_config::SshConfigArgs),
@@ -133,6 +135,8 @@ pub(crate) struct Context {
     pub(crate) printer: Printer,
     /// Directories.
     pub(crate) places: Places,
+    /// When the program began.
+    pub(crate) began: Instant,
 }
 
 impl Context {
@@ -165,6 +169,7 @@ fn exit_statuses() -> String {
 
 /// The program, from arguments to exit status.
 pub(crate) fn main() -> u8 {
+    let began = Instant::now();
     if completion::answer() {
         return 0;
     }
@@ -182,6 +187,7 @@ pub(crate) fn main() -> u8 {
     let context = Context {
         printer: Printer::new(cli.global.quiet, cli.global.color),
         places: Places::of_process(),
+        began,
     };
     match cli.command.run(&context) {
         Ok(status) => status,
@@ -200,6 +206,7 @@ impl Command {
             Self::Ps(args) => args.run(context),
             Self::Image(args) => args.run(context),
             Self::Kernel(args) => args.run(context),
+            Self::Template(args) => args.run(context),
             Self::Daemon(args) => args.run(context),
             Self::Doctor(args) => args.run(context),
             Self::SshConfig(args) => args.run(context),

@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
+use banger_proto::api::{Image, Kernel, Snapshot, Template};
 use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use clap_complete::env::{CompleteEnv, Shells};
 use serde::Deserialize;
 
 use crate::cli;
 use crate::client::Client;
-use crate::commands::image::images as all_images;
-use crate::commands::kernel::kernels as all_kernels;
 use crate::commands::vm::common::machines as all_machines;
+use crate::commands::vm::snapshot;
+use crate::commands::{image, kernel, stock, template};
 use crate::error::{Error, Result};
 use crate::paths::Places;
 
@@ -61,7 +62,7 @@ pub(crate) fn machines() -> ArgValueCandidates {
 pub(crate) fn images() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         ask(async |client| {
-            Ok(all_images(&client)
+            Ok(stock::all::<Image>(&client, image::PATH)
                 .await?
                 .into_iter()
                 .map(|i| (i.name, Some(i.source)))
@@ -74,13 +75,59 @@ pub(crate) fn images() -> ArgValueCandidates {
 pub(crate) fn kernels() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
         ask(async |client| {
-            Ok(all_kernels(&client)
+            Ok(stock::all::<Kernel>(&client, kernel::PATH)
                 .await?
                 .into_iter()
                 .map(|k| (k.name, Some(k.release)))
                 .collect())
         })
     })
+}
+
+/// Ids of templates.
+pub(crate) fn templates() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        ask(async |client| {
+            Ok(stock::all::<Template>(&client, template::PATH)
+                .await?
+                .into_iter()
+                .map(|t| {
+                    let what = format!("{}, {} vcpu, {} MiB", t.image, t.spec.vcpu, t.spec.memory_mib);
+                    (t.id, Some(what))
+                })
+                .collect())
+        })
+    })
+}
+
+/// Names of snapshots of the machine that stands on the line already.
+pub(crate) fn snapshots() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        let words: Vec<String> = std::env::args().skip_while(|word| word != "--").collect();
+        let Some(machine) = machine_on_line(&words) else {
+            return Vec::new();
+        };
+        ask(async |client| {
+            Ok(stock::all::<Snapshot>(&client, &snapshot::path(machine))
+                .await?
+                .into_iter()
+                .map(|s| (s.name, Some(s.created_at)))
+                .collect())
+        })
+    })
+}
+
+/// The machine of a line that also takes the name of a snapshot: the first argument of `vm snapshot VERB` or `vm commit`.
+fn machine_on_line(words: &[String]) -> Option<&str> {
+    let mut words = words
+        .iter()
+        .map(String::as_str)
+        .filter(|word| !word.starts_with('-'))
+        .skip_while(|word| !matches!(*word, "snapshot" | "commit"));
+    if words.next()? == "snapshot" {
+        words.next()?;
+    }
+    words.next()
 }
 
 /// Names of recipes for images.
@@ -126,6 +173,19 @@ fn ask(question: impl AsyncFnOnce(Client) -> Result<Vec<(String, Option<String>)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_machine_of_a_snapshot_is_found_on_the_line() {
+        let of = |line: &str| {
+            let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+            machine_on_line(&words).map(str::to_owned)
+        };
+        assert_eq!(of("-- banger vm snapshot restore build x").as_deref(), Some("build"));
+        assert_eq!(of("-- banger vm snapshot delete -q build").as_deref(), Some("build"));
+        assert_eq!(of("-- banger vm commit build img --snapshot").as_deref(), Some("build"));
+        assert_eq!(of("-- banger vm snapshot"), None);
+        assert_eq!(of("-- banger vm show"), None);
+    }
 
     #[test]
     fn every_shell_has_a_script() {

@@ -5,7 +5,7 @@
 //! * `session`: a program in the guest wired to our own streams,
 //! * `workspace`: a git work tree as a tar stream; `files`: copying both ways,
 //! * `ssh`: OpenSSH through the daemon, and the user's `~/.ssh/config`,
-//! * `printer`, `table`, `error`: everything that is shown, and the exit statuses,
+//! * `printer`, `table`, `timings`, `error`: everything that is shown, and the exit statuses,
 //! * `completion`, `reference`: what is generated from the command tree.
 //!
 //! It sees the daemon only through its API: neither its crate nor those of engines and images.
@@ -25,6 +25,7 @@ mod session;
 mod signals;
 mod ssh;
 mod table;
+mod timings;
 mod workspace;
 
 /// Runs the program: arguments in, exit status out.

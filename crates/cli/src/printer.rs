@@ -123,6 +123,11 @@ impl Printer {
         }
     }
 
+    /// Says on standard error what was asked for: not even `--quiet` silences it.
+    pub(crate) fn report(&self, text: impl AsRef<str>) {
+        self.err_line(text.as_ref());
+    }
+
     /// Warns. Silent with `--quiet`.
     pub(crate) fn warn(&self, text: impl AsRef<str>) {
         if !self.quiet {

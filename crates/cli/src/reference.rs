@@ -15,8 +15,9 @@ Generated from the program; a test holds the two together (`make docs` writes it
 - Data goes to standard output, everything else to standard error. `--quiet` leaves data and errors; lists then print ids alone.
 - On a terminal long work shows a bar, elsewhere each stage is a line.
 - Colours are used on a terminal; `--color`, `NO_COLOR` and `TERM=dumb` are obeyed.
-- Machines are named by name, id or a prefix that fits only one. Verbs that take several do all they can, print in the order given,
-  and exit with the status of the first failure.
+- Machines are named by name, id or a prefix that fits only one, templates by id or such a prefix. Verbs that take several do all
+  they can, print in the order given, and exit with the status of the first failure.
+- Sizes that are shown of images, kernels, snapshots and templates are what is allocated on the host.
 - Sizes need a unit and are powers of 1024: `512M`, `2G`, `4GiB`. Times are `500ms`, `90s`, `10m`, `1h30m`.
 
 ## JSON
@@ -28,19 +29,25 @@ none is renamed, removed or given another meaning under the same version. Fields
 | Command | Prints |
 |---|---|
 | `vm list`, `ps` | array of machines |
-| `vm show`, `vm create`, `vm rename`, `vm wait` | machine |
-| `vm start`, `stop`, `restart`, `kill`, `delete`, `prune`, `set` | array of `{id, name, result}` |
+| `vm show`, `vm create`, `vm rename`, `vm wait`, `vm snapshot restore` | machine |
+| `vm fork` | array of machines |
+| `vm start`, `stop`, `restart`, `kill`, `pause`, `resume`, `suspend`, `delete`, `prune`, `set` | array of `{id, name, result}` |
+| `vm snapshot list` / `show`, `create` | array of snapshots / snapshot |
+| `vm commit` | image |
 | `vm stats` | array of figures |
 | `vm sessions` | array of sessions |
 | `vm cp` | `{entries, bytes, skipped}` |
+| `vm run --timings` | on standard error, in one line: `{stages: [{stage, ms, parts}], total_ms}` |
 | `vm run --dry-run` | workspace: `{source, guest_path, head, branch, mode, files, skipped_untracked}` |
 | `image list` / `show`, `build` | array of images / image |
 | `kernel list` / `show`, `import` | array of kernels / kernel |
+| `template list` / `show`, `build` | array of templates / template |
+| `template prune` | `{removed, freed_bytes}` |
 | `daemon start`, `status` | `{running, pid, …}` |
 | `doctor` | array of `{name, level, message, hint}` |
 | `version` | `{version, commit, api_version, daemon}` |
 
-Machines, images, kernels, sessions and figures are those of the daemon's API (`GET /v1/openapi.json`).
+Machines, snapshots, images, kernels, templates, sessions and figures are those of the daemon's API (`GET /v1/openapi.json`).
 
 ## Files and environment
 

@@ -2,132 +2,25 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may end this way")]
 
-use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::Stdio;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_banger");
+use support::{Home, MACHINE, PROGRAM, Ran};
 
-/// Directories of its own for each test.
-struct Home {
-    dir: tempfile::TempDir,
-}
-
-impl Home {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(dir.path().join("run/banger")).unwrap();
-        Self { dir }
-    }
-
-    fn path(&self, below: &str) -> PathBuf {
-        self.dir.path().join(below)
-    }
-
-    fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new(program);
-        command
-            .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-            .env("HOME", self.dir.path())
-            .env("XDG_RUNTIME_DIR", self.path("run"))
-            .env("GIT_CONFIG_NOSYSTEM", "1")
-            .current_dir(self.dir.path())
-            .stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, arguments: &[&str]) -> Ran {
-        Ran::from(self.command(Path::new(PROGRAM)).args(arguments).output().unwrap())
-    }
-
-    /// Answers requests by method and path; everything else is not found.
-    fn serve(&self, answers: &[(&str, u16, &str)]) {
-        let listener = UnixListener::bind(self.path("run/banger/bangerd.sock")).unwrap();
-        let answers: HashMap<String, (u16, String)> = answers
-            .iter()
-            .map(|(request, status, body)| ((*request).to_owned(), (*status, (*body).to_owned())))
-            .collect();
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let (mut stream, answers) = (stream.unwrap(), answers.clone());
-                std::thread::spawn(move || {
-                    let mut reader = BufReader::new(stream.try_clone().unwrap());
-                    let mut line = String::new();
-                    while reader.read_line(&mut line).is_ok_and(|n| n > 0) {
-                        let request = line.split(' ').take(2).collect::<Vec<_>>().join(" ");
-                        let mut length = 0;
-                        loop {
-                            line.clear();
-                            reader.read_line(&mut line).unwrap();
-                            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                                length = value.trim().parse().unwrap();
-                            }
-                            if line.trim().is_empty() {
-                                break;
-                            }
-                        }
-                        reader.read_exact(&mut vec![0; length]).unwrap();
-                        let none = (
-                            404,
-                            r#"{"error":{"code":"not_found","message":"no such thing"}}"#.to_owned(),
-                        );
-                        let (status, body) = answers.get(&request).unwrap_or(&none);
-                        let _ = write!(
-                            stream,
-                            "HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n{body}",
-                            body.len()
-                        );
-                        line.clear();
-                    }
-                });
-            }
-        });
-    }
-
-    /// The program in a directory of its own, beside a daemon that is this script. Both are written by another process: a
-    /// file that was open for writing here could still be so in a child that a test beside us is about to start, and then
-    /// cannot be run.
-    fn with_daemon(&self, script: &str) -> PathBuf {
-        let bin = self.path("bin");
-        let made = Command::new("sh")
-            .arg("-ec")
-            .arg("mkdir \"$1\"; cp \"$2\" \"$1/banger\"; printf '#!/bin/sh\n%s\n' \"$3\" > \"$1/bangerd\"; chmod +x \"$1/bangerd\"")
-            .arg("sh")
-            .args([bin.as_os_str(), PROGRAM.as_ref(), script.as_ref()])
-            .status();
-        assert!(made.unwrap().success());
-        bin.join("banger")
-    }
-}
-
-#[derive(Debug)]
-struct Ran {
-    status: Option<i32>,
-    stdout: String,
-    stderr: String,
-}
-
-impl From<Output> for Ran {
-    fn from(output: Output) -> Self {
-        Self {
-            status: output.status.code(),
-            stdout: String::from_utf8(output.stdout).unwrap(),
-            stderr: String::from_utf8(output.stderr).unwrap(),
-        }
-    }
-}
-
-const MACHINE: &str = r#"{"id":"0123456789abcdef","name":"build","state":"running","spec":{"image":"debian","image_digest":"sha256:0",
-"kernel":"default","kernel_digest":"sha256:1","engine":"qemu","accel":"tcg","vcpu":2,"memory_mib":1024,"disk_bytes":8589934592,
-"network":"user"},"created_at":"2026-11-22T10:00:00Z","auto_remove":false}"#;
+mod support;
 
 #[test]
 fn groups_without_arguments_show_help() {
     let home = Home::new();
-    for arguments in [&[][..], &["vm"], &["image"], &["kernel"], &["daemon"]] {
+    for arguments in [
+        &[][..],
+        &["vm"],
+        &["vm", "snapshot"],
+        &["image"],
+        &["kernel"],
+        &["template"],
+        &["daemon"],
+    ] {
         let ran = home.run(arguments);
         assert_eq!(ran.status, Some(0), "{arguments:?}");
         assert!(ran.stdout.contains("Usage:") && ran.stderr.is_empty(), "{ran:?}");
@@ -144,6 +37,11 @@ fn usage_errors_have_their_status() {
         (&["vm", "create", "--name", "Not-Valid"], 2),
         (&["vm", "set", "x"], 2),
         (&["vm", "cp", "a", "b"], 2),
+        (&["vm", "fork", "x", "-n", "0"], 2),
+        (&["vm", "fork", "x", "--name", "../y"], 2),
+        (&["vm", "snapshot", "create", "x", "../../y"], 2),
+        (&["vm", "create", "--no-start", "--cold"], 2),
+        (&["vm", "set", "x", "--idle-suspend-after", "soon"], 2),
         // Where the status is the guest's, ours is always the same.
         (&["run", "--bogus"], 125),
         (&["run", "-d", "--rm"], 125),
@@ -168,6 +66,8 @@ fn an_empty_list_is_empty_and_objects_carry_the_schema_version() {
         ("GET /v1/machines", 200, r#"{"machines":[]}"#),
         ("GET /v1/images", 200, r#"{"images":[]}"#),
         ("GET /v1/kernels", 200, r#"{"kernels":[]}"#),
+        ("GET /v1/templates", 200, r#"{"templates":[]}"#),
+        ("GET /v1/machines/build/snapshots", 200, r#"{"snapshots":[]}"#),
         ("GET /v1/machines/build", 200, MACHINE),
     ]);
     for arguments in [
@@ -175,6 +75,8 @@ fn an_empty_list_is_empty_and_objects_carry_the_schema_version() {
         &["ps", "--format", "json"],
         &["image", "list", "--json"],
         &["kernel", "list", "--json"],
+        &["template", "list", "--json"],
+        &["vm", "snapshot", "list", "build", "--json"],
         &["vm", "stats", "--json"],
         &["vm", "prune", "--json", "--force"],
     ] {

@@ -82,6 +82,15 @@ impl Client {
         Self::at(self.socket.clone(), false)
     }
 
+    /// Connects, so that the first request need not. Starts the daemon when there is none.
+    pub(crate) async fn connected(&self) -> Result<()> {
+        let sender = self.open().await?;
+        if let Ok(mut idle) = self.idle.lock() {
+            *idle = Some(sender);
+        }
+        Ok(())
+    }
+
     /// `GET`.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         self.call(Method::GET, path, empty()).await
@@ -395,10 +404,15 @@ pub(crate) fn encode(text: impl AsRef<[u8]>) -> String {
     out
 }
 
+/// A name as one element of a path.
+pub(crate) fn element(name: &str) -> String {
+    // A slash would make it another path; dots alone would be folded away.
+    encode(name).replace('/', "%2F").replace('.', "%2E")
+}
+
 /// The path of a machine, by name, id or prefix.
 pub(crate) fn machine_path(reference: &str) -> String {
-    // A slash would make it another path; dots alone would be folded away.
-    format!("machines/{}", encode(reference).replace('/', "%2F").replace('.', "%2E"))
+    format!("machines/{}", element(reference))
 }
 
 #[cfg(test)]

@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
-use banger_proto::api::{Operation, OperationState, ProgressUnit};
+use banger_proto::api::{Accepted, Operation, OperationState, ProgressUnit};
 use banger_proto::error::ErrorCode;
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use serde::Serialize;
 
+use crate::cli::Context;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::printer::Activity;
@@ -29,6 +31,35 @@ pub(crate) enum Leaving {
     Cancels,
     /// It goes on.
     GoesOn,
+}
+
+/// Asks for something that takes a while, and follows it to its end with progress under this label.
+pub(crate) async fn carry_out(
+    context: &Context,
+    client: &Client,
+    path: &str,
+    request: &impl Serialize,
+    label: &str,
+    leaving: Leaving,
+) -> Result<Accepted> {
+    // Taken first: an interrupt just behind the request must not leave it unattended.
+    let mut signals = Signals::ending()?;
+    let mut accepted: Accepted = client.post(path, request).await?;
+    accepted.operation = follow_shown(context, client, accepted.operation, label, leaving, &mut signals).await?;
+    Ok(accepted)
+}
+
+/// Follows an operation that was begun, with progress under this label.
+pub(crate) async fn follow_shown(
+    context: &Context,
+    client: &Client,
+    operation: Operation,
+    label: &str,
+    leaving: Leaving,
+    signals: &mut Signals,
+) -> Result<Operation> {
+    let mut activity = context.printer.activity(label);
+    follow(client, operation, leaving, &mut activity, signals).await
 }
 
 /// Follows an operation until it ends. An operation that fails comes back as the error it failed with.

@@ -1,19 +1,20 @@
 //! `banger kernel`: kernels in the store.
 
 use banger_core::size;
-use banger_proto::api::{Accepted, ImportKernel, Kernel};
+use banger_proto::api::{ImportKernel, Kernel};
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
-use serde::Deserialize;
 
-use crate::cli::{Context, OutputArgs, versioned};
-use crate::client::operation::{Leaving, follow};
-use crate::client::{Client, encode};
-use crate::commands::image::delete_each;
+use crate::cli::{Context, OutputArgs};
+use crate::client::Client;
+use crate::client::operation::{Leaving, carry_out};
+use crate::commands::stock::{self, Kept};
 use crate::completion;
 use crate::error::{Error, Result};
-use crate::signals::Signals;
 use crate::table;
+
+/// Where kernels are kept.
+pub(crate) const PATH: &str = "kernels";
 
 /// Manage kernels
 #[derive(Debug, Args)]
@@ -86,98 +87,47 @@ struct KernelDeleteArgs {
     kernels: Vec<String>,
 }
 
-#[derive(Deserialize)]
-struct Kernels {
-    kernels: Vec<Kernel>,
-}
+impl Kept for Kernel {
+    const LIST: &'static str = "kernels";
+    const HEADINGS: &'static [&'static str] = &["NAME", "DIGEST", "RELEASE", "SIZE", "MACHINES", "CREATED"];
 
-/// All kernels.
-pub(crate) async fn kernels(client: &Client) -> Result<Vec<Kernel>> {
-    Ok(client.get::<Kernels>("kernels").await?.kernels)
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn row(&self, now: Timestamp) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            table::short(&self.digest),
+            self.release.clone(),
+            size::format(self.size_bytes),
+            self.used_by.len().to_string(),
+            table::ago(&self.created_at, now),
+        ]
+    }
+
+    fn pairs(&self, now: Timestamp) -> Vec<(&'static str, String)> {
+        vec![
+            ("name", self.name.clone()),
+            ("digest", self.digest.clone()),
+            ("release", self.release.clone()),
+            ("size", size::format(self.size_bytes)),
+            ("source", self.source.clone()),
+            ("created", stock::moment(&self.created_at, now)),
+            ("used by", stock::names(&self.used_by)),
+        ]
+    }
 }
 
 impl KernelArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         match self.command {
-            KernelCommand::List(args) => args.run(context),
-            KernelCommand::Show(args) => args.run(context),
+            KernelCommand::List(args) => stock::list::<Kernel>(context, args.output, PATH),
+            KernelCommand::Show(args) => stock::show::<Kernel>(context, args.output, PATH, &args.kernel),
             KernelCommand::Import(args) => args.run(context),
-            KernelCommand::Delete(args) => context.block_on(async {
-                let client = Client::new(&context.places)?;
-                delete_each(context, &client, "kernels", &args.kernels).await
-            }),
+            KernelCommand::Delete(args) => stock::remove(context, PATH, &args.kernels),
         }
     }
-}
-
-impl KernelListArgs {
-    fn run(self, context: &Context) -> Result<u8> {
-        let found = context.block_on(async { kernels(&Client::new(&context.places)?).await })?;
-        let printer = &context.printer;
-        if self.output.json() {
-            printer.json(&found.into_iter().map(versioned).collect::<Vec<_>>())?;
-        } else if printer.quiet {
-            printer.data(found.iter().map(|k| format!("{}\n", k.name)).collect::<String>())?;
-        } else {
-            let now = Timestamp::now();
-            let rows = found.iter().map(|k| {
-                vec![
-                    k.name.clone(),
-                    table::short(&k.digest),
-                    k.release.clone(),
-                    size::format(k.size_bytes),
-                    k.used_by.len().to_string(),
-                    table::ago(&k.created_at, now),
-                ]
-            });
-            printer.data(table::render(
-                &["NAME", "DIGEST", "RELEASE", "SIZE", "MACHINES", "CREATED"],
-                rows,
-            ))?;
-        }
-        Ok(0)
-    }
-}
-
-impl KernelShowArgs {
-    fn run(self, context: &Context) -> Result<u8> {
-        let kernel = context.block_on(async { show(&Client::new(&context.places)?, &self.kernel).await })?;
-        print(context, self.output, kernel)
-    }
-}
-
-async fn show(client: &Client, kernel: &str) -> Result<Kernel> {
-    client
-        .get(&format!("kernels/{}", encode(kernel).replace('/', "%2F")))
-        .await
-}
-
-fn print(context: &Context, output: OutputArgs, kernel: Kernel) -> Result<u8> {
-    if output.json() {
-        context.printer.json(&versioned(kernel))?;
-        return Ok(0);
-    }
-    let now = Timestamp::now();
-    context.printer.data(table::pairs([
-        ("name", kernel.name),
-        ("digest", kernel.digest),
-        ("release", kernel.release),
-        ("size", size::format(kernel.size_bytes)),
-        ("source", kernel.source),
-        (
-            "created",
-            format!("{} ({})", kernel.created_at, table::ago(&kernel.created_at, now)),
-        ),
-        (
-            "used by",
-            if kernel.used_by.is_empty() {
-                "-".to_owned()
-            } else {
-                kernel.used_by.join(", ")
-            },
-        ),
-    ]))?;
-    Ok(0)
 }
 
 impl KernelImportArgs {
@@ -195,31 +145,16 @@ impl KernelImportArgs {
             }
             None => None,
         };
-        let kernel = context.block_on(async {
+        let kernel: Kernel = context.block_on(async {
             let client = Client::new(&context.places)?;
-            let mut signals = Signals::ending()?;
             let request = ImportKernel {
                 name: self.name.clone(),
                 from,
                 force: self.force,
             };
-            let accepted: Accepted = client.post("kernels", &request).await?;
-            let mut activity = context.printer.activity("kernel import");
-            follow(
-                &client,
-                accepted.operation,
-                Leaving::Cancels,
-                &mut activity,
-                &mut signals,
-            )
-            .await?;
-            drop(activity);
-            show(&client, &self.name).await
+            carry_out(context, &client, PATH, &request, "kernel import", Leaving::Cancels).await?;
+            stock::get(&client, PATH, &self.name).await
         })?;
-        if self.output.json() {
-            return print(context, self.output, kernel);
-        }
-        context.printer.line(kernel.name)?;
-        Ok(0)
+        stock::made(context, self.output, kernel)
     }
 }

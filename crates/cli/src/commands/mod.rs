@@ -1,4 +1,4 @@
-//! What each command does, one file each.
+//! What each command does, one file each or one for those that are alike.
 
 pub(crate) mod completion;
 pub(crate) mod daemon;
@@ -8,5 +8,7 @@ pub(crate) mod internal;
 pub(crate) mod kernel;
 pub(crate) mod man;
 pub(crate) mod ssh_config;
+pub(crate) mod stock;
+pub(crate) mod template;
 pub(crate) mod version;
 pub(crate) mod vm;

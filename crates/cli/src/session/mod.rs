@@ -4,16 +4,20 @@
 //! output goes on behind the last byte that came, and input that the guest had not taken is sent again.
 //!
 //! ```text
-//!   Open ──▶ Opened ──▶ Go ──▶ frames … ──▶ Exit
-//!    ▲                              │
-//!    └── connect again ◀── broken ──┘      at most RECONNECT_DEADLINE
+//! Open, Go ──▶ Opened ──▶ frames … ──▶ Exit
+//!    ▲                         │
+//!    └─ connect again ◀─ broken┘      at most RECONNECT_DEADLINE
 //! ```
+//!
+//! `Go` does not wait for `Opened`: that would be one more way to the guest and back before the program starts. A session whose
+//! connection broke in between is only ever joined again, so that its program runs at most once.
 
+use std::rc::Rc;
 use std::time::Duration;
 
-use banger_proto::error::{ApiError, ErrorCode};
+use banger_proto::error::ErrorCode;
 use banger_proto::frame::{Exit, Frame, Kind as FrameKind, MAX_PAYLOAD, Open, Opened, Signal, StdinAck};
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::stream::SplitStream;
 use futures_util::{SinkExt, StreamExt};
 use tokio::sync::mpsc;
@@ -23,14 +27,17 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::client::{Client, WebSocket, encode, machine_path};
 use crate::error::{Error, Kind, Result};
 use crate::printer::Printer;
-use crate::session::input::{CHUNK, DetachKeys, InputLog};
+use crate::session::input::{DetachKeys, InputLog};
 use crate::session::output::{Output, Stream};
+use crate::session::wire::{Broken, Frames, lost, message, next, parse, protocol, refused, send, send_signal};
 use crate::signals;
+use crate::timings::Marks;
 
 pub(crate) mod input;
 pub(crate) mod output;
 pub(crate) mod run;
 pub(crate) mod terminal;
+mod wire;
 
 /// How long a broken connection is tried again.
 const RECONNECT_DEADLINE: Duration = Duration::from_secs(30);
@@ -68,6 +75,8 @@ pub(crate) struct Session<'a> {
     pub(crate) open: Open,
     /// Keys that detach; only for a terminal.
     pub(crate) detach: Option<DetachKeys>,
+    /// Where times are noted.
+    pub(crate) marks: Rc<Marks>,
 }
 
 /// The streams of a session.
@@ -94,21 +103,11 @@ struct State {
     discard: bool,
 }
 
-/// Why a connection is no longer used.
-enum Broken {
-    /// Worth another try.
-    Retry(Error),
-    /// Final.
-    Fatal(Error),
-}
-
 /// The end of a session, and whether there are last words to be sent.
 struct Ended {
     end: End,
     parting: bool,
 }
-
-type Frames = mpsc::UnboundedSender<Message>;
 
 impl Session<'_> {
     /// Runs it to its end.
@@ -125,13 +124,19 @@ impl Session<'_> {
         };
         let mut broken: Option<Instant> = None;
         let mut told = false;
+        let mut first: Option<Error> = None;
         let end = loop {
             let error = match self.attend(&mut state, &mut streams, &mut broken, &mut told).await {
                 Ok(end) => break end,
+                // The break came before the request did: there is nothing to be joined, and the break is what went wrong.
+                Err(Broken::Fatal(error)) if !state.joined && error.is(ErrorCode::NotFound) => {
+                    return Err(first.unwrap_or(error));
+                }
                 Err(Broken::Fatal(error)) => return Err(error),
                 Err(Broken::Retry(error)) if !state.asked => return Err(error),
                 Err(Broken::Retry(error)) => error,
             };
+            first.get_or_insert_with(|| error.clone());
             let since = *broken.get_or_insert_with(Instant::now);
             if since.elapsed() >= RECONNECT_DEADLINE {
                 let mut error = error;
@@ -177,11 +182,13 @@ impl Session<'_> {
         broken: &mut Option<Instant>,
         told: &mut bool,
     ) -> Result<End, Broken> {
-        let connect = self.connect(state);
-        let (socket, opened) = tokio::select! {
-            connected = connect => connected?,
+        let mut socket = tokio::select! {
+            socket = self.connect() => socket?,
             Some(number) = ending(&mut streams.signals) => return Err(Broken::Fatal(Error::signal(number))),
         };
+        let going = self.ask(state, &mut socket).await?;
+        let opened = self.opened(state, &mut socket, streams, going).await?;
+        Marks::note(&self.marks.opened);
         if broken.take().is_some() && std::mem::take(told) {
             self.say("joined the session again");
         }
@@ -196,10 +203,9 @@ impl Session<'_> {
         }
         let (mut sink, mut frames) = socket.split();
         let (sender, mut queue) = mpsc::unbounded_channel::<Message>();
-        if !opened.started {
+        if !opened.started && !going {
             send(&sender, FrameKind::Go, &[]);
         }
-        state.asked = true;
         if state.log.acknowledge(opened.stdin_received).is_err() {
             return Err(Broken::Fatal(protocol("it has more input than was sent")));
         }
@@ -229,7 +235,7 @@ impl Session<'_> {
             end = self.converse(state, streams, &mut frames, &sender) => end?,
             // A failed write shows as a failed read as well, which knows more.
             Err(error) = &mut write => {
-                return Err(Broken::Retry(Error::unavailable(format!("the connection was lost: {error}"))));
+                return Err(lost(error));
             }
         };
         if end.parting {
@@ -239,16 +245,19 @@ impl Session<'_> {
         Ok(end.end)
     }
 
-    async fn connect(&self, state: &State) -> Result<(WebSocket, Opened), Broken> {
+    async fn connect(&self) -> Result<WebSocket, Broken> {
         let path = format!("{}/sessions/{}/attach", machine_path(&self.machine), encode(&self.id));
-        let retry = |error: Error| {
+        self.client.websocket(&path, MAX_PAYLOAD + 1).await.map_err(|error| {
             if error.kind == Kind::Unavailable {
                 Broken::Retry(error)
             } else {
                 Broken::Fatal(error)
             }
-        };
-        let mut socket = self.client.websocket(&path, MAX_PAYLOAD + 1).await.map_err(retry)?;
+        })
+    }
+
+    /// Asks for the session. A new one is told to go in the same breath; true if so.
+    async fn ask(&self, state: &mut State, socket: &mut WebSocket) -> Result<bool, Broken> {
         let open = Open {
             attach_only: self.open.attach_only || state.asked,
             output_offset: state.output_offset,
@@ -259,21 +268,64 @@ impl Session<'_> {
             },
             ..self.open.clone()
         };
+        let going = !open.attach_only;
         let open = Frame::json(FrameKind::Open, &open);
-        let broken = |e| Broken::Retry(Error::unavailable(format!("the connection was lost: {e}")));
+        state.asked = true;
         socket
-            .send(Message::Binary(open.to_message().into()))
+            .feed(Message::Binary(open.to_message().into()))
             .await
-            .map_err(broken)?;
-        match next(&mut socket).await? {
-            (FrameKind::Opened, payload) => {
-                let opened: Opened =
-                    serde_json::from_slice(&payload).map_err(|e| Broken::Fatal(protocol(&e.to_string())))?;
-                Ok((socket, opened))
-            }
-            (FrameKind::Error, payload) => Err(refused(&payload)),
-            (kind, _) => Err(Broken::Fatal(protocol(&format!("{kind:?} before Opened")))),
+            .map_err(lost)?;
+        if going {
+            socket.feed(message(FrameKind::Go, &[])).await.map_err(lost)?;
         }
+        socket.flush().await.map_err(lost)?;
+        Ok(going)
+    }
+
+    /// Waits until the guest has the session. A program that was told to go gets the signals that come meanwhile.
+    async fn opened(
+        &self,
+        state: &mut State,
+        socket: &mut WebSocket,
+        streams: &mut Streams,
+        going: bool,
+    ) -> Result<Opened, Broken> {
+        loop {
+            let number = tokio::select! {
+                frame = next(socket) => match frame? {
+                    (FrameKind::Opened, payload) => {
+                        return serde_json::from_slice(&payload).map_err(|e| Broken::Fatal(protocol(&e.to_string())));
+                    }
+                    (FrameKind::Error, payload) => return Err(refused(&payload)),
+                    (kind, _) => return Err(Broken::Fatal(protocol(&format!("{kind:?} before Opened")))),
+                },
+                Some(number) = ending(&mut streams.signals) => number,
+            };
+            let (passed, over) = self.passed_on(number, state);
+            if going {
+                let frame = Frame::json(FrameKind::Signal, &Signal { signal: passed }).to_message();
+                socket.send(Message::Binary(frame.into())).await.map_err(lost)?;
+            }
+            if over || !going {
+                return Err(Broken::Fatal(Error::signal(number)));
+            }
+        }
+    }
+
+    /// What the program gets of a signal of ours, and whether we leave for it.
+    fn passed_on(&self, number: i32, state: &mut State) -> (i32, bool) {
+        if self.open.tty && matches!(number, signals::HUP | signals::TERM) {
+            // The terminal or its user is gone: the program is told what it would be told then.
+            return (signals::HUP, true);
+        }
+        if matches!(number, signals::INT | signals::TERM) {
+            state.interrupts += 1;
+            if state.interrupts > PATIENCE {
+                const KILL: i32 = 9;
+                return (KILL, true);
+            }
+        }
+        (number, false)
     }
 
     async fn converse(
@@ -293,6 +345,7 @@ impl Session<'_> {
                     let (kind, payload) = frame?;
                     match kind {
                         FrameKind::Stdout | FrameKind::Stderr => {
+                            Marks::note(&self.marks.output);
                             state.output_offset += payload.len() as u64;
                             if !state.discard {
                                 let stream = if kind == FrameKind::Stdout { Stream::Out } else { Stream::Err };
@@ -358,26 +411,13 @@ impl Session<'_> {
             }
             return;
         }
-        if self.open.tty && matches!(number, signals::HUP | signals::TERM) {
-            // The terminal or its user is gone: the program is told what it would be told then.
-            send_signal(sender, signals::HUP);
+        let (passed, over) = self.passed_on(number, state);
+        send_signal(sender, passed);
+        if over {
             state
                 .leave
                 .get_or_insert((Instant::now() + LEAVE_DEADLINE, 128 + number));
-            return;
         }
-        if matches!(number, signals::INT | signals::TERM) {
-            state.interrupts += 1;
-            if state.interrupts > PATIENCE {
-                const KILL: i32 = 9;
-                send_signal(sender, KILL);
-                state
-                    .leave
-                    .get_or_insert((Instant::now() + LEAVE_DEADLINE, 128 + number));
-                return;
-            }
-        }
-        send_signal(sender, number);
     }
 
     fn send_size(&self, sender: &Frames) {
@@ -411,72 +451,6 @@ async fn receive(input: &mut Option<mpsc::Receiver<Bytes>>) -> Option<Bytes> {
         Some(input) => input.recv().await,
         None => None,
     }
-}
-
-/// The next frame of a connection.
-async fn next<S>(frames: &mut S) -> Result<(FrameKind, Bytes), Broken>
-where
-    S: futures_util::Stream<Item = Result<Message, tokio_tungstenite::tungstenite::Error>> + Unpin,
-{
-    loop {
-        return match frames.next().await {
-            Some(Ok(Message::Binary(mut message))) => {
-                let kind = message.first().copied().and_then(FrameKind::from_u8);
-                let Some(kind) = kind else {
-                    return Err(Broken::Fatal(protocol("a frame of unknown kind")));
-                };
-                let _ = message.split_to(1);
-                Ok((kind, message))
-            }
-            Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
-            Some(Ok(Message::Text(_) | Message::Frame(_))) => {
-                Err(Broken::Fatal(protocol("a message that is no frame")))
-            }
-            Some(Ok(Message::Close(_))) | None => {
-                Err(Broken::Retry(Error::unavailable("the daemon closed the connection")))
-            }
-            Some(Err(error)) => Err(Broken::Retry(Error::unavailable(format!(
-                "the connection was lost: {error}"
-            )))),
-        };
-    }
-}
-
-fn parse<T: serde::de::DeserializeOwned>(payload: &[u8]) -> Result<T, Broken> {
-    serde_json::from_slice(payload).map_err(|e| Broken::Fatal(protocol(&e.to_string())))
-}
-
-fn refused(payload: &[u8]) -> Broken {
-    match serde_json::from_slice::<ApiError>(payload) {
-        Ok(error) if error.code == ErrorCode::Unavailable => Broken::Retry(error.into()),
-        Ok(error) => Broken::Fatal(error.into()),
-        Err(error) => Broken::Fatal(protocol(&error.to_string())),
-    }
-}
-
-fn protocol(what: &str) -> Error {
-    Error::failed(format!("the session broke its protocol: {what}"))
-}
-
-fn message(kind: FrameKind, payload: &[u8]) -> Message {
-    let mut message = BytesMut::with_capacity(1 + payload.len());
-    message.put_u8(kind as u8);
-    message.extend_from_slice(payload);
-    Message::Binary(message.freeze())
-}
-
-fn send(sender: &Frames, kind: FrameKind, payload: &[u8]) {
-    debug_assert!(payload.len() <= CHUNK.max(4096), "frames of a client are small");
-    // The receiver goes only with the connection, which is then found broken.
-    let _ = sender.send(message(kind, payload));
-}
-
-fn send_signal(sender: &Frames, signal: i32) {
-    send(
-        sender,
-        FrameKind::Signal,
-        &Frame::json(FrameKind::Signal, &Signal { signal }).payload,
-    );
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
+use std::rc::Rc;
 
 use banger_proto::frame::Open;
 use tokio::sync::mpsc;
@@ -14,6 +15,7 @@ use crate::session::output::Output;
 use crate::session::terminal::{RawMode, size};
 use crate::session::{End, Session, Streams};
 use crate::signals::{self, Signals};
+use crate::timings::Marks;
 
 /// A fresh session id: sixteen hexadecimal digits.
 pub(crate) fn fresh_id() -> Result<String> {
@@ -33,13 +35,15 @@ pub(crate) struct Job {
     pub(crate) open: Open,
     /// Keys that detach from a terminal.
     pub(crate) detach: DetachKeys,
+    /// Where the session notes its times.
+    pub(crate) marks: Rc<Marks>,
 }
 
 /// Runs a session wired to this process's streams and signals.
 pub(crate) async fn on_own_streams(client: &Client, printer: &Printer, job: Job) -> Result<End> {
     let mut open = job.open;
     let tty = open.tty;
-    open.stdin = open.stdin && stdin_is_readable();
+    open.stdin = open.stdin && stdin_is_readable() && !stdin_is_empty();
     if tty {
         open.size = size();
         if let Ok(term) = std::env::var("TERM")
@@ -58,6 +62,7 @@ pub(crate) async fn on_own_streams(client: &Client, printer: &Printer, job: Job)
         id: job.session,
         open,
         detach: tty.then_some(job.detach),
+        marks: job.marks,
     };
     let streams = Streams {
         input: read_stdin,
@@ -79,6 +84,15 @@ fn stdin_is_readable() -> bool {
         Ok(foreground) => foreground == rustix::process::getpgrp(),
         Err(_) => true,
     }
+}
+
+/// Nothing will ever come from the null device: that is said at once, and saves a thread here and a message to the guest.
+fn stdin_is_empty() -> bool {
+    let null = rustix::fs::makedev(1, 3);
+    rustix::fs::fstat(std::io::stdin()).is_ok_and(|stat| {
+        rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::CharacterDevice
+            && stat.st_rdev == null
+    })
 }
 
 fn forward_signals() -> Result<mpsc::Receiver<i32>> {

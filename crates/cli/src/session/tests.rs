@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use banger_proto::error::ApiError;
 use banger_proto::frame::Resize;
 use http_body_util::Full;
 use hyper::service::service_fn;
@@ -14,6 +15,9 @@ use tokio_tungstenite::tungstenite::protocol::Role;
 
 use super::*;
 use crate::printer::{Color, Printer};
+use crate::session::input::CHUNK;
+
+mod go;
 
 type Socket = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
 
@@ -152,6 +156,7 @@ async fn attend(client: &Client, open: Open, detach: Option<&str>, signals: Vec<
         id: "s1".into(),
         open,
         detach: detach.map(|keys| DetachKeys::parse(keys).unwrap()),
+        marks: Rc::default(),
     };
     let streams = Streams {
         input,
@@ -415,6 +420,7 @@ async fn signals_are_passed_on_and_the_fourth_interrupt_ends_it() {
         id: "s1".into(),
         open: command(),
         detach: None,
+        marks: Rc::default(),
     };
     let end = session
         .run(Streams {
@@ -448,6 +454,7 @@ async fn a_closed_output_is_told_to_the_program() {
         id: "s1".into(),
         open: command(),
         detach: None,
+        marks: Rc::default(),
     };
     let (_signal, signals_in) = mpsc::channel(1);
     let end = session

@@ -17,6 +17,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use banger_core::size;
 use banger_proto::api::Workspace;
 use serde::Serialize;
+use tokio::task::JoinHandle;
 
 use crate::cli::Context;
 use crate::client::Client;
@@ -25,6 +26,7 @@ use crate::files::beneath::Root;
 use crate::files::pack::{Packer, Permissions};
 use crate::files::upload::put;
 use crate::workspace::git::{Git, spawn, wait};
+use crate::workspace::history::History;
 
 mod git;
 mod history;
@@ -217,13 +219,35 @@ pub(crate) fn notices(context: &Context, snapshot: &Snapshot) {
     }
 }
 
+/// The repository for the machine on its way: it needs no machine, so it is made while that one starts.
+#[derive(Debug)]
+pub(crate) struct Packing(JoinHandle<Result<History>>);
+
+impl Packing {
+    /// Begins.
+    pub(crate) fn begin(snapshot: &Snapshot) -> Self {
+        let snapshot = snapshot.clone();
+        Self(tokio::task::spawn_blocking(move || history::build(&snapshot)))
+    }
+
+    /// Waits until nothing of it is left, when it is not wanted any more.
+    pub(crate) async fn discard(self) {
+        let _ = self.0.await;
+    }
+}
+
 /// Copies a workspace into a machine.
-pub(crate) async fn upload(context: &Context, client: &Client, machine: &str, snapshot: &Snapshot) -> Result<()> {
+pub(crate) async fn upload(
+    context: &Context,
+    client: &Client,
+    machine: &str,
+    snapshot: &Snapshot,
+    packing: Packing,
+) -> Result<()> {
     let mut activity = context.printer.activity("vm run");
     activity.stage("packing the workspace");
-    let for_history = snapshot.clone();
-    let history = tokio::task::spawn_blocking(move || history::build(&for_history));
-    let history = history
+    let history = packing
+        .0
         .await
         .map_err(|e| Error::failed(format!("packing the workspace broke off: {e}")))??;
     let administration = walk(&history.git_dir())?;

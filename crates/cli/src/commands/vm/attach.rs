@@ -1,5 +1,7 @@
 //! `banger vm attach`.
 
+use std::rc::Rc;
+
 use banger_proto::api::{Machine, Session};
 use banger_proto::frame::Open;
 use clap::Args;
@@ -47,6 +49,7 @@ impl AttachArgs {
                 session: session.id.clone(),
                 open,
                 detach: keys,
+                marks: Rc::default(),
             };
             let end = on_own_streams(&client, &context.printer, job).await?;
             Ok(ended(context, &machine.name, &session.id, end))

@@ -41,6 +41,12 @@ pub(crate) struct SpecArgs {
     /// Network: user (out through the host, nothing comes in) or none
     #[arg(long, value_parser = network)]
     pub(crate) network: Option<String>,
+    /// Suspend the machine when it was not used for this long, like 30m; 0 is never
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) idle_suspend_after: Option<Duration>,
+    /// Boot, though there is a template to start from
+    #[arg(long)]
+    pub(crate) cold: bool,
 }
 
 /// Options that decide when a start is done.
@@ -95,6 +101,8 @@ impl SpecArgs {
             network: self.network,
             wait: wait.wait_for(),
             timeout_ms: wait.timeout_ms(),
+            cold: self.cold,
+            idle_suspend_after_ms: self.idle_suspend_after.map(milliseconds),
             ..CreateMachine::default()
         })
     }
@@ -146,7 +154,8 @@ fn engine(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-fn network(text: &str) -> Result<String, String> {
+/// Reads the kind of a network.
+pub(crate) fn network(text: &str) -> Result<String, String> {
     spec::check_network(text).map_err(|e| e.to_string())?;
     Ok(text.to_owned())
 }
@@ -307,6 +316,7 @@ pub(crate) mod tests {
             workspace: None,
             boot: None,
             auto_remove: false,
+            idle_suspend_after_ms: 0,
         }
     }
 

@@ -28,7 +28,7 @@ pub(crate) struct CreateArgs {
     #[command(flatten)]
     spec: SpecArgs,
     /// Only make it, do not start it
-    #[arg(long)]
+    #[arg(long, conflicts_with = "cold")]
     no_start: bool,
     #[command(flatten)]
     wait: WaitArgs,
@@ -49,8 +49,12 @@ impl CreateArgs {
             let client = Client::new(&context.places)?;
             let mut signals = Signals::ending()?;
             let created = create(context, &client, &request, &mut signals, |_| {}).await;
-            let id = created.map_err(|e| with_directory_hint(e, hint))?.id;
-            client.get::<Machine>(&machine_path(&id)).await
+            let machine = created.map_err(|e| with_directory_hint(e, hint))?;
+            if self.output.json() {
+                // As it is now that it runs. Its name was known before.
+                return client.get::<Machine>(&machine_path(&machine.id)).await;
+            }
+            Ok(machine)
         })?;
         if self.output.json() {
             context.printer.json(&versioned(machine))?;

@@ -1,6 +1,7 @@
 //! `banger vm exec`, and what run, shell and attach share with it.
 
 use std::ffi::OsString;
+use std::rc::Rc;
 
 use banger_proto::api::Machine;
 use banger_proto::frame::Open;
@@ -14,6 +15,7 @@ use crate::session::End;
 use crate::session::input::DetachKeys;
 use crate::session::run::{Job, environment, fresh_id, on_own_streams, status, words};
 use crate::session::terminal::interactive;
+use crate::timings::Marks;
 
 /// Options of a program in the guest.
 #[derive(Debug, Clone, Default, Args)]
@@ -102,7 +104,7 @@ impl ExecArgs {
         context.block_on(async {
             let client = Client::new(&context.places)?;
             let machine: Machine = client.get(&machine_path(&self.machine)).await?;
-            run_in(context, &client, &machine, open, keys).await
+            run_in(context, &client, &machine, open, keys, Rc::default()).await
         })
     }
 }
@@ -127,6 +129,7 @@ pub(crate) async fn run_in(
     machine: &Machine,
     mut open: Open,
     detach: DetachKeys,
+    marks: Rc<Marks>,
 ) -> Result<u8> {
     if open.workdir.is_none() {
         open.workdir = machine.workspace.as_ref().map(|w| w.guest_path.clone());
@@ -137,6 +140,7 @@ pub(crate) async fn run_in(
         session: session.clone(),
         open,
         detach,
+        marks,
     };
     let end = on_own_streams(client, &context.printer, job).await?;
     Ok(ended(context, &machine.name, &session, end))

@@ -6,26 +6,26 @@ use crate::cli::Context;
 use crate::error::Result;
 
 pub(crate) mod attach;
+pub(crate) mod commit;
 pub(crate) mod common;
 pub(crate) mod cp;
 pub(crate) mod create;
 pub(crate) mod delete;
 pub(crate) mod exec;
-pub(crate) mod kill;
+pub(crate) mod fork;
 pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod prune;
 pub(crate) mod rename;
-pub(crate) mod restart;
 pub(crate) mod run;
 pub(crate) mod sessions;
 pub(crate) mod set;
 pub(crate) mod shell;
 pub(crate) mod show;
+pub(crate) mod snapshot;
 pub(crate) mod ssh;
-pub(crate) mod start;
+pub(crate) mod state;
 pub(crate) mod stats;
-pub(crate) mod stop;
 pub(crate) mod wait;
 
 /// Make and use machines
@@ -45,10 +45,16 @@ pub(crate) struct VmArgs {
 enum VmCommand {
     Run(run::RunArgs),
     Create(create::CreateArgs),
-    Start(start::StartArgs),
-    Stop(stop::StopArgs),
-    Restart(restart::RestartArgs),
-    Kill(kill::KillArgs),
+    Start(state::StartArgs),
+    Stop(state::StopArgs),
+    Restart(state::RestartArgs),
+    Kill(state::KillArgs),
+    Pause(state::PauseArgs),
+    Resume(state::ResumeArgs),
+    Suspend(state::SuspendArgs),
+    Snapshot(snapshot::SnapshotArgs),
+    Fork(fork::ForkArgs),
+    Commit(commit::CommitArgs),
     #[command(visible_alias = "rm")]
     Delete(delete::DeleteArgs),
     Prune(prune::PruneArgs),
@@ -77,6 +83,12 @@ impl VmArgs {
             VmCommand::Stop(args) => args.run(context),
             VmCommand::Restart(args) => args.run(context),
             VmCommand::Kill(args) => args.run(context),
+            VmCommand::Pause(args) => args.run(context),
+            VmCommand::Resume(args) => args.run(context),
+            VmCommand::Suspend(args) => args.run(context),
+            VmCommand::Snapshot(args) => args.run(context),
+            VmCommand::Fork(args) => args.run(context),
+            VmCommand::Commit(args) => args.run(context),
             VmCommand::Delete(args) => args.run(context),
             VmCommand::Prune(args) => args.run(context),
             VmCommand::List(args) => args.run(context),

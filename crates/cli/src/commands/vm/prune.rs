@@ -13,7 +13,7 @@ use crate::error::{Error, Kind, Result};
 
 /// Remove every machine that does not run
 ///
-/// Never touches one that does, or that is on its way.
+/// Never touches one that does, or that is on its way, nor one that is paused or suspended: its memory would be lost.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  banger vm prune --dry-run\n  banger vm prune --force")]
 pub(crate) struct PruneArgs {

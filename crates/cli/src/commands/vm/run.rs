@@ -6,6 +6,7 @@
 //! ```
 
 use std::ffi::OsString;
+use std::rc::Rc;
 use std::time::Duration;
 
 use banger_core::argument::{self, RunTarget};
@@ -24,7 +25,8 @@ use crate::error::{Error, Kind, Result};
 use crate::session::run::words;
 use crate::session::terminal::interactive;
 use crate::signals::Signals;
-use crate::workspace::{self, Snapshot};
+use crate::timings::{Marks, Stopwatch};
+use crate::workspace::{self, Packing, Snapshot};
 
 /// How long `--rm` may take for its cleanup.
 const CLEANUP_DEADLINE: Duration = Duration::from_secs(10);
@@ -69,6 +71,9 @@ pub(crate) struct RunArgs {
     /// Only list the files that would be copied
     #[arg(long)]
     dry_run: bool,
+    /// Say at the end how long each stage took, on standard error
+    #[arg(long, conflicts_with = "dry_run")]
+    timings: bool,
     #[command(flatten)]
     output: OutputArgs,
     /// Command and its arguments
@@ -128,18 +133,35 @@ impl RunArgs {
         let keys = self.program.terminal.keys()?;
         let mut request = self.spec.clone().request(plan.image, &self.wait)?;
         request.auto_remove = self.rm;
+        let mut watch = Stopwatch::since(context.began);
+        if snapshot.is_some() {
+            watch.lap("look");
+        }
         context.block_on(async {
             let client = Client::new(&context.places)?;
             let mut signals = Signals::ending()?;
-            let mut machine = start(context, &client, &request, &mut signals)
-                .await
-                .map_err(|e| with_directory_hint(e, hint))?;
+            let packing = snapshot.as_ref().map(Packing::begin);
+            let mut machine = match start(context, &client, &request, &mut signals, &mut watch).await {
+                Ok(machine) => machine,
+                Err(error) => {
+                    if let Some(packing) = packing {
+                        packing.discard().await;
+                    }
+                    return Err(with_directory_hint(error, hint));
+                }
+            };
             let use_it = async {
-                if let Some(snapshot) = &snapshot {
-                    machine = copy_in(context, &client, &machine, snapshot, &mut signals).await?;
+                if let (Some(snapshot), Some(packing)) = (&snapshot, packing) {
+                    machine = copy_in(context, &client, &machine, snapshot, packing, &mut signals).await?;
+                    watch.lap("workspace");
                 }
                 match plan.then {
-                    Then::Command(_) | Then::Shell => run_in(context, &client, &machine, open, keys).await,
+                    Then::Command(_) | Then::Shell => {
+                        let marks = Rc::<Marks>::default();
+                        let status = run_in(context, &client, &machine, open, keys, Rc::clone(&marks)).await;
+                        watch.session(&marks);
+                        status
+                    }
                     Then::Detach => self.name(context, &machine),
                     Then::Leave => {
                         self.name(context, &machine)?;
@@ -152,13 +174,36 @@ impl RunArgs {
                 }
             };
             let result = use_it.await;
+            if self.timings {
+                // Before the machine is gone, and on nobody's account.
+                if let Ok(Machine { boot: Some(boot), .. }) = client.get(&machine_path(&machine.id)).await {
+                    watch.start(&boot);
+                }
+                watch.skip();
+            }
             if self.rm {
                 clean_up(context, &client, &machine).await;
+                watch.lap("removal");
             } else if !matches!(plan.then, Then::Detach | Then::Leave) || result.is_err() {
                 remind(context, &machine.name);
             }
+            if self.timings {
+                self.tell(context, &watch)?;
+            }
             result
         })
+    }
+
+    /// Says how long it took. Standard output is the command's.
+    fn tell(&self, context: &Context, watch: &Stopwatch) -> Result<()> {
+        let text = if self.output.json() {
+            serde_json::to_string(&versioned(watch.report()))
+                .map_err(|e| Error::failed(format!("cannot write JSON: {e}")))?
+        } else {
+            watch.render().trim_end().to_owned()
+        };
+        context.printer.report(text);
+        Ok(())
     }
 
     /// Prints which machine it was.
@@ -244,13 +289,24 @@ impl RunArgs {
 }
 
 /// Creates the machine. One that goes with its command is held from the moment it has an id.
-async fn start(context: &Context, client: &Client, request: &CreateMachine, signals: &mut Signals) -> Result<Machine> {
-    create(context, client, request, signals, |machine| {
+async fn start(
+    context: &Context,
+    client: &Client,
+    request: &CreateMachine,
+    signals: &mut Signals,
+    watch: &mut Stopwatch,
+) -> Result<Machine> {
+    client.connected().await?;
+    watch.lap("connect");
+    let machine = create(context, client, request, signals, |machine| {
+        watch.lap("create");
         if request.auto_remove {
             tokio::spawn(hold(client.sibling(), machine.id.clone()));
         }
     })
-    .await
+    .await?;
+    watch.lap("start");
+    Ok(machine)
 }
 
 /// Tells the daemon that somebody still wants the machine, for as long as this process lives.
@@ -273,10 +329,11 @@ async fn copy_in(
     client: &Client,
     machine: &Machine,
     snapshot: &Snapshot,
+    packing: Packing,
     signals: &mut Signals,
 ) -> Result<Machine> {
     let copy = async {
-        workspace::upload(context, client, &machine.id, snapshot).await?;
+        workspace::upload(context, client, &machine.id, snapshot, packing).await?;
         let patch = PatchMachine {
             workspace: Some(snapshot.record()),
             ..PatchMachine::default()

@@ -1,19 +1,24 @@
 //! `banger vm set`.
 
+use std::time::Duration;
+
 use banger_proto::api::{Machine, MachineState, PatchMachine};
 use clap::Args;
 
 use crate::cli::{Context, OutputArgs};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{Done, disk, for_each, memory, vcpu};
+use crate::commands::vm::common::{Done, disk, duration, for_each, memory, milliseconds, vcpu};
 use crate::completion;
 use crate::error::{Error, Result};
 
-/// Change what machines are made of
+/// Change what machines are made of, and when they are suspended
 ///
-/// Processors and memory change with the next start. The disk only grows, and only while the machine is stopped.
+/// Processors and memory change with the next start. The disk only grows, and only while the machine is stopped. A machine that is
+/// suspended for want of use is woken by the next one: exec, shell, ssh, cp.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  banger vm set build --vcpu 4 --memory 4G")]
+#[command(
+    after_help = "Examples:\n  banger vm set build --vcpu 4 --memory 4G\n  banger vm set build --idle-suspend-after 30m"
+)]
 pub(crate) struct SetArgs {
     /// Machines by name, id or unambiguous prefix
     #[arg(required = true, value_name = "MACHINE", add = completion::machines())]
@@ -27,6 +32,9 @@ pub(crate) struct SetArgs {
     /// Size of the root disk, like 16G
     #[arg(long, value_name = "SIZE", value_parser = disk)]
     disk_size: Option<u64>,
+    /// Suspend them when they were not used for this long, like 30m; 0 is never
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    idle_suspend_after: Option<Duration>,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -37,10 +45,13 @@ impl SetArgs {
             vcpu: self.vcpu,
             memory_mib: self.memory,
             disk_bytes: self.disk_size,
+            idle_suspend_after_ms: self.idle_suspend_after.map(milliseconds),
             ..PatchMachine::default()
         };
         if patch == PatchMachine::default() {
-            return Err(Error::usage("nothing to set").hint("give --vcpu, --memory or --disk-size"));
+            return Err(
+                Error::usage("nothing to set").hint("give --vcpu, --memory, --disk-size or --idle-suspend-after")
+            );
         }
         context.block_on(async {
             let client = Client::new(&context.places)?;
@@ -48,7 +59,8 @@ impl SetArgs {
                 let patch = &patch;
                 async move {
                     let changed: Machine = client.patch(&machine_path(&machine.id), patch).await?;
-                    if changed.state == MachineState::Running {
+                    let later = patch.vcpu.is_some() || patch.memory_mib.is_some();
+                    if later && !matches!(changed.state, MachineState::Stopped | MachineState::Error) {
                         context
                             .printer
                             .note(format!("{} takes it up with its next start", changed.name));

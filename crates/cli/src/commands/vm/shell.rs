@@ -1,6 +1,7 @@
 //! `banger vm shell`.
 
 use std::io::IsTerminal;
+use std::rc::Rc;
 
 use banger_proto::api::Machine;
 use clap::Args;
@@ -31,7 +32,7 @@ impl ShellArgs {
         context.block_on(async {
             let client = Client::new(&context.places)?;
             let machine: Machine = client.get(&machine_path(&self.machine)).await?;
-            let status = run_in(context, &client, &machine, open, keys).await?;
+            let status = run_in(context, &client, &machine, open, keys, Rc::default()).await?;
             remind(context, &machine.name);
             Ok(status)
         })

@@ -1,12 +1,13 @@
 //! `banger vm show`.
 
 use banger_core::size;
-use banger_proto::api::Machine;
+use banger_proto::api::{BootReport, Machine};
 use clap::Args;
 use jiff::Timestamp;
 
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::{Client, machine_path};
+use crate::commands::stock;
 use crate::completion;
 use crate::error::Result;
 use crate::table;
@@ -59,13 +60,22 @@ fn render(machine: &Machine, now: Timestamp) -> String {
         ("memory", format!("{} MiB", spec.memory_mib)),
         ("disk", size::format(spec.disk_bytes)),
         ("network", spec.network.clone()),
-        (
-            "created",
-            format!("{} ({})", machine.created_at, table::ago(&machine.created_at, now)),
-        ),
+        ("created", stock::moment(&machine.created_at, now)),
     ]);
-    if let Some(started) = &machine.started_at {
-        rows.push(("started", format!("{started} ({})", table::ago(started, now))));
+    let how = machine.boot.as_ref().map(how);
+    match (&machine.started_at, &how) {
+        (Some(at), Some(how)) => rows.push(("started", format!("{how}, {at} ({})", table::ago(at, now)))),
+        (Some(at), None) => rows.push(("started", stock::moment(at, now))),
+        (None, Some(how)) => rows.push(("started", how.clone())),
+        (None, None) => {}
+    }
+    if let Some(boot) = &machine.boot {
+        let stages: Vec<String> = boot
+            .stages
+            .iter()
+            .map(|s| format!("{} {}", s.stage, table::span(s.ms)))
+            .collect();
+        rows.push(("stages", stages.join(", ")));
     }
     if let Some(pid) = machine.pid {
         rows.push(("pid", pid.to_string()));
@@ -91,16 +101,73 @@ fn render(machine: &Machine, now: Timestamp) -> String {
             ("commit", format!("{} ({branch})", table::short(&workspace.head))),
         ]);
     }
-    if let Some(boot) = &machine.boot {
-        let stages: Vec<String> = boot
-            .stages
-            .iter()
-            .map(|s| format!("{} {}", s.stage, table::span(s.ms)))
-            .collect();
-        rows.push(("last start", format!("{}: {}", boot.how, stages.join(", "))));
+    if machine.idle_suspend_after_ms > 0 {
+        let after = table::span(machine.idle_suspend_after_ms);
+        rows.push(("suspended", format!("when it was not used for {after}")));
     }
     if machine.auto_remove {
         rows.push(("removed", "with the command that made it".to_owned()));
     }
     table::pairs(rows)
+}
+
+/// How it started, and how long that took.
+fn how(boot: &BootReport) -> String {
+    let took = table::span(boot.stages.iter().map(|s| s.ms).sum());
+    let from = boot.from.as_deref().unwrap_or("?");
+    match boot.how.as_str() {
+        "boot" => format!("by a boot in {took}"),
+        "template" => format!("from template {} in {took}", table::short(from)),
+        "wake" => format!("from its own suspended memory in {took}"),
+        "fork" => {
+            let paused = boot.source_paused_ms.map(table::span);
+            let paused = paused.map_or_else(String::new, |p| format!(", which paused for {p}"));
+            format!("as a copy of {from}{paused}, in {took}")
+        }
+        "snapshot" => format!("from snapshot {from} in {took}"),
+        other => format!("by {other} in {took}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use banger_proto::api::StageTime;
+
+    use super::*;
+    use crate::commands::vm::common::tests::machine;
+
+    #[test]
+    fn every_way_to_start_is_told() {
+        let told = |how: &str, from: Option<&str>, paused| {
+            let stages = [("launch", 12), ("agent", 200)].map(|(stage, ms)| StageTime {
+                stage: stage.to_owned(),
+                ms,
+            });
+            let machine = Machine {
+                boot: Some(BootReport {
+                    how: how.to_owned(),
+                    from: from.map(str::to_owned),
+                    source_paused_ms: paused,
+                    stages: stages.to_vec(),
+                }),
+                idle_suspend_after_ms: 1_800_000,
+                ..machine("0123456789abcdef", "build")
+            };
+            let now = "2026-11-22T10:05:00Z".parse().unwrap();
+            render(&machine, now)
+        };
+        let line = |text: &str, key: &str| {
+            let line = text.lines().find(|l| l.starts_with(key)).unwrap_or_default();
+            line.split_at(key.len()).1.trim_start().to_owned()
+        };
+        let template = told("template", Some("0123456789abcdef"), None);
+        assert_eq!(line(&template, "started"), "from template 0123456789ab in 212 ms");
+        assert_eq!(line(&template, "stages"), "launch 12 ms, agent 200 ms");
+        assert_eq!(line(&template, "suspended"), "when it was not used for 30 min 0 s");
+        assert_eq!(line(&told("boot", None, None), "started"), "by a boot in 212 ms");
+        assert_eq!(
+            line(&told("fork", Some("web"), Some(31)), "started"),
+            "as a copy of web, which paused for 31 ms, in 212 ms"
+        );
+    }
 }

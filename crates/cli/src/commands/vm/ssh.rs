@@ -34,10 +34,16 @@ impl SshArgs {
         context.block_on(async {
             let client = Client::new(&context.places)?;
             let machine: Machine = client.get(&machine_path(&self.machine)).await?;
-            if machine.state != MachineState::Running {
+            // The connection wakes one that is suspended.
+            if !matches!(machine.state, MachineState::Running | MachineState::Suspended) {
+                let verb = if machine.state == MachineState::Paused {
+                    "resume"
+                } else {
+                    "start"
+                };
                 let message = format!("{} is {}, not running", machine.name, machine.state.as_str());
                 return Err(Error::new(Kind::Conflict, message)
-                    .hint(format!("start it with `banger vm start {}`", machine.name)));
+                    .hint(format!("{verb} it with `banger vm {verb} {}`", machine.name)));
             }
             let mut command = Command::new("ssh");
             command.args(["-F", "/dev/null"]);

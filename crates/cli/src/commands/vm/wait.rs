@@ -15,12 +15,15 @@ use crate::error::{Error, Kind, Result};
 ///
 /// Prints the state it is in then.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  banger vm wait build\n  banger vm wait build --state running --timeout 1m")]
+#[command(
+    after_help = "Examples:\n  banger vm wait build\n  banger vm wait build --state running --timeout 1m\n  \
+                        banger vm wait build --state suspended"
+)]
 pub(crate) struct WaitForArgs {
     /// Machine by name, id or unambiguous prefix
     #[arg(add = completion::machines())]
     machine: String,
-    /// The state: stopped or running
+    /// The state: stopped, running, paused or suspended
     #[arg(long, value_enum, default_value_t, hide_possible_values = true)]
     state: Awaited,
     /// Give up after this time
@@ -35,6 +38,8 @@ enum Awaited {
     #[default]
     Stopped,
     Running,
+    Paused,
+    Suspended,
 }
 
 impl WaitForArgs {
@@ -42,6 +47,8 @@ impl WaitForArgs {
         let state = match self.state {
             Awaited::Stopped => "stopped",
             Awaited::Running => "running",
+            Awaited::Paused => "paused",
+            Awaited::Suspended => "suspended",
         };
         let machine = context.block_on(async {
             let client = Client::new(&context.places)?;

@@ -1,0 +1,233 @@
+//! `banger vm start`, `stop`, `restart`, `kill`, `pause`, `resume` and `suspend`: the same request to several machines, each an
+//! operation that brings the machine into another state.
+
+use std::time::Duration;
+
+use banger_proto::api::{KillMachine, StartMachine, StopMachine};
+use clap::Args;
+use serde::Serialize;
+
+use crate::cli::{Context, OutputArgs};
+use crate::client::operation::{Leaving, carry_out};
+use crate::client::{Client, machine_path};
+use crate::commands::vm::common::{Done, WaitArgs, duration, for_each, milliseconds};
+use crate::completion;
+use crate::error::Result;
+
+/// Which machines, and how to say what became of them.
+#[derive(Debug, Args)]
+struct Which {
+    /// Machines by name, id or unambiguous prefix
+    #[arg(required = true, value_name = "MACHINE", add = completion::machines())]
+    machines: Vec<String>,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// A change of state.
+struct Change {
+    /// As in the path of the request.
+    verb: &'static str,
+    /// What a machine is then.
+    result: &'static str,
+    /// What becomes of it when we are interrupted.
+    leaving: Leaving,
+}
+
+impl Which {
+    /// Asks for the change of each machine and waits for all.
+    fn change(&self, context: &Context, change: &Change, request: &impl Serialize) -> Result<u8> {
+        context.block_on(async {
+            let client = Client::new(&context.places)?;
+            for_each(
+                context,
+                &client,
+                &self.machines,
+                self.output,
+                |client, machine| async move {
+                    let path = format!("{}/{}", machine_path(&machine.id), change.verb);
+                    let label = format!("vm {} {}", change.verb, machine.name);
+                    carry_out(context, &client, &path, request, &label, change.leaving).await?;
+                    Ok(Done::new(&machine, change.result))
+                },
+            )
+            .await
+        })
+    }
+}
+
+/// A request without options.
+#[derive(Serialize)]
+struct Nothing {}
+
+/// Start machines that are stopped or suspended
+///
+/// One that is suspended goes on where it was; --cold drops its memory and boots it from its disks, as after a power cut.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  banger vm start build test\n  banger vm start build --cold")]
+pub(crate) struct StartArgs {
+    /// Boot, though memory was kept or there is a template
+    #[arg(long)]
+    cold: bool,
+    #[command(flatten)]
+    wait: WaitArgs,
+    #[command(flatten)]
+    which: Which,
+}
+
+impl StartArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        let request = StartMachine {
+            wait: self.wait.wait_for(),
+            timeout_ms: self.wait.timeout_ms(),
+            cold: self.cold,
+        };
+        let change = Change {
+            verb: "start",
+            result: "started",
+            leaving: Leaving::Cancels,
+        };
+        self.which.change(context, &change, &request)
+    }
+}
+
+/// Shut machines down and start them again
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  banger vm restart build")]
+pub(crate) struct RestartArgs {
+    #[command(flatten)]
+    wait: WaitArgs,
+    #[command(flatten)]
+    which: Which,
+}
+
+impl RestartArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        let request = StartMachine {
+            wait: self.wait.wait_for(),
+            timeout_ms: self.wait.timeout_ms(),
+            cold: false,
+        };
+        let change = Change {
+            verb: "restart",
+            result: "restarted",
+            // Half a restart would leave the machine stopped.
+            leaving: Leaving::GoesOn,
+        };
+        self.which.change(context, &change, &request)
+    }
+}
+
+/// Shut machines down; their disks stay
+///
+/// A machine that does not go down in time is ended.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  banger vm stop build\n  banger vm stop build test --timeout 5s")]
+pub(crate) struct StopArgs {
+    /// How long a machine may take to go down by itself
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    timeout: Option<Duration>,
+    #[command(flatten)]
+    which: Which,
+}
+
+impl StopArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        let request = StopMachine {
+            timeout_ms: self.timeout.map(milliseconds),
+        };
+        let change = Change {
+            verb: "stop",
+            result: "stopped",
+            leaving: Leaving::GoesOn,
+        };
+        self.which.change(context, &change, &request)
+    }
+}
+
+/// End machines at once, as if the power went out; their disks stay
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  banger vm kill build")]
+pub(crate) struct KillArgs {
+    /// Signal for the engine's process; KILL otherwise
+    #[arg(short, long)]
+    signal: Option<String>,
+    #[command(flatten)]
+    which: Which,
+}
+
+impl KillArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        let request = KillMachine { signal: self.signal };
+        let change = Change {
+            verb: "kill",
+            result: "killed",
+            leaving: Leaving::GoesOn,
+        };
+        self.which.change(context, &change, &request)
+    }
+}
+
+/// Stop the processors of running machines
+///
+/// Everything stays where it is, in memory; commands in them wait. `banger vm resume` lets them go on.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  banger vm pause build")]
+pub(crate) struct PauseArgs {
+    #[command(flatten)]
+    which: Which,
+}
+
+impl PauseArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        let change = Change {
+            verb: "pause",
+            result: "paused",
+            leaving: Leaving::Cancels,
+        };
+        self.which.change(context, &change, &Nothing {})
+    }
+}
+
+/// Let paused machines go on
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  banger vm resume build")]
+pub(crate) struct ResumeArgs {
+    #[command(flatten)]
+    which: Which,
+}
+
+impl ResumeArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        let change = Change {
+            verb: "resume",
+            result: "resumed",
+            leaving: Leaving::GoesOn,
+        };
+        self.which.change(context, &change, &Nothing {})
+    }
+}
+
+/// Write the memory of machines to disk and end their engines
+///
+/// They take neither processor time nor memory then. `banger vm start` lets them go on where they were, and so does whatever
+/// uses them: exec, shell, ssh, cp.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  banger vm suspend build\n  banger vm suspend build && banger vm exec build -- uptime"
+)]
+pub(crate) struct SuspendArgs {
+    #[command(flatten)]
+    which: Which,
+}
+
+impl SuspendArgs {
+    pub(crate) fn run(self, context: &Context) -> Result<u8> {
+        let change = Change {
+            verb: "suspend",
+            result: "suspended",
+            leaving: Leaving::Cancels,
+        };
+        self.which.change(context, &change, &Nothing {})
+    }
+}

@@ -1,0 +1,89 @@
+//! The request to go, which does not wait for the guest's answer.
+
+use super::*;
+
+#[tokio::test]
+async fn the_program_is_told_to_go_before_the_guest_has_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let (client, guest) = serve(dir.path(), 1, |_, mut socket, guest| async move {
+        hear_until(&mut socket, &guest, FrameKind::Open).await;
+        hear_until(&mut socket, &guest, FrameKind::Go).await;
+        // A signal that comes meanwhile is the program's as well.
+        hear_until(&mut socket, &guest, FrameKind::Signal).await;
+        say(&mut socket, FrameKind::Opened, &Opened::default()).await;
+        say(&mut socket, FrameKind::Exit, &Exit { code: 130 }).await;
+        while hear(&mut socket, &guest).await.is_some() {}
+    });
+    let (output, mut received, done) = Output::channel();
+    tokio::spawn(async move {
+        while received.recv().await.is_some() {}
+        let _ = done.send(());
+    });
+    let (signal, signals_in) = mpsc::channel(8);
+    let shared = Arc::clone(&guest);
+    tokio::spawn(async move {
+        while shared.lock().unwrap().runs == 0 {
+            tokio::task::yield_now().await;
+        }
+        signal.send(signals::INT).await.unwrap();
+        std::future::pending::<()>().await;
+    });
+    let marks = Rc::<Marks>::default();
+    let printer = Printer::new(true, Color::Never);
+    let session = Session {
+        client: &client,
+        printer: &printer,
+        machine: "m1".into(),
+        id: "s1".into(),
+        open: Open {
+            stdin: false,
+            ..command()
+        },
+        detach: None,
+        marks: Rc::clone(&marks),
+    };
+    let streams = Streams {
+        input: nothing,
+        output,
+        signals: signals_in,
+    };
+    let end = tokio::time::timeout(Duration::from_secs(20), session.run(streams)).await;
+    assert_eq!(end.expect("the session ends").unwrap(), End::Exit(130));
+    let guest = guest.lock().unwrap();
+    assert_eq!((guest.runs, guest.signals.as_slice()), (1, &[signals::INT][..]));
+    assert!(marks.opened.get().is_some() && marks.output.get().is_none());
+}
+
+/// The connection breaks before the guest has answered. Whether the program was started is not known, so it is not asked for
+/// again, only looked for.
+#[tokio::test]
+async fn what_may_have_been_started_is_not_started_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (client, guest) = serve(dir.path(), 1, |_, mut socket, guest| async move {
+        hear_until(&mut socket, &guest, FrameKind::Open).await;
+    });
+    let error = attend(&client, command(), None, vec![], nothing).await.end.unwrap_err();
+    assert_eq!(error.kind, Kind::Unavailable, "{error}");
+    assert_eq!(guest.lock().unwrap().opens.len(), 1);
+
+    let dir = tempfile::tempdir().unwrap();
+    let (client, guest) = serve(dir.path(), 2, |number, mut socket, guest| async move {
+        hear_until(&mut socket, &guest, FrameKind::Open).await;
+        if number == 0 {
+            hear_until(&mut socket, &guest, FrameKind::Go).await;
+            return;
+        }
+        let opened = Opened {
+            existing: true,
+            started: true,
+            ..Opened::default()
+        };
+        say(&mut socket, FrameKind::Opened, &opened).await;
+        say(&mut socket, FrameKind::Exit, &Exit { code: 7 }).await;
+    });
+    let outcome = attend(&client, command(), None, vec![], nothing).await;
+    assert_eq!(outcome.end.unwrap(), End::Exit(7));
+    let guest = guest.lock().unwrap();
+    assert!(!guest.opens[0].attach_only && guest.opens[1].attach_only);
+    assert_eq!(guest.runs, 1);
+}
