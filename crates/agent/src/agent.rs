@@ -1,6 +1,7 @@
 //! What the agent knows: the machine it is in, its sessions, whether it is frozen, and how far the image's init has come.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use banger_proto::agent::{GuestNetwork, Init, Personalize};
@@ -22,6 +23,10 @@ pub struct Agent {
     pub(crate) system: Arc<System>,
     /// The guest's control groups.
     pub(crate) freezer: Freezer,
+    /// Id of this boot, once it was asked for.
+    pub(crate) boot_id: Mutex<Option<String>>,
+    /// journald was put away for a template.
+    pub(crate) no_journal: AtomicBool,
     /// Process groups of the SSH servers that run for a connection each.
     pub(crate) connections: Arc<Mutex<Vec<Pid>>>,
     /// Who the machine is, once that is known.
@@ -76,6 +81,8 @@ impl Agent {
             sessions: Arc::new(Sessions::new(PathBuf::from("/etc"))),
             system: Arc::new(system),
             freezer: Freezer::new(),
+            boot_id: Mutex::default(),
+            no_journal: AtomicBool::new(false),
             connections: Arc::default(),
             known: Mutex::new(known),
             handover: tokio::sync::Mutex::new(handover),
@@ -98,7 +105,10 @@ impl Agent {
 
     /// Notes who the machine is from now on.
     pub(crate) fn set_known(&self, known: Known) {
-        crate::handover::remember(&known);
+        // Only where process 1 is ours is there ever another agent.
+        if !known.init {
+            crate::handover::remember(&known);
+        }
         *lock(&self.known) = Some(known);
     }
 

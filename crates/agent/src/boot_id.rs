@@ -19,36 +19,42 @@ pub(crate) fn cover() -> io::Result<()> {
     if is_covered()? {
         return Ok(());
     }
-    let now = std::fs::read_to_string(PATH)?;
-    write(&now)?;
+    write(&std::fs::read_to_string(PATH)?)?;
     Ok(rustix::mount::mount_bind(COVER, PATH)?)
 }
 
+/// What it is now.
+pub(crate) fn read() -> String {
+    std::fs::read_to_string(PATH).unwrap_or_default().trim().to_owned()
+}
+
 /// Makes the machine's boot id a fresh one, from the kernel's generator.
-pub(crate) fn renew() -> io::Result<()> {
+pub(crate) fn renew() -> io::Result<String> {
     let mut bytes = [0; 16];
     let n = rustix::rand::getrandom(&mut bytes, GetRandomFlags::empty())?;
     if n < bytes.len() {
         return Err(io::Error::other("too few random bytes"));
     }
     let covered = is_covered()?;
-    write(&uuid(bytes))?;
+    let mut text = uuid(bytes);
+    write(&text)?;
     if !covered {
         rustix::mount::mount_bind(COVER, PATH)?;
     }
-    Ok(())
+    text.truncate(text.trim_end().len());
+    Ok(text)
 }
 
 fn is_covered() -> io::Result<bool> {
     Ok(rustix::fs::statfs(PATH)?.f_type != rustix::fs::PROC_SUPER_MAGIC)
 }
 
-/// In place: the mount is of this very file.
+/// In place: the mount is of this very file, and every id has the same length.
 fn write(text: &str) -> io::Result<()> {
     let mut file = std::fs::OpenOptions::new()
         .write(true)
         .create(true)
-        .truncate(true)
+        .truncate(false)
         .mode(0o444)
         .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
         .open(COVER)?;

@@ -72,7 +72,7 @@ pub struct Freezer {
     proc: PathBuf,
     limit: Duration,
     /// What this agent has frozen. What the guest itself froze before stays so.
-    held: Mutex<BTreeSet<String>>,
+    held: Mutex<Option<BTreeSet<String>>>,
 }
 
 impl Freezer {
@@ -105,6 +105,7 @@ impl Freezer {
     fn try_freeze(&self, spare: Option<i32>) -> Result<(), FreezeError> {
         let until = Instant::now() + self.limit;
         let own = self.step_aside()?;
+        *self.held() = Some(BTreeSet::new());
         self.empty_root(spare, until)?;
         let mut done = BTreeSet::from([own]);
         loop {
@@ -118,7 +119,7 @@ impl Freezer {
                     continue;
                 }
                 self.set(group, true)?;
-                self.held().insert(group.clone());
+                self.held().get_or_insert_default().insert(group.clone());
             }
             for group in &new {
                 self.wait(group, until)?;
@@ -129,17 +130,17 @@ impl Freezer {
 
     /// Lets go on what was frozen.
     pub fn thaw(&self) -> Result<(), FreezeError> {
-        let mut groups = std::mem::take(&mut *self.held());
-        if groups.is_empty() {
-            // Frozen by an earlier agent.
-            groups = self.groups()?.into_iter().filter(|g| self.is_set(g)).collect();
-        }
+        let groups = match std::mem::take(&mut *self.held()) {
+            Some(groups) => groups,
+            // Frozen by an earlier agent, or not at all.
+            None => self.groups()?.into_iter().filter(|g| self.is_set(g)).collect(),
+        };
         let mut result = Ok(());
         for group in groups {
             match self.set(&group, false) {
                 Err(FreezeError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 Err(e) => {
-                    self.held().insert(group);
+                    self.held().get_or_insert_default().insert(group);
                     result = result.and(Err(e));
                 }
                 Ok(()) => {}
@@ -154,7 +155,7 @@ impl Freezer {
             .is_ok_and(|groups| groups.iter().any(|group| self.is_set(group)))
     }
 
-    fn held(&self) -> std::sync::MutexGuard<'_, BTreeSet<String>> {
+    fn held(&self) -> std::sync::MutexGuard<'_, Option<BTreeSet<String>>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -20,6 +20,9 @@ const INITS: [&str; 3] = ["/sbin/init", "/lib/systemd/systemd", "/usr/lib/system
 /// What a later agent of the same boot has to know.
 const STATE: &str = "/run/banger/state.json";
 
+/// Most that it can take.
+const MAX_STATE: usize = 64 * 1024;
+
 /// How long process 1 may take to become something else.
 const EXEC: Duration = Duration::from_secs(10);
 
@@ -103,8 +106,20 @@ pub struct Known {
 
 /// Notes who the machine is.
 pub(crate) fn remember(known: &Known) {
-    let text = serde_json::to_vec(known).unwrap_or_default();
-    let written = std::fs::create_dir_all("/run/banger").and_then(|()| std::fs::write(STATE, text));
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    let mut text = serde_json::to_vec(known).unwrap_or_default();
+    let open = || {
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        options.open(STATE)
+    };
+    let opened = open().or_else(|_| std::fs::create_dir_all("/run/banger").and_then(|()| open()));
+    // In place; spaces take the rest of what was longer.
+    let written = opened.and_then(|file| {
+        let old = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+        text.resize(text.len().max(old.min(MAX_STATE)), b' ');
+        file.write_all_at(&text, 0)
+    });
     if let Err(e) = written {
         crate::console::say(&format!("can't write {STATE}: {e}"));
     }

@@ -1,9 +1,11 @@
 //! Freezing the guest to be saved, and what a saved one is told before it goes on.
 
+use std::sync::atomic::Ordering;
+
 use banger_proto::agent::{Freeze, Renew};
 use banger_proto::error::{ApiError, ErrorCode};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, lock};
 use crate::console::chain;
 use crate::freezer::FreezeError;
 use crate::handover::Known;
@@ -22,8 +24,11 @@ impl Agent {
             self.require_idle()?;
             boot_id::cover().map_err(|e| ApiError::new(ErrorCode::Guest, format!("can't cover the boot id: {e}")))?;
             if self.system.is_systemd() {
-                services::put_away(&self.machine_id()).await?;
+                let away = services::put_away(&self.machine_id()).await?;
+                self.no_journal.store(away, Ordering::Relaxed);
             }
+            personalize::lay_out(std::path::Path::new("/"))
+                .map_err(|e| ApiError::new(ErrorCode::Guest, format!("can't lay out files for copies: {e}")))?;
             // What is on the disk now, no copy has to write.
             rustix::fs::sync();
             self.require_idle()?;
@@ -59,12 +64,13 @@ impl Agent {
         if let Some(identity) = wanted.identity {
             let network = self.network();
             personalize::take_on(std::path::Path::new("/"), &identity, network.as_ref())?;
-            boot_id::renew()
+            let boot_id = boot_id::renew()
                 .map_err(|e| ApiError::new(ErrorCode::Guest, format!("can't make the boot id a new one: {e}")))?;
+            *lock(&self.boot_id) = Some(boot_id);
             // Those are the source's, and go on there.
             self.sessions.forget_all();
             self.end_connections();
-            services::start_over();
+            services::start_over(self.no_journal.swap(false, Ordering::Relaxed));
             self.set_known(Known {
                 machine_id: identity.machine_id,
                 init: self.system.has_init(),

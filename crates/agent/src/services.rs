@@ -35,16 +35,16 @@ const SSHD: &str = "/run/sshd.pid";
 const TERMINATE: i32 = 15;
 const HANG_UP: i32 = 1;
 
-/// Puts away what must not be in a template of machine `id` under systemd.
-pub(crate) async fn put_away(id: &str) -> Result<(), ApiError> {
+/// Puts away what must not be in a template of machine `id` under systemd. Tells whether journald is gone.
+pub(crate) async fn put_away(id: &str) -> Result<bool, ApiError> {
     let idle = std::fs::read_dir(STREAMS).is_ok_and(|mut streams| streams.next().is_none());
     if !idle {
-        return Ok(());
+        return Ok(false);
     }
     // The audit socket goes with it: the news of the stop itself would start it again. It opens one of its own.
     systemctl(&["stop", "systemd-journald-audit.socket", "systemd-journald.service"]).await?;
     let Some(name) = edit::machine_id(id) else {
-        return Ok(());
+        return Ok(true);
     };
     for parent in ["var/log/journal", "run/log/journal"] {
         let Ok(parent) = Place::open(Path::new("/")).and_then(|root| root.below(parent)) else {
@@ -54,7 +54,7 @@ pub(crate) async fn put_away(id: &str) -> Result<(), ApiError> {
             console::say(&format!("can't remove the journal of the template's machine: {e}"));
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 async fn systemctl(args: &[&str]) -> Result<(), ApiError> {
@@ -75,10 +75,12 @@ async fn systemctl(args: &[&str]) -> Result<(), ApiError> {
     }
 }
 
-/// Has services that hold the old identity start over as soon as they run again.
-pub(crate) fn start_over() {
-    for pid in pids(&std::fs::read_to_string(JOURNALD).unwrap_or_default()) {
-        signal(pid, TERMINATE, "systemd-journald");
+/// Has services that hold the old identity start over as soon as they run again. `no_journal`: journald is not among them.
+pub(crate) fn start_over(no_journal: bool) {
+    if !no_journal {
+        for pid in pids(&std::fs::read_to_string(JOURNALD).unwrap_or_default()) {
+            signal(pid, TERMINATE, "systemd-journald");
+        }
     }
     for pid in pids(&std::fs::read_to_string(SSHD).unwrap_or_default()) {
         signal(pid, HANG_UP, "sshd");

@@ -115,6 +115,56 @@ pub(crate) fn add_entropy(device: impl AsFd, bytes: [u8; 64]) -> io::Result<()> 
     Ok(())
 }
 
+/// `struct ifreq` with a hardware address.
+#[repr(C)]
+struct HardwareAddress {
+    name: [u8; 16],
+    family: u16,
+    address: [u8; 14],
+    rest: [u8; 8],
+}
+
+const SIOCSIFHWADDR: rustix::ioctl::Opcode = 0x8924;
+
+/// `ARPHRD_ETHER`
+const ETHERNET: u16 = 1;
+
+/// Gives the interface `name` the MAC address `mac`.
+pub(crate) fn set_hardware_address(name: &str, mac: [u8; 6]) -> io::Result<()> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+    let mut wanted = HardwareAddress {
+        name: [0; 16],
+        family: ETHERNET,
+        address: [0; 14],
+        rest: [0; 8],
+    };
+    // The kernel wants a zero behind the name.
+    match wanted.name[..15].get_mut(..name.len()) {
+        Some(place) => place.copy_from_slice(name.as_bytes()),
+        None => return Err(io::Error::from(io::ErrorKind::InvalidInput)),
+    }
+    wanted.address[..6].copy_from_slice(&mac);
+    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    // SAFETY: SIOCSIFHWADDR reads a `struct ifreq` of 40 bytes: a name of 16 bytes and a `struct sockaddr`, which is what
+    // `HardwareAddress` is.
+    unsafe {
+        rustix::ioctl::ioctl(
+            &socket,
+            rustix::ioctl::Setter::<SIOCSIFHWADDR, HardwareAddress>::new(wanted),
+        )?
+    };
+    Ok(())
+}
+
+/// The standard library starts programs by `posix_spawn`, which copies nothing of the agent, only if this function is there,
+/// and in a static program only what is referred to is there. Without it each program that is to run in some directory costs
+/// a fork.
+#[used]
+static POSIX_SPAWN_IN_A_DIRECTORY: unsafe extern "C" fn(
+    *mut libc::posix_spawn_file_actions_t,
+    *const libc::c_char,
+) -> libc::c_int = libc::posix_spawn_file_actions_addchdir_np;
+
 const EXT4_IOC_RESIZE_FS: rustix::ioctl::Opcode = rustix::ioctl::opcode::write::<u64>(b'f', 16);
 
 /// Grows the mounted ext4 file system that `on` lies in to so many blocks.

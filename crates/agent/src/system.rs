@@ -151,10 +151,9 @@ pub(crate) fn health(agent: &Agent) -> Health {
     Health {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         machine_id: agent.machine_id(),
-        boot_id: read_to_string(crate::boot_id::PATH)
-            .unwrap_or_default()
-            .trim()
-            .to_owned(),
+        boot_id: crate::agent::lock(&agent.boot_id)
+            .get_or_insert_with(crate::boot_id::read)
+            .clone(),
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         uptime_ms: uptime_ms(),
         system: agent.system.word(),

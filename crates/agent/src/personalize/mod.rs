@@ -138,16 +138,13 @@ fn add_entropy(hex: &str) -> io::Result<()> {
 
 fn write_etc(root: &Place, wanted: &Personalize) -> io::Result<()> {
     let etc = root.make("etc", 0o755)?;
-    etc.write("hostname", 0o644, &format!("{}\n", wanted.hostname))?;
-    etc.write("hosts", 0o644, &edit::hosts(&etc.read("hosts"), &wanted.hostname))?;
+    etc.edit("hostname", 0o644, |_| format!("{}\n", wanted.hostname))?;
+    etc.edit("hosts", 0o644, |old| edit::hosts(old, &wanted.hostname))?;
     if let Some(id) = edit::machine_id(&wanted.machine_id) {
-        etc.write("machine-id", 0o444, &format!("{id}\n"))?;
+        etc.edit("machine-id", 0o444, |_| format!("{id}\n"))?;
     }
     if let Some(network) = &wanted.network {
-        let text = edit::resolv_conf(&network.dns);
-        if etc.read("resolv.conf") != text {
-            etc.write("resolv.conf", 0o644, &text)?;
-        }
+        etc.edit("resolv.conf", 0o644, |_| edit::resolv_conf(&network.dns))?;
     }
     Ok(())
 }
@@ -156,14 +153,27 @@ fn write_keys(root: &Place, wanted: &Personalize) -> io::Result<()> {
     if wanted.authorized_keys.is_empty() {
         return Ok(());
     }
+    ssh_directory(root)?.edit("authorized_keys", 0o600, |old| {
+        edit::authorized_keys(old, &wanted.authorized_keys)
+    })
+}
+
+fn ssh_directory(root: &Place) -> io::Result<Place> {
+    if let Ok(ssh) = root.below("root/.ssh")
+        && ssh.mode()? == 0o700
+    {
+        return Ok(ssh);
+    }
     let ssh = root.make("root", 0o700)?.make(".ssh", 0o700)?;
     ssh.set(0o700, None)?;
-    let old = ssh.read("authorized_keys");
-    ssh.write(
-        "authorized_keys",
-        0o600,
-        &edit::authorized_keys(&old, &wanted.authorized_keys),
-    )
+    Ok(ssh)
+}
+
+/// Makes the files that every copy of a template fills in, so that a copy has only to write them.
+pub(crate) fn lay_out(root: &Path) -> io::Result<()> {
+    let root = Place::open(root)?;
+    ssh_directory(&root)?.edit("authorized_keys", 0o600, str::to_owned)?;
+    host_key(&root, "")
 }
 
 fn write_host_key(root: &Place, wanted: &Personalize) -> io::Result<()> {
@@ -174,8 +184,15 @@ fn write_host_key(root: &Place, wanted: &Personalize) -> io::Result<()> {
             Err(_) => Ok(()),
         };
     };
-    let run = root.make("run/banger", 0o700)?;
-    run.write(HOST_KEY, 0o600, &format!("{}\n", key.trim_end()))?;
+    host_key(root, &format!("{}\n", key.trim_end()))
+}
+
+fn host_key(root: &Place, key: &str) -> io::Result<()> {
+    let run = match root.below("run/banger") {
+        Err(_) => root.make("run/banger", 0o700)?,
+        Ok(run) => run,
+    };
+    run.edit(HOST_KEY, 0o600, |_| key.to_owned())?;
     // An sshd that the user starts finds the same key, unless there is one already. The disk itself holds none, so a copy of it
     // gives no identity away.
     match root.below("etc/ssh") {

@@ -19,7 +19,6 @@ const NLM_F_CREATE: u16 = 0x400;
 const NLMSG_ERROR: u16 = 2;
 const AF_INET: u8 = 2;
 const IFF_UP: u32 = 1;
-const IFLA_ADDRESS: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const RTA_OIF: u16 = 4;
@@ -79,11 +78,11 @@ fn index(name: &str) -> io::Result<u32> {
 
 /// Brings the interface `name` up with a static address and a default route.
 pub fn configure(name: &str, addresses: &Addresses) -> io::Result<()> {
+    if let Some(mac) = addresses.mac {
+        crate::sys::set_hardware_address(name, mac)?;
+    }
     let index = index(name)?;
     let mut link = Link::open()?;
-    if let Some(mac) = addresses.mac {
-        link.ask(&hardware_address(index, mac))?;
-    }
     link.ask(&address(RTM_NEWADDR, index, addresses))?;
     link.ask(&up(index))?;
     link.ask(&default_route(index, addresses))
@@ -95,13 +94,17 @@ pub fn change(name: &str, old: Option<&Addresses>, new: Option<&Addresses>) -> i
     if old.is_none() && new.is_none() {
         return Ok(());
     }
-    let index = index(name)?;
-    let mut link = Link::open()?;
     if let Some(mac) = new.and_then(|new| new.mac) {
-        link.ask(&hardware_address(index, mac))?;
+        // Not by netlink, which has the kernel run ten times the code for it.
+        crate::sys::set_hardware_address(name, mac)?;
     }
     let place = |a: &Addresses| (a.address, a.prefix);
     let moves = old.map(place) != new.map(place);
+    if !moves && old.map(|old| old.gateway) == new.map(|new| new.gateway) {
+        return Ok(());
+    }
+    let index = index(name)?;
+    let mut link = Link::open()?;
     if let Some(old) = old.filter(|_| moves) {
         // Its routes go with it. One that the user has removed is not missed.
         match link.ask(&address(RTM_DELADDR, index, old)) {
@@ -110,12 +113,9 @@ pub fn change(name: &str, old: Option<&Addresses>, new: Option<&Addresses>) -> i
         }
     }
     let Some(new) = new else { return Ok(()) };
-    if moves || old.map(|old| old.gateway) != Some(new.gateway) {
-        link.ask(&address(RTM_NEWADDR, index, new))?;
-        link.ask(&up(index))?;
-        link.ask(&default_route(index, new))?;
-    }
-    Ok(())
+    link.ask(&address(RTM_NEWADDR, index, new))?;
+    link.ask(&up(index))?;
+    link.ask(&default_route(index, new))
 }
 
 struct Link {
@@ -171,14 +171,6 @@ fn attribute<const N: usize>(out: &mut Vec<u8>, kind: u16, value: [u8; N]) {
     out.resize(out.len().next_multiple_of(4), 0);
 }
 
-fn hardware_address(index: u32, mac: [u8; 6]) -> Vec<u8> {
-    let mut payload = vec![0; 4];
-    payload.extend(index.to_ne_bytes());
-    payload.extend([0; 8]);
-    attribute(&mut payload, IFLA_ADDRESS, mac);
-    message(RTM_NEWLINK, 0, &payload)
-}
-
 fn up(index: u32) -> Vec<u8> {
     // struct ifinfomsg: family, pad, type, index, flags, change mask.
     let mut payload = vec![0; 4];
@@ -230,7 +222,6 @@ mod tests {
             address(RTM_NEWADDR, 2, &addresses),
             address(RTM_DELADDR, 2, &addresses),
             default_route(2, &addresses),
-            hardware_address(2, [2; 6]),
         ] {
             assert_eq!(
                 u32::from_ne_bytes(message[..4].try_into().unwrap()) as usize,
