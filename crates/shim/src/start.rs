@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use rustix::fs::Mode;
-use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
+use rustix::process::{PTracer, Resource, Rlimit, set_ptracer, setrlimit, setsid, umask};
 
 use crate::fds;
 
@@ -43,6 +43,9 @@ pub(crate) fn exec(mut args: impl Iterator<Item = OsString>) -> Result<(), Strin
         maximum: Some(0),
     };
     setrlimit(Resource::Core, none).map_err(|e| format!("cannot turn off core files: {e}"))?;
+    // Guest memory is saved by reading it from outside, as the same user. Where Yama lets only ancestors do that (`ptrace_scope` 1)
+    // this permits it; it stays over the change of program. Without Yama there is nothing to permit.
+    let _ = set_ptracer(PTracer::Any);
     let error = Command::new(&engine).args(args).exec();
     Err(format!("cannot start {}: {error}", engine.display()))
 }

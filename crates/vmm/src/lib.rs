@@ -15,6 +15,7 @@ mod dial;
 pub mod engine;
 pub mod host;
 pub mod identity;
+mod memory;
 pub mod qemu;
 pub mod qmp;
 pub mod records;

@@ -3,20 +3,25 @@
 //! QEMU serves one connection and lets others wait, so a connection is opened for a purpose and closed again. Everything has
 //! a deadline; a line has a greatest length. Events are skipped: nothing here needs them.
 
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 
 use crate::dial::{dial, peer};
 
-/// The longest line that is read.
-const LINE: u64 = 256 << 10;
+/// The longest line that is read: lists of all nodes of long chains.
+const LINE: u64 = 4 << 20;
 /// More lines than this before a reply are a fault, not events.
 const SKIPPED: usize = 1000;
 
@@ -99,6 +104,15 @@ impl Client {
             Err(e) if e.kind() == std::io::ErrorKind::TimedOut => return Err(QmpError::Timeout("connection")),
             Err(e) => return Err(QmpError::Unreachable(e)),
         };
+        Self::negotiate(stream, deadline).await
+    }
+
+    /// Negotiates over a connection that is there.
+    pub async fn over(stream: UnixStream, within: Duration) -> Result<Self, QmpError> {
+        Self::negotiate(stream, Instant::now() + within).await
+    }
+
+    async fn negotiate(stream: UnixStream, deadline: Instant) -> Result<Self, QmpError> {
         let peer = peer(&stream);
         let mut client = Self {
             stream: BufReader::new(stream),
@@ -119,12 +133,43 @@ impl Client {
         self.peer
     }
 
+    /// Sets another deadline for what comes next.
+    pub fn extend(&mut self, within: Duration) {
+        self.deadline = Instant::now() + within;
+    }
+
     /// Executes a command.
     pub async fn execute<T: DeserializeOwned>(
         &mut self,
         command: &str,
         arguments: Option<Value>,
     ) -> Result<T, QmpError> {
+        let (line, id) = self.request(command, arguments);
+        self.write(line.as_bytes()).await?;
+        self.reply(command, id).await
+    }
+
+    /// Hands a descriptor over, under a name for later commands.
+    pub async fn give(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), QmpError> {
+        let (line, id) = self.request("getfd", Some(json!({ "fdname": name })));
+        let stream = self.stream.get_ref();
+        let send = stream.async_io(Interest::WRITABLE, || {
+            let fds = [fd];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            control.push(SendAncillaryMessage::ScmRights(&fds));
+            let parts = [IoSlice::new(line.as_bytes())];
+            Ok(sendmsg(stream.as_fd(), &parts, &mut control, SendFlags::NOSIGNAL)?)
+        });
+        let sent = match timeout_at(self.deadline, send).await {
+            Ok(sent) => sent.map_err(QmpError::Io)?,
+            Err(_) => return Err(QmpError::Timeout("room for a command")),
+        };
+        self.write(line.as_bytes().get(sent..).unwrap_or_default()).await?;
+        self.reply::<Value>("getfd", id).await.map(drop)
+    }
+
+    fn request(&mut self, command: &str, arguments: Option<Value>) -> (String, u64) {
         self.next_id += 1;
         let id = self.next_id;
         let mut request = json!({ "execute": command, "id": id });
@@ -133,10 +178,17 @@ impl Client {
         }
         let mut line = request.to_string();
         line.push('\n');
-        match timeout_at(self.deadline, self.stream.get_mut().write_all(line.as_bytes())).await {
-            Ok(written) => written.map_err(QmpError::Io)?,
-            Err(_) => return Err(QmpError::Timeout("room for a command")),
+        (line, id)
+    }
+
+    async fn write(&mut self, bytes: &[u8]) -> Result<(), QmpError> {
+        match timeout_at(self.deadline, self.stream.get_mut().write_all(bytes)).await {
+            Ok(written) => written.map_err(QmpError::Io),
+            Err(_) => Err(QmpError::Timeout("room for a command")),
         }
+    }
+
+    async fn reply<T: DeserializeOwned>(&mut self, command: &str, id: u64) -> Result<T, QmpError> {
         for _ in 0..SKIPPED {
             let message = self.read("reply").await?;
             if let Some(Failure { class, desc }) = message.error {
@@ -276,6 +328,55 @@ mod tests {
             client.status().await,
             Err(QmpError::Closed("reply") | QmpError::Io(_))
         ));
+    }
+
+    #[tokio::test]
+    async fn a_descriptor_arrives_with_its_command() {
+        use std::io::{IoSliceMut, Read, Seek, Write};
+        use std::os::fd::OwnedFd;
+
+        use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let other = tokio::spawn(async move {
+            let mut server = Server(BufReader::new(theirs));
+            server.negotiate().await;
+            let stream = server.0.get_ref();
+            let mut text = vec![0; 1000];
+            let mut got: Option<OwnedFd> = None;
+            let count = stream
+                .async_io(Interest::READABLE, || {
+                    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                    let mut control = RecvAncillaryBuffer::new(&mut space);
+                    let mut parts = [IoSliceMut::new(&mut text)];
+                    let read = recvmsg(stream.as_fd(), &mut parts, &mut control, RecvFlags::empty())?;
+                    for message in control.drain() {
+                        if let RecvAncillaryMessage::ScmRights(fds) = message {
+                            got = fds.into_iter().next();
+                        }
+                    }
+                    Ok(read.bytes)
+                })
+                .await
+                .unwrap();
+            let request: Value = serde_json::from_slice(&text[..count]).unwrap();
+            assert_eq!(
+                (&request["execute"], &request["arguments"]["fdname"]),
+                (&json!("getfd"), &json!("state"))
+            );
+            server
+                .say(&json!({ "return": {}, "id": request["id"] }).to_string())
+                .await;
+            let mut content = String::new();
+            std::fs::File::from(got.unwrap()).read_to_string(&mut content).unwrap();
+            assert_eq!(content, "the state");
+        });
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"the state").unwrap();
+        file.rewind().unwrap();
+        let mut client = Client::over(ours, SOON).await.unwrap();
+        client.give("state", file.as_fd()).await.unwrap();
+        other.await.unwrap();
     }
 
     #[tokio::test]

@@ -1,6 +1,8 @@
 //! The few system and processor interfaces that no safe wrapper covers.
 #![allow(unsafe_code)]
 
+use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::ioctl;
@@ -86,4 +88,81 @@ pub(crate) fn stated_tsc_khz() -> Option<u64> {
 pub(crate) fn watch_readable(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the watch owns the descriptor, which so stays open and the same for as long as it is registered.
     unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(std::io::Error::from)
+}
+
+/// The most stretches that one call reads.
+const STRETCHES: usize = 1024;
+
+/// Reads stretches of another process's memory, one after the other, into a buffer that holds exactly all of them.
+pub(crate) fn read_memory(pid: u32, stretches: &[Range<u64>], buffer: &mut [u8]) -> io::Result<()> {
+    let bad = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let pid = libc::pid_t::try_from(pid).map_err(bad)?;
+    let mut remote = Vec::with_capacity(stretches.len());
+    for stretch in stretches {
+        remote.push(libc::iovec {
+            iov_base: std::ptr::with_exposed_provenance_mut(usize::try_from(stretch.start).map_err(bad)?),
+            iov_len: usize::try_from(stretch.end.saturating_sub(stretch.start)).map_err(bad)?,
+        });
+    }
+    let (mut next, mut filled) = (0, 0);
+    while let Some(room) = buffer.get_mut(filled..).filter(|room| !room.is_empty()) {
+        let local = libc::iovec {
+            iov_base: room.as_mut_ptr().cast(),
+            iov_len: room.len(),
+        };
+        let rest = remote.get(next..).unwrap_or_default();
+        let count = rest.len().min(STRETCHES) as libc::c_ulong;
+        // SAFETY: the kernel writes to `local` alone, which is the rest of the buffer that is borrowed here. `rest` has at least
+        // `count` elements; their addresses are those of another process, and one that is wrong is refused.
+        let read = unsafe { libc::process_vm_readv(pid, &raw const local, 1, rest.as_ptr(), count, 0) };
+        let mut read = match usize::try_from(read) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => read,
+            Err(_) => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => continue,
+                e => return Err(e),
+            },
+        };
+        filled += read;
+        // A call may end early, within a stretch as well.
+        while read > 0 {
+            let Some(stretch) = remote.get_mut(next) else {
+                return Err(io::ErrorKind::InvalidData.into());
+            };
+            let part = read.min(stretch.iov_len);
+            stretch.iov_len -= part;
+            stretch.iov_base = stretch.iov_base.cast::<u8>().wrapping_add(part).cast();
+            if stretch.iov_len == 0 {
+                next += 1;
+            }
+            read -= part;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_stretch_by_stretch() {
+        let source: Vec<u8> = (0..1_000_000_u32).map(|n| (n % 251) as u8).collect();
+        let base = source.as_ptr().expose_provenance() as u64;
+        // More stretches than one call takes.
+        let stretches: Vec<Range<u64>> = (0..3000).map(|n| base + n * 300..base + n * 300 + 7).collect();
+        let mut buffer = vec![0; 3000 * 7];
+        read_memory(std::process::id(), &stretches, &mut buffer).unwrap();
+        for (n, piece) in buffer.chunks(7).enumerate() {
+            assert_eq!(piece, &source[n * 300..n * 300 + 7]);
+        }
+        let mut one = vec![0; source.len()];
+        read_memory(std::process::id(), &[base..base + 1_000_000], &mut one).unwrap();
+        assert!(one == source);
+        read_memory(std::process::id(), &[], &mut []).unwrap();
+        let mut byte = [0];
+        assert!(read_memory(std::process::id(), &[16..17], &mut byte).is_err());
+        assert!(read_memory(std::process::id(), &[], &mut byte).is_err());
+        assert!(read_memory(u32::MAX, &[base..base + 1], &mut byte).is_err());
+    }
 }

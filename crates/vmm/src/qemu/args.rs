@@ -26,6 +26,9 @@ const AGENT_PORT: &str = "banger.agent";
 /// Size of the cache for translated code in MiB. The default of 1 GiB would be filled, over days, by every machine.
 const TRANSLATION_CACHE: u32 = 512;
 
+/// Ends a QEMU that a guest has taken over from starting programs and changing identity.
+pub(super) const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
 /// What the driver knows beyond the plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Setup {
@@ -67,11 +70,7 @@ pub fn args(plan: &BootPlan, setup: &Setup) -> Result<Vec<String>, EngineError> 
         line.flag(flag);
     }
     line.pair("-display", "none");
-    // Ends a QEMU that a guest has taken over from starting programs and changing identity.
-    line.pair(
-        "-sandbox",
-        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-    );
+    line.pair("-sandbox", SANDBOX);
     machine(&mut line, plan, setup)?;
     boot(&mut line, plan)?;
     for disk in &plan.disks {

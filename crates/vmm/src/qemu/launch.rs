@@ -3,15 +3,18 @@
 //! The work runs as a task of its own, so that a caller who goes away in the middle leaves nothing behind: the task notices,
 //! ends the engine and removes its sockets.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use banger_core::plan::BootPlan;
+use banger_core::plan::{BootPlan, Saved};
 use banger_proto::shim::{ExitRecord, ShimJob, ShimReport};
+use serde::Deserialize;
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{ChildStdout, Command};
 use tokio::sync::oneshot;
@@ -33,6 +36,14 @@ const ENDING: Duration = Duration::from_secs(3);
 const KILLED: Duration = Duration::from_secs(10);
 /// How many lines of the console an error shows.
 const LAST_LINES: usize = 12;
+/// How often the control socket is tried: often for as long as an engine needs that is not short of anything.
+const DIAL: [Duration; 2] = [Duration::from_millis(1), Duration::from_millis(20)];
+/// How often a loading engine is asked whether it is done.
+const LOADING: Duration = Duration::from_millis(1);
+/// Name of the descriptor with the state.
+const STATE: &str = "state";
+/// The command that loads it.
+const INCOMING: &str = "migrate-incoming";
 /// Longest report of the shim.
 const REPORT: u64 = 64 << 10;
 
@@ -86,6 +97,7 @@ async fn start(qemu: &Qemu, plan: &BootPlan) -> Result<Engine, EngineError> {
         .map_err(|why| io_error("tell this boot of the host", io::Error::other(why)))?;
     let control = args::socket(plan.paths.control_socket())?;
     let agent = args::socket(plan.paths.agent_socket())?;
+    check_saved(plan)?;
     let line = args::args(plan, &Setup { qboot: qemu.qboot })?;
     prepare(plan, &control, &agent).await?;
     let job = ShimJob {
@@ -265,10 +277,13 @@ async fn ready(qemu: &Qemu, plan: &BootPlan, engine: &mut Engine) -> Result<(), 
             timed_out("answer on its control socket", limit)
         }
         find::ControlFault::Qmp(error) => {
-            // An engine that gives up closes its socket first.
-            if matches!(error, QmpError::Closed(_) | QmpError::Io(_))
-                && let Some(record) = end(&mut engine.reports).await
-            {
+            // An engine that gives up closes its socket first, or it says that it could not load and ends.
+            let over = match &error {
+                QmpError::Closed(_) | QmpError::Io(_) => true,
+                QmpError::Refused { command, .. } => command == INCOMING,
+                _ => false,
+            };
+            if over && let Some(record) = end(&mut engine.reports).await {
                 return Err(died(plan, Some(&record)));
             }
             super::control_error(qemu, &engine.handles, error)
@@ -280,24 +295,79 @@ async fn ready(qemu: &Qemu, plan: &BootPlan, engine: &mut Engine) -> Result<(), 
     })
 }
 
-/// Connects as soon as the socket is there.
+/// Connects as soon as the socket is there, and lets the engine load what was saved.
 async fn answers(plan: &BootPlan, control: &Path, pid: u32, deadline: Instant) -> Result<(), find::ControlFault> {
-    let mut pause = Duration::from_millis(2);
+    let mut pause = DIAL[0];
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         match Client::connect(control, left).await {
             Ok(mut client) => {
                 find::check(&mut client, pid, Some(&plan.id)).await?;
-                client.status().await?;
-                return Ok(());
+                return match &plan.resume {
+                    Some(saved) => Ok(load(&mut client, saved).await?),
+                    None => Ok(client.status().await.map(drop)?),
+                };
             }
             // Not there yet, or bound but not listening yet.
             Err(QmpError::Unreachable(_)) if !left.is_zero() => {}
             Err(error) => return Err(error.into()),
         }
         sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_millis(20));
+        pause = (pause * 9 / 8).min(DIAL[1]);
     }
+}
+
+/// Loads processors and devices. They stay stopped.
+async fn load(client: &mut Client, saved: &Saved) -> Result<(), QmpError> {
+    #[derive(Deserialize)]
+    struct Progress {
+        status: Option<String>,
+        #[serde(rename = "error-desc")]
+        error: Option<String>,
+    }
+    let state = File::open(&saved.state).map_err(QmpError::Io)?;
+    client.give(STATE, state.as_fd()).await?;
+    let uri = json!({ "uri": format!("fd:{STATE}") });
+    client.execute::<Value>(INCOMING, Some(uri)).await?;
+    loop {
+        let progress: Progress = client.execute("query-migrate", None).await?;
+        match progress.status.as_deref() {
+            Some("completed") => return Ok(()),
+            Some("failed" | "cancelled") => {
+                return Err(QmpError::Refused {
+                    command: INCOMING.to_owned(),
+                    message: progress
+                        .error
+                        .unwrap_or_else(|| "the state could not be loaded".to_owned()),
+                });
+            }
+            _ => sleep(LOADING).await,
+        }
+    }
+}
+
+/// Makes sure that what a machine is to go on with can be its memory and state.
+fn check_saved(plan: &BootPlan) -> Result<(), EngineError> {
+    let Some(saved) = &plan.resume else { return Ok(()) };
+    let length = |path: &Path| -> Result<u64, EngineError> {
+        let meta = fs::metadata(path).map_err(|e| io_error(format!("read {}", path.display()), e))?;
+        Ok(if meta.is_file() { meta.len() } else { 0 })
+    };
+    let bad = |path: &Path, why: String| {
+        let why = io::Error::new(io::ErrorKind::InvalidData, why);
+        Err(io_error(format!("go on with {}", path.display()), why))
+    };
+    let (memory, expected) = (length(&saved.memory)?, plan.memory_mib << 20);
+    if memory != expected {
+        return bad(
+            &saved.memory,
+            format!("it has {memory} bytes, the machine's memory {expected}"),
+        );
+    }
+    if length(&saved.state)? == 0 {
+        return bad(&saved.state, "it is empty".to_owned());
+    }
+    Ok(())
 }
 
 /// Ends the engine and removes what it left but its logs.

@@ -1,15 +1,21 @@
 //! The QEMU driver.
 //!
-//! * [`args`]: the command line for a plan, a pure function,
+//! * [`args`] and `block`: the command line for a plan, a pure function,
 //! * `detect`: which QEMU is there,
-//! * `launch`: starting it, detached, and undoing a failed start,
-//! * `find`: finding it again and being sure that it is the one.
+//! * `launch`: starting it, detached, letting it load what was saved, and undoing a failed start,
+//! * `find`: finding it again and being sure that it is the one,
+//! * `save`: memory, devices and disks of a running one; `layers` is about its disks, `still` about its guest channel,
+//! * `flatten`: all layers of a disk in one file.
 
 pub mod args;
 mod block;
 mod detect;
 mod find;
+mod flatten;
 mod launch;
+mod layers;
+mod save;
+mod still;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -193,20 +199,22 @@ impl Engine for Qemu {
         })
     }
 
-    fn save<'a>(
-        &'a self,
-        _handles: &'a Handles,
-        _plan: &'a SavePlan,
-    ) -> BoxFuture<'a, Result<SaveReport, EngineError>> {
-        Box::pin(async { Err(args::unsupported("save a machine")) })
+    fn save<'a>(&'a self, handles: &'a Handles, plan: &'a SavePlan) -> BoxFuture<'a, Result<SaveReport, EngineError>> {
+        Box::pin(save::save(self, handles, plan))
     }
 
-    fn writes_to<'a>(&'a self, _handles: &'a Handles) -> BoxFuture<'a, Result<Vec<PathBuf>, EngineError>> {
-        Box::pin(async { Err(args::unsupported("say what it writes to")) })
+    fn writes_to<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<Vec<PathBuf>, EngineError>> {
+        Box::pin(async move {
+            let mut client = find::command_client(self, handles).await?;
+            match layers::active(&mut client).await {
+                Ok(active) => Ok(active.files()),
+                Err(error) => Err(control_error(self, handles, error)),
+            }
+        })
     }
 
-    fn flatten<'a>(&'a self, _disk: &'a Disk, _target: &'a Path) -> BoxFuture<'a, Result<(), EngineError>> {
-        Box::pin(async { Err(args::unsupported("flatten a disk")) })
+    fn flatten<'a>(&'a self, disk: &'a Disk, target: &'a Path) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(flatten::flatten(self, disk, target))
     }
 }
 

@@ -1,0 +1,419 @@
+//! Saving a machine: memory, devices and disks at one point in time.
+//!
+//! What can be done while the guest runs is done before: what its memory began with is copied, fresh layers are added. Then its
+//! processors are stopped, the devices' state and the pages that are the guest's own are written, and the fresh layers take over:
+//! the last step that can fail, and it does so for all disks or for none. What fails before is undone.
+//!
+//! The work runs as a task of its own, so that a caller who goes away leaves no machine paused and no half files.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use banger_core::plan::Saved;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::args::{text, unsupported};
+use super::layers::{self, Added, LayerFault};
+use super::{Qemu, control_error, find, io_error, still, vcpu_state};
+use crate::engine::{AfterSave, EngineError, Handles, SavePlan, SaveReport, VcpuState};
+use crate::memory::{self, Place, Target};
+use crate::qmp::{Client, QmpError};
+
+/// How long a single step may take: stopping waits until the disks have taken what was under way.
+const STEP: Duration = Duration::from_secs(60);
+/// How often it is tried to find the guest channel standing still. What moves ends by itself, so the second time is the last.
+const ATTEMPTS: u32 = 5;
+
+/// Saves a machine.
+pub(super) async fn save(qemu: &Qemu, handles: &Handles, plan: &SavePlan) -> Result<SaveReport, EngineError> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let job = Job {
+        qemu: qemu.clone(),
+        handles: handles.clone(),
+        plan: plan.clone(),
+        stop: stop.clone(),
+    };
+    let (mut tell, told) = oneshot::channel();
+    tokio::spawn(async move {
+        let outcome = {
+            let work = job.run();
+            tokio::pin!(work);
+            tokio::select! {
+                outcome = &mut work => outcome,
+                () = tell.closed() => {
+                    stop.store(true, Ordering::Relaxed);
+                    work.await
+                }
+            }
+        };
+        let (outcome, ran) = match outcome {
+            Ok(done) => (Ok(done.report), done.ran),
+            Err(error) => (Err(error), false),
+        };
+        // Nobody is left who would end it, and once it runs its memory is another.
+        if let Err(Ok(_)) = tell.send(outcome)
+            && job.plan.then == AfterSave::Stopped
+        {
+            drop(Files::of(&job.plan));
+            if ran {
+                job.go_on(None).await;
+            }
+        }
+    });
+    told.await.unwrap_or_else(|_| {
+        Err(io_error(
+            "save the machine",
+            io::Error::other("the task that saves it has ended"),
+        ))
+    })
+}
+
+struct Job {
+    qemu: Qemu,
+    handles: Handles,
+    plan: SavePlan,
+    /// Nobody waits for it any more.
+    stop: Arc<AtomicBool>,
+}
+
+struct Done {
+    report: SaveReport,
+    /// Its processors ran before.
+    ran: bool,
+}
+
+/// Where memory goes, and where it comes from.
+struct Prepared {
+    saved: Saved,
+    place: Place,
+    target: Arc<Target>,
+}
+
+impl Job {
+    async fn run(&self) -> Result<Done, EngineError> {
+        let files = Files::absent(&self.plan)?;
+        let mut prepared = match &self.plan.memory {
+            Some(saved) => Some(self.prepare(saved).await?),
+            None => None,
+        };
+        self.wanted()?;
+        let mut client = find::command_client(&self.qemu, &self.handles).await?;
+        client.extend(STEP);
+        let status = client.status().await.map_err(|e| self.fault(e))?;
+        let state = vcpu_state(&status);
+        if matches!(state, VcpuState::Loading | VcpuState::Ended) {
+            return Err(unsupported(&format!(
+                "save a machine whose state is `{}`",
+                status.status
+            )));
+        }
+        let ran = state == VcpuState::Running;
+        let channel = match prepared {
+            Some(_) => still::channel(&mut client).await.map_err(|e| self.fault(e))?,
+            None => None,
+        };
+        let added = layers::add(&mut client, &self.plan.layers)
+            .await
+            .map_err(|fault| match fault {
+                LayerFault::Qmp(error) => self.fault(error),
+                LayerFault::Plan(error) => error,
+            })?;
+        let started = Instant::now();
+        let saved = self
+            .standing_still(&mut client, prepared.as_mut(), channel.as_deref())
+            .await;
+        let outcome = match saved {
+            Ok(()) => self.switch(client, &added).await,
+            // There is one connection at a time, and this one may be what failed.
+            Err(error) => {
+                drop(client);
+                Err(error)
+            }
+        };
+        let client = match outcome {
+            Ok(client) => client,
+            Err(error) => {
+                // What was begun goes first: the space may be what the guest waits for.
+                drop(prepared);
+                drop(files);
+                self.undo(added, ran).await;
+                return Err(error);
+            }
+        };
+        files.keep();
+        if ran && self.plan.then == AfterSave::AsBefore {
+            self.go_on(Some(client)).await;
+        }
+        Ok(Done {
+            report: SaveReport {
+                paused: started.elapsed(),
+            },
+            ran,
+        })
+    }
+
+    /// Finds the guest's memory and makes the file that is to be its copy. The guest goes on.
+    async fn prepare(&self, saved: &Saved) -> Result<Prepared, EngineError> {
+        let mut client = find::command_client(&self.qemu, &self.handles).await?;
+        let place = self.place(&mut client).await?;
+        drop(client);
+        let proc = self.qemu.options.roots.proc.clone();
+        let (base, path) = (self.plan.base.clone(), saved.memory.clone());
+        let size = place.range.end - place.range.start;
+        let checked = place.clone();
+        let target = blocking(move || {
+            memory::check(&proc, &checked, base.as_deref())?;
+            memory::prepare(&path, size, base.as_deref())
+        })
+        .await
+        .map_err(|e| io_error(format!("prepare {}", saved.memory.display()), e))?;
+        Ok(Prepared {
+            saved: saved.clone(),
+            place,
+            target: Arc::new(target),
+        })
+    }
+
+    async fn place(&self, client: &mut Client) -> Result<Place, EngineError> {
+        #[derive(Deserialize)]
+        struct Size {
+            #[serde(rename = "base-memory")]
+            base: u64,
+        }
+        let arguments = json!({ "command-line": "gpa2hva 0" });
+        let said: String = client
+            .execute("human-monitor-command", Some(arguments))
+            .await
+            .map_err(|e| self.fault(e))?;
+        let Size { base: size } = client
+            .execute("query-memory-size-summary", None)
+            .await
+            .map_err(|e| self.fault(e))?;
+        let start = address(&said).ok_or_else(|| EngineError::Refused {
+            engine: super::ENGINE,
+            command: "gpa2hva".to_owned(),
+            message: said.trim().to_owned(),
+        })?;
+        Ok(Place {
+            pid: self.handles.pid,
+            range: start..start.saturating_add(size),
+        })
+    }
+
+    /// Stops the guest and saves what has to be saved then.
+    async fn standing_still(
+        &self,
+        client: &mut Client,
+        prepared: Option<&mut Prepared>,
+        channel: Option<&str>,
+    ) -> Result<(), EngineError> {
+        client.extend(STEP);
+        client.execute::<Value>("stop", None).await.map_err(|e| self.fault(e))?;
+        if let Some(prepared) = prepared {
+            self.memory(client, prepared, channel).await?;
+        }
+        self.wanted()
+    }
+
+    /// Lets the fresh layers take over. Comes back with a connection.
+    async fn switch(&self, mut client: Client, added: &Added) -> Result<Client, EngineError> {
+        client.extend(STEP);
+        let error = match layers::switch(&mut client, added).await {
+            Ok(()) => return Ok(client),
+            Err(error) => error,
+        };
+        drop(client);
+        // Where only the answer was lost, the engine knows what it did.
+        if !matches!(error, QmpError::Refused { .. })
+            && let Ok(mut client) = find::command_client(&self.qemu, &self.handles).await
+            && layers::switched(&mut client, added).await
+        {
+            return Ok(client);
+        }
+        Err(self.fault(error))
+    }
+
+    async fn memory(
+        &self,
+        client: &mut Client,
+        prepared: &mut Prepared,
+        channel: Option<&str>,
+    ) -> Result<(), EngineError> {
+        let (proc, path) = (&self.qemu.options.roots.proc, &prepared.saved.memory);
+        let cannot_write = |e: io::Error| io_error(format!("write {}", path.display()), e);
+        let filename = text(&prepared.saved.state)?;
+        let mut before = still::look(client, channel).await.map_err(|e| self.fault(e))?;
+        for attempt in 1..=ATTEMPTS {
+            self.wanted()?;
+            client.extend(STEP);
+            let arguments = json!({ "filename": filename, "live": false });
+            let devices = client.execute::<Value>("xen-save-devices-state", Some(arguments));
+            // Neither touches what the other saves.
+            let (proc, place, target, stop) = (
+                proc.clone(),
+                prepared.place.clone(),
+                prepared.target.clone(),
+                self.stop.clone(),
+            );
+            let pages = blocking(move || memory::copy(&proc, &place, &target, &stop));
+            let (devices, pages) = tokio::join!(devices, pages);
+            let bytes = pages.map_err(cannot_write)?;
+            devices.map_err(|e| self.fault(e))?;
+            client.extend(STEP);
+            let after = still::look(client, channel).await.map_err(|e| self.fault(e))?;
+            tracing::debug!(pid = self.handles.pid, attempt, bytes, "memory saved");
+            if after == before {
+                return Ok(());
+            }
+            before = after;
+            prepared.target = Arc::new(prepared.target.again().map_err(cannot_write)?);
+        }
+        Err(io_error(
+            "save the machine",
+            io::Error::other("its guest channel does not come to rest"),
+        ))
+    }
+
+    /// Takes back what was begun, and lets the guest go on.
+    async fn undo(&self, added: Added, ran: bool) {
+        let client = match find::command_client(&self.qemu, &self.handles).await {
+            Ok(mut client) => {
+                client.extend(STEP);
+                layers::drop_added(&mut client, added).await;
+                Some(client)
+            }
+            Err(_) => None,
+        };
+        if ran {
+            self.go_on(client).await;
+        }
+    }
+
+    /// Lets the guest run. Over another connection, if this one has failed.
+    async fn go_on(&self, client: Option<Client>) {
+        let mut fault = None;
+        if let Some(mut client) = client {
+            client.extend(STEP);
+            match client.execute::<Value>("cont", None).await {
+                Ok(_) => return,
+                Err(error) => fault = Some(self.fault(error)),
+            }
+        }
+        let again = async {
+            let mut client = find::command_client(&self.qemu, &self.handles).await?;
+            client.execute::<Value>("cont", None).await.map_err(|e| self.fault(e))
+        };
+        if let Err(error) = again.await {
+            let first = fault.map(|e| e.to_string());
+            tracing::error!(pid = self.handles.pid, first, %error, "cannot let a machine go on after it was saved");
+        }
+    }
+
+    /// Whether anybody waits for it.
+    fn wanted(&self) -> Result<(), EngineError> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(io_error("save the machine", io::ErrorKind::Interrupted.into()));
+        }
+        Ok(())
+    }
+
+    fn fault(&self, error: QmpError) -> EngineError {
+        control_error(&self.qemu, &self.handles, error)
+    }
+}
+
+/// Files that a save makes. They are removed unless they are kept.
+struct Files(Vec<PathBuf>);
+
+impl Files {
+    fn of(plan: &SavePlan) -> Self {
+        let saved = plan.memory.iter();
+        Self(
+            saved
+                .flat_map(|saved| [saved.memory.clone(), saved.state.clone()])
+                .collect(),
+        )
+    }
+
+    /// They must not be there yet: what is there is somebody else's.
+    fn absent(plan: &SavePlan) -> Result<Self, EngineError> {
+        let files = Self::of(plan);
+        let there = files.0.iter().find(|path| path.symlink_metadata().is_ok());
+        if let Some(path) = there.cloned() {
+            files.keep();
+            return Err(io_error(
+                format!("make {}", path.display()),
+                io::ErrorKind::AlreadyExists.into(),
+            ));
+        }
+        if let Some(path) = files.0.iter().find(|path| !path.is_absolute()) {
+            return Err(unsupported(&format!(
+                "save to {}: it is not an absolute path",
+                path.display()
+            )));
+        }
+        Ok(files)
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            remove(path);
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    if let Err(e) = fs::remove_file(path)
+        && e.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), error = %e, "cannot remove what was begun");
+    }
+}
+
+/// Runs what blocks where it may.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        Err(e) => Err(io::Error::other(e)),
+    }
+}
+
+/// The address in `Host virtual address for 0x0 (memory) is 0x7f…`.
+fn address(said: &str) -> Option<u64> {
+    let (what, address) = said.trim().rsplit_once(" is 0x")?;
+    what.ends_with("(memory)").then_some(())?;
+    u64::from_str_radix(address, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_memory_is_said_to_be() {
+        let said = "Host virtual address for 0x0 (memory) is 0x7f12ab000000\r\n";
+        assert_eq!(address(said), Some(0x7f12_ab00_0000));
+        for bad in [
+            "",
+            "No memory is mapped at address 0x0",
+            "Memory at address 0x0 is not RAM",
+            "Host virtual address for 0x0 (pc.bios) is 0x7f12ab000000",
+            "Host virtual address for 0x0 (memory) is 0xzz",
+        ] {
+            assert_eq!(address(bad), None, "{bad}");
+        }
+    }
+}

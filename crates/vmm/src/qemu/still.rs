@@ -1,0 +1,53 @@
+//! Whether the guest channel stands still.
+//!
+//! A guest whose processors are stopped writes nothing, and its disks and its network wait. The serial port that is the channel
+//! does not: what the host sends still goes into buffers of the guest's memory, and what the guest had sent leaves them. Device state
+//! and memory that were saved on either side of such a transfer do not fit each other. A stopped guest provides no further buffers, so it
+//! ends by itself: whoever saves looks before and after, and saves again when something has moved.
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::qmp::{Client, QmpError};
+
+/// Queues of the channel's device: in and out of each port, and of its control.
+const QUEUES: u16 = 6;
+
+#[derive(Deserialize)]
+struct Device {
+    name: String,
+    path: String,
+}
+
+/// How far the channel's queues have come.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Moved(Vec<Value>);
+
+/// The channel's device, if the engine can be asked about it.
+pub(super) async fn channel(client: &mut Client) -> Result<Option<String>, QmpError> {
+    match client.execute::<Vec<Device>>("x-query-virtio", None).await {
+        Ok(devices) => Ok(devices.into_iter().find(|d| d.name == "virtio-serial").map(|d| d.path)),
+        // Versions before 7.2.
+        Err(QmpError::Refused { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Looks at the queues.
+pub(super) async fn look(client: &mut Client, channel: Option<&str>) -> Result<Moved, QmpError> {
+    let mut found = Vec::new();
+    for queue in 0..QUEUES {
+        let Some(path) = channel else { break };
+        let arguments = json!({ "path": path, "queue": queue });
+        match client
+            .execute::<Value>("x-query-virtio-queue-status", Some(arguments))
+            .await
+        {
+            Ok(status) => found.push(status),
+            // There are fewer.
+            Err(QmpError::Refused { .. }) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Moved(found))
+}
