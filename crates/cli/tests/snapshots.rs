@@ -200,6 +200,28 @@ fn templates_are_shown_with_what_they_take() {
 }
 
 #[test]
+fn a_template_is_found_by_its_image_where_the_operation_does_not_name_it() {
+    let home = Home::new();
+    let other = TEMPLATE
+        .replace("0123456789abcdef", "ffffffffffffffff")
+        .replace(r#""vcpu":2"#, r#""vcpu":4"#);
+    home.serve(&[
+        (
+            "GET /v1/templates",
+            200,
+            &format!(r#"{{"templates":[{other},{TEMPLATE}]}}"#),
+        ),
+        ("POST /v1/templates", 202, &DONE.replace("0123456789abcdef", "debian")),
+    ]);
+    let built = |vcpu: &str| home.run(&["template", "build", "--vcpu", vcpu]).stdout;
+    assert_eq!(
+        (built("2").as_str(), built("4").as_str()),
+        ("0123456789abcdef\n", "ffffffffffffffff\n")
+    );
+    assert_eq!(home.run(&["template", "build", "--vcpu", "1"]).status, Some(3));
+}
+
+#[test]
 fn idle_suspension_is_set_and_taken_back() {
     let home = Home::new();
     let heard = home.serve(&[

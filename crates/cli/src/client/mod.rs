@@ -23,6 +23,7 @@ use tokio::net::UnixStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
+use crate::commands::version;
 use crate::error::{Error, Kind, Result, reason};
 use crate::paths::Places;
 
@@ -299,9 +300,9 @@ impl Client {
             .to_bytes();
         let body: ErrorBody = serde_json::from_slice(&body).ok()?;
         if body.error.code == ErrorCode::BadRequest {
-            // What this build sends is well formed for a daemon of the same version.
-            if let Some(error) = Box::pin(self.version_skew()).await {
-                return Some(error);
+            // What this build sends is well formed for a daemon of the same build.
+            if let Some(daemon) = Box::pin(self.daemon_version()).await {
+                return Some(skew(&daemon).unwrap_or_else(|| of_another_build(body.error.into(), &daemon)));
             }
         }
         Some(body.error.into())
@@ -309,13 +310,13 @@ impl Client {
 
     /// An answer that makes no sense: most likely a daemon of another version.
     async fn not_understood(&self, path: &str, what: &str) -> Error {
-        if let Some(error) = Box::pin(self.version_skew()).await {
+        if let Some(error) = Box::pin(self.daemon_version()).await.and_then(|v| skew(&v)) {
             return error;
         }
         Error::failed(format!("the daemon's answer to /v1/{path} was not understood: {what}"))
     }
 
-    async fn version_skew(&self) -> Option<Error> {
+    async fn daemon_version(&self) -> Option<VersionInfo> {
         let client = self.sibling();
         let request = Request::builder()
             .uri("/v1/version")
@@ -331,8 +332,7 @@ impl Client {
             .await
             .ok()?
             .to_bytes();
-        let version: VersionInfo = serde_json::from_slice(&body).ok()?;
-        skew(&version)
+        serde_json::from_slice(&body).ok()
     }
 }
 
@@ -351,6 +351,18 @@ pub(crate) fn skew(daemon: &VersionInfo) -> Option<Error> {
         Error::unavailable(message)
             .hint("stop it with `banger daemon stop`; machines run on and the next one adopts them"),
     )
+}
+
+/// A refusal by a daemon of another build gets the hint that this may be why.
+fn of_another_build(mut error: Error, daemon: &VersionInfo) -> Error {
+    let same = daemon.version == env!("CARGO_PKG_VERSION") && daemon.commit == version::commit();
+    if !same && error.hint.is_none() {
+        error.hint = Some(
+            "the running daemon is of another build; stop it with `banger daemon stop`: machines run on and the next one adopts them"
+                .to_owned(),
+        );
+    }
+    error
 }
 
 async fn connect_once(socket: &Path) -> io::Result<UnixStream> {
@@ -434,6 +446,8 @@ mod tests {
             api_version: API_VERSION,
         };
         assert_eq!(skew(&version), None);
+        let hint = of_another_build(Error::failed("unknown field `cold`"), &version).hint;
+        assert!(hint.unwrap().contains("another build"));
         let error = skew(&VersionInfo {
             api_version: API_VERSION + 1,
             ..version

@@ -2,6 +2,7 @@
 
 use banger_core::size;
 use banger_proto::api::{BuildTemplate, PruneTemplates, Pruned, Template};
+use banger_proto::error::ErrorCode;
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 
@@ -220,10 +221,35 @@ impl TemplateBuildArgs {
                 force: self.force,
             };
             let built = carry_out(context, &client, PATH, &request, "template build", Leaving::Cancels).await?;
-            stock::get(&client, PATH, &built.operation.target).await
+            match stock::get(&client, PATH, &built.operation.target).await {
+                // An operation that began before the image was there has its name for a target.
+                Err(error) if error.is(ErrorCode::NotFound) => {
+                    let known = stock::all(&client, PATH).await?;
+                    newest(known, &built.operation.target, &request).ok_or(error)
+                }
+                other => other,
+            }
         })?;
         stock::made(context, output, template)
     }
+}
+
+/// The latest template of the image that a request could have made.
+fn newest(known: Vec<Template>, image: &str, request: &BuildTemplate) -> Option<Template> {
+    let fits = |t: &Template| {
+        let spec = &t.spec;
+        t.current
+            && t.image == image
+            && request.kernel.as_ref().is_none_or(|k| *k == spec.kernel)
+            && request.vcpu.is_none_or(|n| n == spec.vcpu)
+            && request.memory_mib.is_none_or(|n| n == spec.memory_mib)
+            && request.disk_bytes.is_none_or(|n| n == spec.disk_bytes)
+            && request.network.as_ref().is_none_or(|n| *n == spec.network)
+    };
+    known
+        .into_iter()
+        .filter(fits)
+        .max_by(|a, b| a.created_at.cmp(&b.created_at))
 }
 
 impl TemplatePruneArgs {
