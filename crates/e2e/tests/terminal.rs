@@ -49,7 +49,7 @@ fn control_keys_go_to_the_guest() {
         "--",
         "sh",
         "-c",
-        "trap 'echo caught; exit 9' INT; echo re''ady; while :; do sleep 0.1; done",
+        "trap 'echo caught; exit 9' INT; echo re''ady; while :; do :; done",
     ]);
     terminal.expect("ready");
     terminal.until_raw();

@@ -1,4 +1,4 @@
-//! Kernel and default images, made once through the real commands and shared with every environment.
+//! Kernel, default images and their templates, made once through the real commands and shared with every environment.
 //!
 //! They stand in `target/tests/base`, made again when what makes them has changed, when they are missing, or when
 //! `BANGER_TEST_FRESH=1` asks for it. An environment gets the store as hard links, which is safe because machines open
@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::binaries;
-use crate::env::TestEnv;
+use crate::env::{CONFIG, TestEnv};
 
 /// Images that every environment has.
 pub const IMAGES: [&str; 2] = ["debian-slim", "debian"];
@@ -50,10 +50,15 @@ fn make() -> Result<Base, String> {
     let key = key();
     let fresh = std::env::var_os("BANGER_TEST_FRESH").is_some_and(|v| v == "1");
     let current = std::fs::read_to_string(&marker).is_ok_and(|k| k == key);
+    let runtime = PathBuf::from(format!("/tmp/btb{}", std::process::id()));
+    let open = || {
+        let env = TestEnv::at(root.clone(), runtime.clone()).keep();
+        env.config(CONFIG);
+        env
+    };
     if fresh || !current {
         let _ = std::fs::remove_dir_all(&root);
-        let runtime = PathBuf::from(format!("/tmp/btb{}", std::process::id()));
-        let env = TestEnv::at(root.clone(), runtime.clone()).keep();
+        let env = open();
         eprintln!(
             "preparing kernel and default images for the tests in {}",
             root.display()
@@ -62,14 +67,17 @@ fn make() -> Result<Base, String> {
         for image in IMAGES {
             env.banger(["image", "build", image]).deadline(1200).ok();
         }
-        // A first start makes what is made per kernel and agent, which no test should have to wait for.
-        env.banger(["vm", "run", "--rm", "debian-slim", "--", "true"])
-            .deadline(300)
-            .ok();
         env.run("daemon stop").code(0);
-        let _ = std::fs::remove_dir_all(runtime);
         std::fs::write(&marker, &key).map_err(|e| format!("{}: {e}", marker.display()))?;
     }
+    // They fit one agent, one kernel and one engine: those of now are made if they are not there.
+    let env = open();
+    for image in IMAGES {
+        env.banger(["template", "build", image]).deadline(300).ok();
+    }
+    env.banger(["template", "prune"]).ok();
+    env.run("daemon stop").code(0);
+    let _ = std::fs::remove_dir_all(&runtime);
     Ok(Base {
         state: root.join("state/banger"),
     })

@@ -196,6 +196,7 @@ pub(crate) mod tests {
             workspace: None,
             boot: None,
             auto_remove: false,
+            idle_suspend_after_ms: 0,
         }
     }
 
@@ -260,6 +261,8 @@ pub(crate) mod tests {
             });
             wanted.boot = Some(BootReport {
                 how: "boot".to_owned(),
+                from: None,
+                source_paused_ms: None,
                 stages: stages.into_iter().map(|(stage, ms)| StageTime { stage, ms }).collect(),
             });
             wanted.auto_remove = auto_remove;

@@ -370,9 +370,9 @@ mod tests {
     fn machine() -> (tempfile::TempDir, PathBuf, PathBuf) {
         let tmp = tempfile::tempdir().unwrap();
         let image = tmp.path().join("image.ext4");
-        disk::create_work(&image, 64 << 20, "root").unwrap();
+        disk::create_work(&image, 128 << 20, "root").unwrap();
         let dir = tmp.path().join("disks");
-        create(&dir, &image, 128 << 20).unwrap();
+        create(&dir, &image, 256 << 20).unwrap();
         (tmp, dir, image)
     }
 
@@ -487,8 +487,8 @@ mod tests {
         };
         fs::create_dir(&paths.state).unwrap();
         let image = tmp.path().join("image.ext4");
-        disk::create_work(&image, 64 << 20, "root").unwrap();
-        disk::create_root(&image, &paths.state.join("root.qcow2"), 128 << 20).unwrap();
+        disk::create_work(&image, 128 << 20, "root").unwrap();
+        disk::create_root(&image, &paths.state.join("root.qcow2"), 256 << 20).unwrap();
         disk::create_work(&paths.state.join("work.ext4"), 64 << 20, "work").unwrap();
         upgrade(&paths).unwrap();
         upgrade(&paths).unwrap();
