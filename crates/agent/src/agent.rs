@@ -212,6 +212,10 @@ impl Agent {
                 );
             }
         }
+        if known.init {
+            // Process 1 is the image's now, so there is no agent after this one; and a copy would have to write it anew.
+            crate::handover::forget();
+        }
         *lock(&self.known) = Some(known);
         Ok(())
     }

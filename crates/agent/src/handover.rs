@@ -125,6 +125,14 @@ pub(crate) fn remember(known: &Known) {
     }
 }
 
+/// Takes the note away.
+pub(crate) fn forget() {
+    match std::fs::remove_file(STATE) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => crate::console::say(&format!("can't remove {STATE}: {e}")),
+        _ => {}
+    }
+}
+
 /// Who the machine is, when an earlier agent of this boot has personalized it.
 pub fn recall() -> Option<Known> {
     serde_json::from_slice(&std::fs::read(STATE).ok()?).ok()
