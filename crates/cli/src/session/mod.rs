@@ -15,6 +15,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use banger_proto::api::{Machine, MachineState};
 use banger_proto::error::ErrorCode;
 use banger_proto::frame::{Exit, Frame, Kind as FrameKind, MAX_PAYLOAD, Open, Opened, Signal, StdinAck};
 use bytes::Bytes;
@@ -137,6 +138,13 @@ impl Session<'_> {
                 Err(Broken::Retry(error)) => error,
             };
             first.get_or_insert_with(|| error.clone());
+            if self.is_suspended().await {
+                let (machine, id) = (&self.machine, &self.id);
+                let message = format!("machine {machine} was suspended, and its programs with it");
+                return Err(Error::new(Kind::Conflict, message).hint(format!(
+                    "`banger vm attach {machine} {id}` wakes it and joins this one again"
+                )));
+            }
             let since = *broken.get_or_insert_with(Instant::now);
             if since.elapsed() >= RECONNECT_DEADLINE {
                 let mut error = error;
@@ -243,6 +251,13 @@ impl Session<'_> {
             let _ = tokio::time::timeout(Duration::from_millis(500), write).await;
         }
         Ok(end.end)
+    }
+
+    /// Whether somebody suspended the machine: joining the session again would wake it at once. A daemon that does not answer
+    /// knows nothing.
+    async fn is_suspended(&self) -> bool {
+        let machine = self.client.sibling().get::<Machine>(&machine_path(&self.machine)).await;
+        machine.is_ok_and(|m| matches!(m.state, MachineState::Suspending | MachineState::Suspended))
     }
 
     async fn connect(&self) -> Result<WebSocket, Broken> {

@@ -30,6 +30,8 @@ struct Guest {
     signals: Vec<i32>,
     opens: Vec<Open>,
     detached: bool,
+    /// What the daemon says of the machine; it runs otherwise.
+    state: Option<MachineState>,
 }
 
 /// Serves each connection with the script of its number; beyond the last one connections are refused.
@@ -48,8 +50,19 @@ where
             let (script, guest, number) = (script.clone(), Arc::clone(&shared), Arc::clone(&number));
             let service = service_fn(move |mut request: Request<hyper::body::Incoming>| {
                 let (script, guest) = (script.clone(), Arc::clone(&guest));
-                let number = number.fetch_add(1, Ordering::SeqCst);
+                let of_machine = request.uri().path() == "/v1/machines/m1";
+                let number = if of_machine {
+                    0
+                } else {
+                    number.fetch_add(1, Ordering::SeqCst)
+                };
                 async move {
+                    if of_machine {
+                        let machine = crate::commands::vm::common::tests::machine("m1", "m1");
+                        let state = guest.lock().unwrap().state.unwrap_or(MachineState::Running);
+                        let body = serde_json::to_vec(&Machine { state, ..machine }).unwrap();
+                        return Ok(Response::new(Full::from(body)));
+                    }
                     assert_eq!(request.uri().path(), "/v1/machines/m1/sessions/s1/attach");
                     let mut response = Response::new(Full::new(Bytes::new()));
                     if number >= scripts {

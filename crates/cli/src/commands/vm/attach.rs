@@ -2,11 +2,12 @@
 
 use std::rc::Rc;
 
-use banger_proto::api::{Machine, Session};
+use banger_proto::api::{Machine, MachineState, Session, StartMachine};
 use banger_proto::frame::Open;
 use clap::Args;
 
 use crate::cli::Context;
+use crate::client::operation::{Leaving, carry_out};
 use crate::client::{Client, machine_path};
 use crate::commands::vm::exec::{TerminalArgs, ended};
 use crate::commands::vm::sessions::sessions;
@@ -16,7 +17,7 @@ use crate::session::run::{Job, on_own_streams};
 
 /// Join a session of a machine again
 ///
-/// Shows what the session has written lately, then goes on with it. The exit status is that of its command. Without
+/// Shows what the session has written lately, then goes on with it. A suspended machine is woken for it. The exit status is that of its command. Without
 /// SESSION the only one that runs is meant.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  banger vm attach build\n  banger vm attach build 4f1c9a02b7d86e35")]
@@ -36,6 +37,19 @@ impl AttachArgs {
         context.block_on(async {
             let client = Client::new(&context.places)?;
             let machine: Machine = client.get(&machine_path(&self.machine)).await?;
+            if machine.state == MachineState::Suspended {
+                let path = format!("{}/start", machine_path(&machine.id));
+                let label = format!("vm start {}", machine.name);
+                carry_out(
+                    context,
+                    &client,
+                    &path,
+                    &StartMachine::default(),
+                    &label,
+                    Leaving::Cancels,
+                )
+                .await?;
+            }
             let all = sessions(&client, &machine.id).await?;
             let session = choose(&all, self.session.as_deref(), &machine.name)?;
             let open = Open {

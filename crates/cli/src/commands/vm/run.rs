@@ -135,7 +135,7 @@ impl RunArgs {
         request.auto_remove = self.rm;
         let mut watch = Stopwatch::since(context.began);
         if snapshot.is_some() {
-            watch.lap("look");
+            watch.lap("inspect");
         }
         context.block_on(async {
             let client = Client::new(&context.places)?;

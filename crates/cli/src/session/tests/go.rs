@@ -87,3 +87,20 @@ async fn what_may_have_been_started_is_not_started_again() {
     assert!(!guest.opens[0].attach_only && guest.opens[1].attach_only);
     assert_eq!(guest.runs, 1);
 }
+
+#[tokio::test]
+async fn a_machine_that_was_suspended_is_not_woken_by_its_own_client() {
+    let dir = tempfile::tempdir().unwrap();
+    let (client, guest) = serve(dir.path(), 2, |_, mut socket, guest| async move {
+        hear_until(&mut socket, &guest, FrameKind::Go).await;
+        say(&mut socket, FrameKind::Opened, &Opened::default()).await;
+        guest.lock().unwrap().state = Some(MachineState::Suspending);
+    });
+    let error = attend(&client, command(), None, vec![], open_but_silent)
+        .await
+        .end
+        .unwrap_err();
+    assert_eq!(error.kind, Kind::Conflict, "{error}");
+    assert!(error.hint.unwrap().contains("banger vm attach m1 s1"));
+    assert_eq!(guest.lock().unwrap().opens.len(), 1, "it was not asked for again");
+}
