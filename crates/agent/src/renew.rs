@@ -41,6 +41,12 @@ impl Agent {
             self.sessions.release();
             return Err(refused(&e));
         }
+        if wanted.template {
+            // The agent is in a new group, for which the kernel sets up much at the first write and the first program. What
+            // it does here no copy has to do.
+            personalize::rehearse(std::path::Path::new("/"));
+            services::rehearse().await;
+        }
         Ok(())
     }
 

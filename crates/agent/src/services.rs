@@ -23,6 +23,9 @@ use crate::sys;
 /// How long systemd may take to stop a service.
 const STOP: Duration = Duration::from_secs(20);
 
+/// How long a program that does nothing may take.
+const REHEARSAL: Duration = Duration::from_secs(2);
+
 /// One file for each connection to journald.
 const STREAMS: &str = "/run/systemd/journal/streams";
 
@@ -55,6 +58,21 @@ pub(crate) async fn put_away(id: &str) -> Result<bool, ApiError> {
         }
     }
     Ok(true)
+}
+
+/// Runs a program that does nothing, as the first command of a copy will be run.
+pub(crate) async fn rehearse() {
+    let program = tokio::process::Command::new("/bin/sh")
+        .args(["-c", "exec true"])
+        .env("PATH", crate::session::PATH)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .output();
+    // An image without a shell has copies that do it themselves.
+    let _ = tokio::time::timeout(REHEARSAL, program).await;
 }
 
 async fn systemctl(args: &[&str]) -> Result<(), ApiError> {

@@ -86,6 +86,23 @@ pub(crate) fn take_on(root: &Path, wanted: &Personalize, network: Option<&GuestN
     Ok(())
 }
 
+/// Writes the files that a copy will write, as they are. What the kernel has to set up for that it sets up now.
+pub(crate) fn rehearse(root: &Path) {
+    let Ok(root) = Place::open(root) else { return };
+    for (directory, name) in [
+        ("etc", "hostname"),
+        ("etc", "hosts"),
+        ("etc", "machine-id"),
+        ("run/banger", HOST_KEY),
+        ("root/.ssh", "authorized_keys"),
+    ] {
+        if let Ok(place) = root.below(directory) {
+            // A copy does without it too.
+            let _ = place.rewrite(name);
+        }
+    }
+}
+
 fn must<T>(what: &str, result: io::Result<T>) -> Result<T, ApiError> {
     result.map_err(|e| ApiError::new(ErrorCode::Guest, format!("can't {what}: {e}")))
 }

@@ -103,6 +103,19 @@ impl Place {
         file.write_all_at(&new.as_bytes()[same..], same as u64)
     }
 
+    /// Writes what is in file `name` over itself, as [`Self::edit`] would write something else.
+    pub fn rewrite(&self, name: &str) -> io::Result<()> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let mut file = std::fs::File::from(rustix::fs::openat2(&self.0, name, flags, Mode::empty(), resolve)?);
+        let mut text = Vec::new();
+        if file.metadata()?.is_file() {
+            (&mut file).take(MAX_READ).read_to_end(&mut text)?;
+            file.write_all_at(&text, 0)?;
+        }
+        Ok(())
+    }
+
     /// Removes directory `name` with the plain files in it. A directory in it is none of ours, and stays with it.
     pub fn remove_flat(&self, name: &str) -> io::Result<()> {
         let inner = match self.below(name) {
@@ -208,6 +221,16 @@ mod tests {
             "and so is what a link leads to"
         );
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "n");
+    }
+
+    #[test]
+    fn rewritten_files_are_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::open(dir.path()).unwrap();
+        std::fs::write(dir.path().join("a"), "text").unwrap();
+        place.rewrite("a").unwrap();
+        assert_eq!(std::fs::read_to_string(dir.path().join("a")).unwrap(), "text");
+        assert!(place.rewrite("b").is_err());
     }
 
     #[test]
