@@ -120,13 +120,10 @@ pub fn decide(state: State, request: Request) -> Decision {
 
         (_, R::Rename) => Do,
         // What is in memory has the size it has.
-        (State::Suspending | State::Suspended, R::Resize) => refuse(Refusal::NotStopped),
+        (State::Suspending | State::Suspended, R::Resize) => refuse(Refusal::Suspended),
         (_, R::Resize) => Do,
 
-        (
-            State::Stopped,
-            R::Start | R::Restart | R::Delete | R::GrowDisk | R::Snapshot | R::Restore | R::Commit,
-        ) => Do,
+        (State::Stopped, R::Start | R::Restart | R::Delete | R::GrowDisk | R::Snapshot | R::Restore | R::Commit) => Do,
         (State::Stopped, R::Stop | R::Kill) => Already,
         (State::Stopped, R::Agent | R::Pause | R::Resume | R::Suspend | R::Fork) => refuse(Refusal::NotRunning),
 
@@ -210,10 +207,9 @@ pub fn next(state: State, event: Event) -> Option<State> {
         (State::Suspending | State::Starting | State::Stopped, Event::MemorySaved) => Some(State::Suspended),
         (State::Suspended, Event::MemoryDropped) => Some(State::Stopped),
         (State::Starting | State::Running | State::Paused, Event::StopBegins) => Some(State::Stopping),
-        (
-            State::Starting | State::Running | State::Paused | State::Suspending | State::Stopping,
-            Event::EngineGone,
-        ) => Some(State::Stopped),
+        (State::Starting | State::Running | State::Paused | State::Suspending | State::Stopping, Event::EngineGone) => {
+            Some(State::Stopped)
+        }
         (State::Creating | State::Starting | State::Stopped, Event::Damaged) => Some(State::Error),
         _ => None,
     }

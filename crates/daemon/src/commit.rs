@@ -7,7 +7,7 @@ use banger_proto::api::{CommitMachine, MachineSpec};
 use banger_proto::error::{ApiError, ErrorCode};
 
 use crate::error::IntoApi;
-use crate::machine::{Machine, Request, disks, snapshot, task};
+use crate::machine::{Machine, Request, disks, snapshot, start, task};
 use crate::ops::Op;
 use crate::services::Services;
 
@@ -37,7 +37,7 @@ pub async fn begin(services: &Arc<Services>, m: &Arc<Machine>, request: CommitMa
 /// Makes an image of a machine that no engine uses.
 pub async fn machine(m: &Arc<Machine>, op: &Op, name: &str, force: bool) -> Result<(), ApiError> {
     let spec = m.row().spec;
-    disks::upgrade(&m.paths)?;
+    start::ensure_disks(m).await?;
     let image = m.services.stock.image_file(&spec).await?;
     let root = disks::plan(&m.paths, image)?
         .into_iter()

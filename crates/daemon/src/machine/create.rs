@@ -99,16 +99,19 @@ async fn make(m: &Arc<Machine>, stages: &mut Stages, creation: &Creation) -> Res
     .await?;
     failpoint::hit("create.stock").await?;
     stages.restart_clock();
-    stages.enter("disks");
     disks::make_dir(&m.paths.state)?;
-    services
-        .stock
-        .make_disks(&m.paths, &image.digest, spec.disk_bytes)
-        .await?;
+    if !creation.start {
+        stages.enter("disks");
+        services
+            .stock
+            .make_disks(&m.paths, &image.digest, spec.disk_bytes)
+            .await?;
+    }
     failpoint::hit("create.disks").await?;
     stages.check()?;
     m.happen(Event::DisksReady, |_| {}).await?;
     if creation.start {
+        // Its disks depend on what it starts from.
         start::bring_up(m, stages, creation.wanted).await
     } else {
         Ok(())

@@ -79,7 +79,7 @@ pub fn create(dir: &Path, image: &Path, root_bytes: u64) -> Result<(), ApiError>
     let base = dir.join(WORK_BASE);
     disk::create_work(&base, WORK_DISK, "work").map_err(IntoApi::into_api)?;
     disk::create_layer(&base, DiskFormat::Raw, &dir.join(active(DiskRole::Work))).map_err(IntoApi::into_api)?;
-    write_list(dir, &Layers::default())
+    new_list(dir, &Layers::default())
 }
 
 /// Makes disks over the frozen ones in `from`, in a directory that is not there yet.
@@ -95,7 +95,7 @@ pub fn create_over(dir: &Path, from: &Path) -> Result<(), ApiError> {
         let below = dir.join(frozen(top, role));
         disk::create_layer(&below, DiskFormat::Qcow2, &dir.join(active(role))).map_err(IntoApi::into_api)?;
     }
-    write_list(dir, &list)
+    new_list(dir, &list)
 }
 
 /// Keeps the frozen layers of `from` in `dir`, which is not there yet, without anything to write to.
@@ -306,6 +306,13 @@ pub fn read_list(dir: &Path) -> Result<Layers, ApiError> {
             std::io::ErrorKind::NotFound.into(),
         )
     })
+}
+
+/// Writes the list of disks that are new. Should the host lose power now, the machine is as new as they are, and lost with them.
+fn new_list(dir: &Path, list: &Layers) -> Result<(), ApiError> {
+    let path = dir.join(LIST);
+    let text = serde_json::to_vec(list).unwrap_or_default();
+    fs::write(&path, text).map_err(|e| error::io(format_args!("write {}", path.display()), e))
 }
 
 fn write_list(dir: &Path, list: &Layers) -> Result<(), ApiError> {

@@ -25,14 +25,18 @@ pub fn read(path: &Path) -> Result<Option<Handles>, String> {
     serde_json::from_str(&text).map(Some).map_err(|e| e.to_string())
 }
 
-/// Writes the handles: whole or not at all, also when the host loses power.
+/// Writes the handles: whole or not at all. They need not outlive the host's power, for then no process does.
 pub fn write(path: &Path, handles: &Handles) -> Result<(), ApiError> {
     let text = serde_json::to_vec_pretty(handles).unwrap_or_default();
-    write_atomically(path, &text).map_err(|e| error::io(format_args!("write {}", path.display()), e))
+    write_beside(path, &text, false).map_err(|e| error::io(format_args!("write {}", path.display()), e))
 }
 
-/// Writes a file beside its place and moves it there.
+/// Writes a file beside its place and moves it there: whole or not at all, also when the host loses power.
 pub fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    write_beside(path, content, true)
+}
+
+fn write_beside(path: &Path, content: &[u8], lasting: bool) -> std::io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut temporary = path.to_owned().into_os_string();
     temporary.push(".new");
@@ -43,7 +47,9 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
         .mode(0o600)
         .open(&temporary)?;
     file.write_all(content)?;
-    file.sync_data()?;
+    if lasting {
+        file.sync_data()?;
+    }
     std::fs::rename(&temporary, path)
 }
 

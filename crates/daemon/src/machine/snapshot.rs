@@ -26,7 +26,7 @@ use super::checkpoint::Checkpoint;
 use super::record::Machine;
 use super::save::{self, Take};
 use super::stages::Stages;
-use super::start::remove_dir;
+use super::start::{self, remove_dir};
 use super::{disks, stop, suspend};
 use crate::error::{self, IntoApi};
 use crate::failpoint;
@@ -92,7 +92,7 @@ async fn write(m: &Arc<Machine>, staging: &Path, disk_only: bool) -> Result<Chec
         };
         (save::take(m, take).await?, !disk_only)
     } else {
-        disks::upgrade(&m.paths)?;
+        start::ensure_disks(m).await?;
         disks::freeze_at_rest(&m.paths.disks(), &layer)?;
         (Duration::ZERO, false)
     };
@@ -174,6 +174,7 @@ pub async fn restore(m: &Arc<Machine>, stages: &mut Stages, name: &str) -> Resul
         checkpoint.check(&m.services).await?;
     }
     stages.enter("disks");
+    start::ensure_disks(m).await?;
     let prepared = prepare(m, &checkpoint);
     if prepared.is_err() {
         clear(m)?;
@@ -216,7 +217,6 @@ pub async fn restore(m: &Arc<Machine>, stages: &mut Stages, name: &str) -> Resul
 fn prepare(m: &Machine, checkpoint: &Checkpoint) -> Result<(), ApiError> {
     let (fresh, restored) = restoring(m);
     clear(m)?;
-    disks::upgrade(&m.paths)?;
     disks::create_over(&fresh, &checkpoint.disks())?;
     if checkpoint.manifest.memory.is_none() {
         return Ok(());

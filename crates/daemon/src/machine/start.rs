@@ -126,10 +126,6 @@ async fn from_template(m: &Arc<Machine>, stages: &mut Stages) -> Result<Option<S
             restore::take_back(m).await?;
             let dir = m.paths.disks();
             blocking(move || remove_dir(&dir)).await?;
-            services
-                .stock
-                .make_disks(&m.paths, &spec.image_digest, spec.disk_bytes)
-                .await?;
             stages.restart_clock();
             Ok(None)
         }
@@ -153,10 +149,21 @@ pub async fn begin(m: &Arc<Machine>) -> Result<(), ApiError> {
 async fn launch(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), ApiError> {
     stages.enter("prepare");
     begin(m).await?;
-    let paths = m.paths.clone();
-    blocking(move || disks::upgrade(&paths)).await?;
+    ensure_disks(m).await?;
     stages.enter("launch");
     launch_engine(m, stages, None).await
+}
+
+/// Makes the disks of a machine that has none yet, and brings those of an older banger into their place. No engine uses them.
+pub async fn ensure_disks(m: &Machine) -> Result<(), ApiError> {
+    let paths = m.paths.clone();
+    blocking(move || disks::upgrade(&paths)).await?;
+    if m.paths.disks().exists() {
+        return Ok(());
+    }
+    let spec = m.row().spec;
+    let stock = &m.services.stock;
+    stock.make_disks(&m.paths, &spec.image_digest, spec.disk_bytes).await
 }
 
 /// Starts the engine of a machine that is `starting`, with saved memory or without.

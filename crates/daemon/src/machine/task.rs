@@ -504,6 +504,7 @@ async fn grow(m: &Arc<Machine>, op: &Op, bytes: u64) -> Result<(), ApiError> {
         ));
     }
     op.stage("disk");
+    start::ensure_disks(m).await?;
     m.services.stock.grow_root(&m.paths, bytes).await?;
     m.change(|row| {
         row.spec.disk_bytes = bytes;
