@@ -169,3 +169,55 @@ impl Sessions {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::session::Outcome;
+
+    fn shell(text: &str) -> Open {
+        Open {
+            command: ["/bin/sh", "-c", text].map(str::to_owned).to_vec(),
+            ..Open::default()
+        }
+    }
+
+    async fn ended(session: &Session) -> Outcome {
+        for _ in 0..500 {
+            if let Some(outcome) = lock(&session.inner).outcome.clone() {
+                return outcome;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("the session has not ended within 10 s");
+    }
+
+    #[tokio::test]
+    async fn what_is_held_runs_when_it_is_released() {
+        let sessions = Arc::new(Sessions::new("/etc".into()));
+        let (session, _, _) = sessions.open("a", shell("exit 7")).unwrap();
+        sessions.hold();
+        session.go(&sessions);
+        assert!(!session.describe().running && !sessions.is_idle());
+        sessions.release();
+        assert_eq!(ended(&session).await, Outcome::Exit(7));
+        assert!(sessions.is_idle());
+    }
+
+    #[tokio::test]
+    async fn forgotten_sessions_are_over_and_leave_nothing() {
+        let sessions = Arc::new(Sessions::new("/etc".into()));
+        let (session, _, _) = sessions.open("a", shell("sleep 1000")).unwrap();
+        session.go(&sessions);
+        let (waiting, _, _) = sessions.open("b", shell("exit 1")).unwrap();
+        sessions.hold();
+        waiting.go(&sessions);
+        sessions.forget_all();
+        sessions.release();
+        assert_eq!(ended(&session).await, Outcome::Exit(128 + 9));
+        assert!(sessions.list().is_empty() && lock(&sessions.known).finished.is_empty());
+        assert!(!waiting.describe().running, "what was only waiting never runs");
+    }
+}
