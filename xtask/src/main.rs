@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         ["check-walls"] => walls::run(&root()),
         ["docs"] => docs::run(&root()),
         ["bench", rest @ ..] => bench::run(rest),
+        [bench::watch::CHORE, watched] => bench::watch::run(watched),
         [] | ["help" | "--help" | "-h"] => {
             print!("{USAGE}");
             Ok(())

@@ -48,7 +48,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("banger-helper", &["banger-proto", "banger-core"]),
     ("banger-testkit", &[]),
     ("banger-e2e", &["banger-testkit"]),
-    ("xtask", &["banger-testkit"]),
+    ("xtask", &["banger-proto", "banger-testkit"]),
 ];
 
 /// What small programs may be built of: everything else needs a reason and a line here.

@@ -14,13 +14,14 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use banger_testkit::{TestEnv, processes};
 use rustix::mount::{MountFlags, mount};
 
 use super::Effort;
+use super::engine::{self, Engine};
 use super::figures::{Figure, Report, Unit};
 
 /// Name of this program in the guest, by which it knows where it is.
@@ -75,14 +76,8 @@ pub(crate) fn guest() -> io::Result<()> {
 /// The host's side.
 pub(super) fn run(effort: Effort, report: &mut Report) {
     let env = TestEnv::new("bench-channel");
-    env.banger(["vm", "create", "--name", "m"]).deadline(180).ok();
-    let engine = env.engine("m");
-    let line = std::fs::read(format!("/proc/{}/cmdline", engine.pid)).expect("the engine's arguments");
-    let words: Vec<String> = line
-        .split(|&b| b == 0)
-        .filter(|w| !w.is_empty())
-        .map(|w| String::from_utf8_lossy(w).into_owned())
-        .collect();
+    env.banger(["vm", "create", "--cold", "--name", "m"]).deadline(180).ok();
+    let words = engine::words(&env, "m");
     // Its disks are free, its sockets gone.
     env.ok("vm kill m");
     let id = env.machine("m")["id"].as_str().unwrap_or_default().to_owned();
@@ -108,16 +103,6 @@ pub(super) fn run(effort: Effort, report: &mut Report) {
     }
     std::fs::remove_dir_all(&sockets).expect("the directory of sockets goes");
     env.close();
-}
-
-/// An engine that is ended with the measurement.
-struct Engine(Child);
-
-impl Drop for Engine {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 fn measure(env: &TestEnv, words: &[String], id: &str, sockets: &Path) -> io::Result<(Duration, Duration)> {

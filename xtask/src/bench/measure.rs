@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use banger_testkit::{Repository, TestEnv, binaries, processes};
 
 use super::Effort;
-use super::figures::{Figure, Report, Unit};
+use super::figures::{Figure, Parts, Report, Unit};
 
 const MIB: f64 = 1024.0 * 1024.0;
 
@@ -83,37 +83,22 @@ pub(super) fn start(effort: Effort, report: &mut Report) {
         ("debian", 15.0, effort.samples(3, 1)),
     ] {
         let mut ready = Vec::new();
-        let mut stages: Vec<(String, Vec<f64>)> = Vec::new();
-        let mut jobs = Vec::new();
+        let mut parts = Parts::default();
         for i in 0..samples {
             let name = format!("m{i}");
             let begun = Instant::now();
-            env.banger(["vm", "create", "--name", &name, "--image", image])
+            env.banger(["vm", "create", "--cold", "--name", &name, "--image", image])
                 .deadline(180)
                 .ok();
             env.ok(&format!("vm exec {name} -- true"));
             ready.push(begun.elapsed().as_secs_f64());
             let machine = env.machine(&name);
-            for (place, stage) in machine["boot"]["stages"].as_array().into_iter().flatten().enumerate() {
-                let label = stage["stage"].as_str().unwrap_or("?").to_owned();
-                if stages.len() <= place {
-                    stages.push((label, Vec::new()));
-                }
-                stages[place].1.push(stage["ms"].as_f64().unwrap_or(0.0));
-            }
+            parts.add_json(&machine["boot"]["stages"]);
             env.ok(&format!("vm delete {name}"));
-            let job = env
-                .banger(["vm", "run", "--rm", image, "--", "true"])
-                .deadline(180)
-                .ok();
-            jobs.push(job.took.as_secs_f64());
         }
         let cold = Figure::new(format!("cold start, {image}"), Unit::Seconds, ready).target(target);
-        report.add(cold.clone());
-        for (stage, samples) in stages {
-            report.add(Figure::new(format!("{image}: {stage}"), Unit::Ms, samples));
-        }
-        report.add(Figure::new(format!("vm run --rm {image} -- true"), Unit::Seconds, jobs).against(&cold));
+        report.add(cold);
+        report.parts(&format!("cold start, {image}"), parts);
     }
     env.close();
 }

@@ -1,16 +1,26 @@
 //! Benchmarks: programs that print figures and ratios. Nothing is asserted.
 //!
 //! Each benchmark gets an environment of its own (`banger_testkit`), runs the real programs and returns figures. A figure
-//! holds all its samples; the table shows median, least, most, and how the median stands to the target or to a baseline
-//! that was measured beside it.
+//! holds all its samples; the table shows median, least, most, and how the median stands to the target or to baselines
+//! that were measured beside it. Targets are judged in a table of their own.
 #![allow(
     clippy::expect_used,
     reason = "a benchmark that cannot be set up has nothing to report"
 )]
 
+mod agent;
+mod bare;
 pub(crate) mod channel;
+mod copies;
+mod engine;
 mod figures;
 mod measure;
+mod podman;
+mod qmp;
+mod templates;
+pub(crate) mod watch;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use banger_testkit::{Need, need};
 
@@ -61,6 +71,36 @@ const BENCHES: &[Bench] = &[
         what: "cold start to exec-ready",
         needs: &[Need::Base],
         run: measure::start,
+    },
+    Bench {
+        name: "run",
+        what: "`vm run --rm IMAGE -- true` from a template, beside a cold start, the bare engine and podman",
+        needs: &[Need::Base],
+        run: templates::run,
+    },
+    Bench {
+        name: "burst",
+        what: "20 `vm run` at once",
+        needs: &[Need::Base],
+        run: templates::burst,
+    },
+    Bench {
+        name: "fork",
+        what: "8 copies of a running machine, all answering",
+        needs: &[Need::Base],
+        run: copies::fork,
+    },
+    Bench {
+        name: "suspend",
+        what: "suspending a machine, and waking it by a command",
+        needs: &[Need::Base],
+        run: copies::suspend,
+    },
+    Bench {
+        name: "copies",
+        what: "50 machines running: memory of each, all answering, nothing left",
+        needs: &[Need::Base],
+        run: copies::copies,
     },
     Bench {
         name: "exec",
@@ -117,15 +157,24 @@ pub(crate) fn run(args: &[&str]) -> Result<(), String> {
     if let Some(unknown) = only.iter().find(|n| !BENCHES.iter().any(|b| b.name == **n)) {
         return Err(format!("there is no benchmark `{unknown}`; --list names them"));
     }
+    let _watch = watch::start()?;
     let mut report = Report::new();
+    let mut failed = Vec::new();
     for bench in BENCHES.iter().filter(|b| only.is_empty() || only.contains(&b.name)) {
         if let Some(reason) = need::missing(bench.needs) {
             eprintln!("skipped: {}: {reason}", bench.name);
             continue;
         }
         eprintln!("{}: {}", bench.name, bench.what);
-        (bench.run)(effort, &mut report);
+        // One that cannot be measured here says why on standard error, and costs no other its figures.
+        let ran = AssertUnwindSafe(|| (bench.run)(effort, &mut report));
+        if catch_unwind(ran).is_err() {
+            failed.push(bench.name);
+        }
     }
     print!("{}", if json { report.json() } else { report.table() });
-    Ok(())
+    if failed.is_empty() {
+        return Ok(());
+    }
+    Err(format!("not measured to the end: {}", failed.join(", ")))
 }
