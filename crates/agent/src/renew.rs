@@ -34,6 +34,11 @@ impl Agent {
             self.require_idle()?;
             self.sessions.forget_all();
         }
+        if wanted.sync {
+            // It may take long, and the agent goes on answering meanwhile.
+            let synced = tokio::task::spawn_blocking(rustix::fs::sync).await;
+            synced.map_err(|e| ApiError::new(ErrorCode::Guest, format!("can't write out what is held back: {e}")))?;
+        }
         // From here on nothing waits, so nothing is started any more.
         self.sessions.hold();
         let spare = pid1::is_ours().then_some(1);

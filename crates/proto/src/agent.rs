@@ -118,6 +118,9 @@ pub struct Freeze {
     /// of this machine's sessions is kept.
     #[serde(default)]
     pub template: bool,
+    /// Disks are saved without memory: what the guest holds back is written out first.
+    #[serde(default)]
+    pub sync: bool,
 }
 
 /// What a guest is told when it runs again: after a restore, as a copy of another machine, or because it was only saved.

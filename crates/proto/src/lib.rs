@@ -21,7 +21,7 @@ pub mod hello;
 pub mod shim;
 
 /// Version of the daemon API. Raised only for a change that an older client could not survive.
-pub const API_VERSION: u32 = 1;
+pub const API_VERSION: u32 = 2;
 
 /// Version of the schema of the command line's JSON output (`--format json`). Additive changes do not raise it.
 pub const OUTPUT_SCHEMA_VERSION: u32 = 1;

@@ -39,47 +39,55 @@ pub enum HandshakeError {
     Io(#[from] io::Error),
 }
 
+/// Calls until the agent answers. Comes back with its answer, and what was read beyond it.
+pub async fn call<S>(stream: &mut S, nonce: [u8; 16], deadline: Instant) -> Result<(Greeting, Vec<u8>), HandshakeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let began = Instant::now();
+    let (mut read, mut write) = tokio::io::split(stream);
+    let call = Greeting::new(GreetingKind::Call, nonce).encode();
+    // A guest that is not up yet does not read; the calls then wait in the channel, and must not keep us from listening.
+    let calling = async {
+        let mut tick = tokio::time::interval(CALL_EVERY);
+        loop {
+            tick.tick().await;
+            write.write_all(&call).await?;
+            write.flush().await?;
+        }
+    };
+    let listening = listen(&mut read, nonce);
+    let either = async {
+        tokio::select! {
+            heard = listening => heard,
+            stopped = calling => {
+                let stopped: Result<(), io::Error> = stopped;
+                Err(stopped.err().map_or(HandshakeError::Closed, broken))
+            }
+        }
+    };
+    let silent = |_| HandshakeError::Silent(deadline.duration_since(began));
+    let (answer, rest) = timeout_at(deadline, either).await.map_err(silent)??;
+    if answer.protocol != AGENT_PROTOCOL {
+        return Err(HandshakeError::Protocol { found: answer.protocol });
+    }
+    Ok((answer, rest))
+}
+
 /// Calls until the agent answers, then says go. What comes back is at the first byte of HTTP/2.
 pub async fn shake<S>(mut stream: S, nonce: [u8; 16], deadline: Instant) -> Result<Channel<S>, HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let began = Instant::now();
-    let silent = || HandshakeError::Silent(deadline.duration_since(began));
-    let (answer, rest) = {
-        let (mut read, mut write) = tokio::io::split(&mut stream);
-        let call = Greeting::new(GreetingKind::Call, nonce).encode();
-        // A guest that is not up yet does not read; the calls then wait in the channel, and must not keep us from listening.
-        let calling = async {
-            let mut tick = tokio::time::interval(CALL_EVERY);
-            loop {
-                tick.tick().await;
-                write.write_all(&call).await?;
-                write.flush().await?;
-            }
-        };
-        let listening = listen(&mut read, nonce);
-        let either = async {
-            tokio::select! {
-                heard = listening => heard,
-                stopped = calling => {
-                    let stopped: Result<(), io::Error> = stopped;
-                    Err(stopped.err().map_or(HandshakeError::Closed, broken))
-                }
-            }
-        };
-        timeout_at(deadline, either).await.map_err(|_| silent())??
-    };
-    if answer.protocol != AGENT_PROTOCOL {
-        return Err(HandshakeError::Protocol { found: answer.protocol });
-    }
+    let (answer, rest) = call(&mut stream, nonce, deadline).await?;
     let go = Greeting::new(GreetingKind::Go, nonce).encode();
     timeout_at(deadline, async {
         stream.write_all(&go).await?;
         stream.flush().await
     })
     .await
-    .map_err(|_| silent())?
+    .map_err(|_| HandshakeError::Silent(deadline.duration_since(began)))?
     .map_err(broken)?;
     Ok(Channel {
         stream,

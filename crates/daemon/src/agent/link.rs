@@ -19,7 +19,7 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::handshake::{HandshakeError, shake};
+use super::handshake::{self, HandshakeError, shake};
 
 /// Bytes of one stream that the guest may send ahead of its reader.
 const STREAM_WINDOW: u32 = 512 * 1024;
@@ -190,9 +190,7 @@ impl Link {
                 what: "be connected: the engine accepted no connection".to_owned(),
                 after: CONNECT,
             })??;
-        let mut nonce = [0; 16];
-        getrandom::fill(&mut nonce).map_err(|e| HandshakeError::Io(std::io::Error::other(e)))?;
-        let channel = shake(stream, nonce, deadline).await?;
+        let channel = shake(stream, nonce()?, deadline).await?;
         let connection = start(channel).await.map_err(|source| LinkError::Broken {
             doing: "connecting".to_owned(),
             source,
@@ -206,6 +204,20 @@ impl Link {
     /// Drops the connection; the next request makes a new one.
     pub async fn disconnect(&self) {
         *self.connection.lock().await = None;
+    }
+
+    /// Ends the connection and makes sure that the agent knows: it has answered a new call, and waits for what may come.
+    pub async fn hang_up(&self, deadline: Instant) -> Result<(), LinkError> {
+        let mut held = self.connection.lock().await;
+        *held = None;
+        let mut stream = timeout_at(deadline, self.dial.dial())
+            .await
+            .map_err(|_| LinkError::Timeout {
+                what: "be connected: the engine accepted no connection".to_owned(),
+                after: CONNECT,
+            })??;
+        handshake::call(&mut stream, nonce()?, deadline).await?;
+        Ok(())
     }
 
     /// Sends a request and waits for the head of its answer.
@@ -240,6 +252,13 @@ impl Link {
                 .map_err(broken),
         }
     }
+}
+
+/// A fresh nonce for a handshake.
+fn nonce() -> Result<[u8; 16], HandshakeError> {
+    let mut nonce = [0; 16];
+    getrandom::fill(&mut nonce).map_err(|e| HandshakeError::Io(std::io::Error::other(e)))?;
+    Ok(nonce)
 }
 
 async fn start(channel: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Result<Connection, hyper::Error> {

@@ -74,7 +74,11 @@ async fn renew(m: &Arc<Machine>, stages: &Stages, live: &Live, whose: &str, beco
         .bounded(start::or_exit(m, live, async {
             let identity = match becomes {
                 Becomes::Itself => None,
-                Becomes::ThisMachine => Some(start::identity(m).await?),
+                Becomes::ThisMachine => Some(banger_proto::agent::Personalize {
+                    // What was masked is masked.
+                    mask_units: Vec::new(),
+                    ..start::identity(m).await?
+                }),
             };
             let renew = save::renew(whose, identity)?;
             live.link.renew(&renew, RENEW).await.map_err(IntoApi::into_api)

@@ -54,11 +54,17 @@ pub async fn take(m: &Arc<Machine>, take: Take<'_>) -> Result<Duration, ApiError
             .hint(format!("start it anew: banger vm restart {}", m.name())));
     }
     let began = Instant::now();
-    let freeze = Freeze { template: false };
+    let freeze = Freeze {
+        template: false,
+        sync: take.memory.is_none(),
+    };
     if let Err(e) = live.link.freeze(&freeze, FREEZE).await {
         // It may have come through all the same.
         go_on(m, &live).await;
         return Err(e.into_api());
+    }
+    if take.then == AfterSave::Stopped {
+        hang_up(m, &live).await;
     }
     let saved = frozen(m, &live, take).await;
     if take.then == AfterSave::Stopped && saved.is_ok() {
@@ -100,6 +106,13 @@ async fn frozen(m: &Machine, live: &Live, take: Take<'_>) -> Result<(), ApiError
         }
     }
     saved.map(drop)
+}
+
+/// Ends the connection, so that the saved guest has none to give up when it goes on.
+async fn hang_up(m: &Machine, live: &Live) {
+    if let Err(e) = live.link.hang_up(tokio::time::Instant::now() + FREEZE).await {
+        tracing::debug!(machine = %m.id, error = %e, "saved with an open connection");
+    }
 }
 
 fn undo(dir: &Path, layer: &str) {

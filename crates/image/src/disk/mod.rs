@@ -62,24 +62,13 @@ impl RootDriver {
 pub fn create_root(image: &Path, target: &Path, size_bytes: u64) -> Result<()> {
     let image = fs::canonicalize(image).on("find the image", image)?;
     let file = File::open(&image).on("open the image", &image)?;
-    let mut superblock = [0; grow::SUPER_BYTES];
-    file.read_exact_at(&mut superblock, grow::SUPER_OFFSET)
-        .on("read the image", &image)?;
-    let fs_error = |source| Error::FileSystem {
-        path: image.clone(),
-        source,
-    };
-    let smallest = grow::size_of(&superblock).map_err(fs_error)?;
+    let (smallest, patches) = growth(&file, &image, size_bytes)?;
     if size_bytes < smallest {
         return Err(Error::DiskSize {
             size_bytes,
             why: format!("the image needs {} MiB", smallest.div_ceil(1 << 20)),
         });
     }
-    let mut descriptors = vec![0; 4096];
-    let at = grow::descriptors_offset(&superblock).map_err(fs_error)?;
-    file.read_exact_at(&mut descriptors, at).on("read the image", &image)?;
-    let patches = grow::patches(&superblock, &descriptors, size_bytes).map_err(fs_error)?;
     let clusters = clusters(&file, &patches).on("read the image", &image)?;
     // Sectors are whole; what is lost is less than a block, which the file system could not use either.
     let size = size_bytes / 512 * 512;
@@ -94,6 +83,39 @@ pub fn create_root(image: &Path, target: &Path, size_bytes: u64) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// The smallest disk that holds the image, and what makes its file system fill one of `size_bytes`. A file system that a machine has
+/// used (an image made of its disk) is left as it is: the guest lets it grow when it mounts it.
+fn growth(file: &File, image: &Path, size_bytes: u64) -> Result<(u64, Vec<grow::Patch>)> {
+    let mut superblock = [0; grow::SUPER_BYTES];
+    file.read_exact_at(&mut superblock, grow::SUPER_OFFSET)
+        .on("read the image", image)?;
+    let fs_error = |source| Error::FileSystem {
+        path: image.to_owned(),
+        source,
+    };
+    let smallest = match grow::size_of(&superblock) {
+        Ok(smallest) => smallest,
+        Err(Ext4Error::NotFresh(_)) if is_ext4(&superblock) => {
+            let length = file.metadata().on("read the image", image)?.len();
+            return Ok((length, Vec::new()));
+        }
+        Err(e) => return Err(fs_error(e)),
+    };
+    if size_bytes < smallest {
+        return Ok((smallest, Vec::new()));
+    }
+    let mut descriptors = vec![0; 4096];
+    let at = grow::descriptors_offset(&superblock).map_err(fs_error)?;
+    file.read_exact_at(&mut descriptors, at).on("read the image", image)?;
+    let patches = grow::patches(&superblock, &descriptors, size_bytes).map_err(fs_error)?;
+    Ok((smallest, patches))
+}
+
+/// The magic number of ext4, as in the kernel's `struct ext4_super_block`.
+fn is_ext4(superblock: &[u8]) -> bool {
+    superblock.get(0x38..0x3a) == Some(&[0x53, 0xef])
 }
 
 /// The clusters of an overlay in which patches differ from the image.
