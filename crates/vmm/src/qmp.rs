@@ -490,3 +490,38 @@ mod tests {
         ));
     }
 }
+
+/// A control connection on whose other side a script answers.
+#[cfg(test)]
+pub(crate) mod fake {
+    use super::*;
+
+    /// A script: for each command in turn what it must be and what is answered: `Ok` with a value, or `Err` with a refusal. Where
+    /// it ends the other side hangs up. Join the handle to see that all of it was said.
+    pub(crate) async fn client(
+        script: Vec<(&'static str, Result<Value, &'static str>)>,
+    ) -> (Client, tokio::task::JoinHandle<Vec<Value>>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let other = tokio::spawn(async move {
+            let mut stream = BufReader::new(theirs);
+            let mut heard = Vec::new();
+            let mut say = r#"{"QMP": {}}"#.to_owned();
+            for (expected, answer) in std::iter::once(("qmp_capabilities", Ok(json!({})))).chain(script) {
+                stream.get_mut().write_all(format!("{say}\n").as_bytes()).await.unwrap();
+                let mut line = String::new();
+                stream.read_line(&mut line).await.unwrap();
+                let mut request: Value = serde_json::from_str(&line).unwrap();
+                assert_eq!(request["execute"], expected, "{line}");
+                say = match answer {
+                    Ok(value) => json!({ "return": value, "id": request["id"] }),
+                    Err(desc) => json!({ "error": { "class": "GenericError", "desc": desc }, "id": request["id"] }),
+                }
+                .to_string();
+                heard.push(request["arguments"].take());
+            }
+            stream.get_mut().write_all(format!("{say}\n").as_bytes()).await.unwrap();
+            heard
+        });
+        (Client::over(ours, Duration::from_secs(20)).await.unwrap(), other)
+    }
+}

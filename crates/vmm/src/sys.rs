@@ -146,6 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::single_range_in_vec_init)]
     fn memory_is_read_stretch_by_stretch() {
         let source: Vec<u8> = (0..1_000_000_u32).map(|n| (n % 251) as u8).collect();
         let base = source.as_ptr().expose_provenance() as u64;

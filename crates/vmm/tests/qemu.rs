@@ -14,7 +14,7 @@ use banger_core::plan::{Disk, DiskFormat, DiskRole};
 use banger_vmm::identity::Stat;
 use banger_vmm::{Engine, EngineError, EngineExit, Liveness, console_tail, exit_record};
 use support::{
-    Bed, KILL, dying_kernel, flooding_kernel, impostor, qemu, qemu_that_answers_within, speaking_kernel, until,
+    Bed, KILL, dying_kernel, flooding_kernel, impostor, qcow2, qemu, qemu_that_answers_within, speaking_kernel, until,
 };
 
 fn status(pid: u32, key: &str) -> String {
@@ -373,27 +373,6 @@ async fn a_copy_on_write_disk_needs_its_image() {
     let _ = fs::remove_file(bed.plan.paths.control_socket());
     let _ = fs::remove_file(bed.plan.paths.agent_socket());
     assert!(last_words(&fails(&qemu, &bed).await).contains("qcow2"));
-}
-
-/// An empty qcow2 file over an image.
-fn qcow2(image: &Path, size: u64) -> Vec<u8> {
-    const CLUSTER: usize = 65536;
-    let name = image.to_str().unwrap().as_bytes();
-    let mut file = vec![0; 4 * CLUSTER];
-    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, b"QFI\xfb\0\0\0\x02");
-    put(8, &104_u64.to_be_bytes());
-    put(16, &u32::try_from(name.len()).unwrap().to_be_bytes());
-    put(20, &16_u32.to_be_bytes());
-    put(24, &size.to_be_bytes());
-    put(36, &1_u32.to_be_bytes());
-    put(40, &(3 * CLUSTER as u64).to_be_bytes());
-    put(48, &(CLUSTER as u64).to_be_bytes());
-    put(56, &1_u32.to_be_bytes());
-    put(104, name);
-    put(CLUSTER, &(2 * CLUSTER as u64).to_be_bytes());
-    put(2 * CLUSTER, &[0, 1, 0, 1, 0, 1, 0, 1]);
-    file
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::common::{config, debugfs, fsck, maybe, need, path};
+use banger_core::plan::DiskFormat;
 use banger_image::disk::qcow2::{self, CLUSTER, Qcow2Error};
 use banger_image::ext4::tree::Meta;
 use banger_image::ext4::writer::{Finish, Limits, Size, Writer};
@@ -288,4 +289,68 @@ proptest! {
         let _ = qcow2::grown(&start, size);
         let _ = qcow2::virtual_size(&start);
     }
+}
+
+#[test]
+fn layers_over_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let (base, elsewhere) = (at("base.ext4"), at("elsewhere"));
+    std::fs::create_dir(&elsewhere).unwrap();
+    let content = File::create(&base).unwrap();
+    content.set_len((5 << 20) + 100).unwrap();
+    content.write_all_at(b"below", 1 << 20).unwrap();
+    disk::create_layer(&base, DiskFormat::Raw, &at("one.qcow2")).unwrap();
+    disk::create_layer(&at("one.qcow2"), DiskFormat::Qcow2, &at("two.qcow2")).unwrap();
+    disk::create_layer(&at("one.qcow2"), DiskFormat::Qcow2, &elsewhere.join("three.qcow2")).unwrap();
+    let size = (5 << 20) + 512;
+    let header = |path: &Path| {
+        let bytes = std::fs::read(path).unwrap();
+        assert_eq!(qcow2::virtual_size(&bytes), Some(size));
+        assert_eq!(std::fs::metadata(path).unwrap().mode() & 0o777, 0o600);
+        let place = |from: usize| u32::from_be_bytes(bytes[from..from + 4].try_into().unwrap()) as usize;
+        let name = &bytes[place(12)..place(12) + place(16)];
+        let format = &bytes[112..112 + place(108)];
+        (
+            String::from_utf8(name.to_vec()).unwrap(),
+            String::from_utf8(format.to_vec()).unwrap(),
+        )
+    };
+    let real = std::fs::canonicalize(at("one.qcow2")).unwrap().display().to_string();
+    let said = |name: &str, format: &str| (name.to_owned(), format.to_owned());
+    assert_eq!(header(&at("one.qcow2")), said("base.ext4", "raw"));
+    assert_eq!(header(&at("two.qcow2")), said("one.qcow2", "qcow2"));
+    assert_eq!(header(&elsewhere.join("three.qcow2")), said(&real, "qcow2"));
+    // A chain that is moved as a whole still is one.
+    if let Some(qemu_img) = maybe("qemu-img") {
+        let run = |args: &[&str], path: &Path| {
+            let out = Command::new(&qemu_img).args(args).arg(path).output().unwrap();
+            assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        };
+        for name in ["one.qcow2", "two.qcow2"] {
+            std::fs::hard_link(at(name), elsewhere.join(name)).unwrap();
+        }
+        std::fs::hard_link(&base, elsewhere.join("base.ext4")).unwrap();
+        run(&["check", "-f", "qcow2"], &elsewhere.join("two.qcow2"));
+        run(&["info", "--backing-chain"], &elsewhere.join("two.qcow2"));
+    }
+    // Larger, what is below stays what it is, and what is made over it is as large.
+    disk::grow_root(&at("two.qcow2"), 64 << 20).unwrap();
+    disk::create_layer(&at("two.qcow2"), DiskFormat::Qcow2, &at("four.qcow2")).unwrap();
+    let start = std::fs::read(at("four.qcow2")).unwrap();
+    assert_eq!(qcow2::virtual_size(&start), Some(64 << 20));
+    assert!(matches!(
+        disk::grow_root(&at("two.qcow2"), 1 << 20),
+        Err(Error::DiskSize { .. })
+    ));
+    // Nothing is overwritten, and nothing is left of what cannot be made.
+    assert!(disk::create_layer(&base, DiskFormat::Raw, &at("one.qcow2")).is_err());
+    assert!(disk::create_layer(&base, DiskFormat::Qcow2, &at("x")).is_err());
+    assert!(disk::create_layer(&at("missing"), DiskFormat::Raw, &at("x")).is_err());
+    std::fs::write(at("empty"), b"").unwrap();
+    assert!(matches!(
+        disk::create_layer(&at("empty"), DiskFormat::Raw, &at("x")),
+        Err(Error::DiskSize { .. })
+    ));
+    assert!(!at("x").exists());
 }

@@ -32,6 +32,9 @@ const STUCK: Duration = Duration::from_secs(120);
 const ENDING: Duration = Duration::from_secs(5);
 /// How often it is asked how far it is: soon at first, for most disks are small.
 const ASK: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(100)];
+/// The command that copies, and its name for what it does.
+const COPY: &str = "blockdev-mirror";
+const JOB: &str = "flatten";
 /// The most that is kept of what it says.
 const WORDS: u64 = 16 << 10;
 
@@ -87,7 +90,7 @@ async fn copy(engine: &mut Engine, disk: &Disk, target: &Path, unfinished: &mut 
         size: u64,
     }
     let source = disk.serial.serial();
-    let stream = engine.stream.take().ok_or_else(|| QmpError::Closed("greeting"))?;
+    let stream = engine.stream.take().ok_or(QmpError::Closed("greeting"))?;
     let mut client = Client::over(stream, STEP).await?;
     let nodes: Vec<Node> = client
         .execute("query-named-block-nodes", Some(json!({ "flat": true })))
@@ -113,10 +116,11 @@ async fn copy(engine: &mut Engine, disk: &Disk, target: &Path, unfinished: &mut 
         "file": { "driver": "file", "filename": text(target).map_err(Fault::Other)?, "discard": "unmap" },
     });
     client.execute::<Value>("blockdev-add", Some(node)).await?;
+    // A backup would allocate what is zero.
     let job = json!({
-        "job-id": "flatten", "device": source, "target": "target", "sync": "full", "auto-dismiss": false,
+        "job-id": JOB, "device": source, "target": "target", "sync": "full", "auto-dismiss": false,
     });
-    client.execute::<Value>("blockdev-backup", Some(job)).await?;
+    client.execute::<Value>(COPY, Some(job)).await?;
     wait(&mut client).await?;
     // It closes the file, and what that has to say comes with the exit status.
     client.extend(STEP);
@@ -138,20 +142,27 @@ async fn wait(client: &mut Client) -> Result<(), Fault> {
         error: Option<String>,
     }
     let (mut seen, mut since, mut pause) = (None, Instant::now(), ASK[0]);
+    let mut told = false;
     loop {
         client.extend(STEP);
         let jobs: Vec<Job> = client.execute("query-jobs", None).await?;
         let Some(job) = jobs.into_iter().next() else {
             return Err(QmpError::Protocol("the copying has vanished".to_owned()).into());
         };
-        if job.status == "concluded" {
-            return match job.error {
-                None => Ok(()),
-                Some(message) => Err(Fault::Qmp(QmpError::Refused {
-                    command: "blockdev-backup".to_owned(),
-                    message,
-                })),
-            };
+        match (job.status.as_str(), job.error) {
+            (_, Some(message)) => {
+                let command = COPY.to_owned();
+                return Err(QmpError::Refused { command, message }.into());
+            }
+            ("concluded", None) => return Ok(()),
+            // A mirror that has caught up goes on mirroring; ended now, it leaves a complete copy.
+            ("ready", None) if !told => {
+                told = true;
+                client
+                    .execute::<Value>("block-job-cancel", Some(json!({ "device": JOB })))
+                    .await?;
+            }
+            _ => {}
         }
         if seen != Some(job.progress) {
             (seen, since) = (Some(job.progress), Instant::now());

@@ -239,4 +239,96 @@ mod tests {
             [PathBuf::from("/f/root-s1-file"), "/f/work-file".into()]
         );
     }
+
+    fn answers() -> Vec<(&'static str, Result<Value, &'static str>)> {
+        let devices = json!([
+            { "device": "", "inserted": { "node-name": "root" } },
+            { "device": "", "inserted": { "node-name": "work-s1" } },
+            { "device": "floppy0" },
+        ]);
+        let node = |name: &str| json!({ "node-name": name, "file": format!("/f/{name}"), "drv": "x" });
+        let nodes = ["root", "root-file", "work", "work-file", "work-s1", "work-s1-file"].map(node);
+        vec![
+            ("query-block", Ok(devices)),
+            ("query-named-block-nodes", Ok(json!(nodes))),
+        ]
+    }
+
+    fn fresh() -> [FreshLayer; 2] {
+        [(DiskRole::Root, "/l/root"), (DiskRole::Work, "/l/work")].map(|(serial, path)| FreshLayer {
+            serial,
+            path: path.into(),
+        })
+    }
+
+    #[tokio::test]
+    async fn layers_are_added_and_switched_together() {
+        let mut script = answers();
+        script.extend((0..4).map(|_| ("blockdev-add", Ok(json!({})))));
+        script.push(("transaction", Ok(json!({}))));
+        let (mut client, other) = crate::qmp::fake::client(script).await;
+        let added = add(&mut client, &fresh()).await.unwrap();
+        switch(&mut client, &added).await.unwrap();
+        let heard = other.await.unwrap();
+        let names: Vec<&str> = heard[3..7].iter().map(|a| a["node-name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["root-s1-file", "root-s1", "work-s2-file", "work-s2"]);
+        assert_eq!(
+            heard[7]["actions"],
+            json!([
+                { "type": "blockdev-snapshot", "data": { "node": "root", "overlay": "root-s1" } },
+                { "type": "blockdev-snapshot", "data": { "node": "work-s1", "overlay": "work-s2" } },
+            ])
+        );
+    }
+
+    #[tokio::test]
+    async fn what_was_added_goes_when_one_is_refused() {
+        let mut script = answers();
+        script.extend((0..3).map(|_| ("blockdev-add", Ok(json!({})))));
+        script.push(("blockdev-add", Err("it is no qcow2 file")));
+        // That one of them stays is no reason to keep the others.
+        script.push(("blockdev-del", Ok(json!({}))));
+        script.push(("blockdev-del", Err("busy")));
+        script.push(("blockdev-del", Ok(json!({}))));
+        let (mut client, other) = crate::qmp::fake::client(script).await;
+        let fault = add(&mut client, &fresh()).await.unwrap_err();
+        assert!(matches!(fault, LayerFault::Qmp(QmpError::Refused { command, .. }) if command == "blockdev-add"));
+        let heard = other.await.unwrap();
+        let gone: Vec<&str> = heard[7..].iter().map(|a| a["node-name"].as_str().unwrap()).collect();
+        assert_eq!(gone, ["work-s2-file", "root-s1", "root-s1-file"]);
+    }
+
+    #[tokio::test]
+    async fn a_refused_switch_is_no_switch() {
+        let added = Added {
+            pairs: vec![("root".to_owned(), "root-s1".to_owned())],
+            nodes: Vec::new(),
+        };
+        let mut script = vec![("transaction", Err("no"))];
+        script.extend(answers());
+        let (mut client, other) = crate::qmp::fake::client(script).await;
+        assert!(matches!(
+            switch(&mut client, &added).await,
+            Err(QmpError::Refused { .. })
+        ));
+        assert!(!switched(&mut client, &added).await);
+        other.await.unwrap();
+        let added = Added {
+            pairs: vec![("work".to_owned(), "work-s1".to_owned())],
+            nodes: Vec::new(),
+        };
+        let (mut client, _other) = crate::qmp::fake::client(answers()).await;
+        assert!(switched(&mut client, &added).await);
+        // Of one that has gone nothing is known.
+        assert!(!switched(&mut client, &added).await);
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_the_machine_lacks() {
+        let devices = json!([{ "device": "", "inserted": { "node-name": "root" } }]);
+        let script = vec![("query-block", Ok(devices)), ("query-named-block-nodes", Ok(json!([])))];
+        let (mut client, _other) = crate::qmp::fake::client(script).await;
+        let fault = add(&mut client, &fresh()[1..]).await.unwrap_err();
+        assert!(matches!(fault, LayerFault::Plan(EngineError::Unsupported { .. })));
+    }
 }

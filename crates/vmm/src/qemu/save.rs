@@ -1,13 +1,14 @@
 //! Saving a machine: memory, devices and disks at one point in time.
 //!
-//! What can be done while the guest runs is done before: what its memory began with is copied, fresh layers are added. Then its
-//! processors are stopped, the devices' state and the pages that are the guest's own are written, and the fresh layers take over:
-//! the last step that can fail, and it does so for all disks or for none. What fails before is undone.
+//! What can be done while the guest runs is done before: memory is copied as it is then, fresh layers are added. Then its processors
+//! are stopped, the devices' state and the pages that have changed meanwhile are written, and the fresh layers take over: the last
+//! step that can fail, and it does so for all disks or for none. What fails before is undone.
 //!
 //! The work runs as a task of its own, so that a caller who goes away leaves no machine paused and no half files.
 
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -94,6 +95,8 @@ struct Prepared {
     saved: Saved,
     place: Place,
     target: Arc<Target>,
+    /// Pages that were copied already.
+    copied: Option<Vec<Range<u64>>>,
 }
 
 impl Job {
@@ -167,17 +170,25 @@ impl Job {
         let proc = self.qemu.options.roots.proc.clone();
         let (base, path) = (self.plan.base.clone(), saved.memory.clone());
         let size = place.range.end - place.range.start;
-        let checked = place.clone();
-        let target = blocking(move || {
-            memory::check(&proc, &checked, base.as_deref())?;
-            memory::prepare(&path, size, base.as_deref())
+        // One that is not to run again need not stand still for a short time.
+        let twice = self.plan.then == AfterSave::AsBefore;
+        let (there, stop) = (place.clone(), self.stop.clone());
+        let (target, copied) = blocking(move || {
+            memory::check(&proc, &there, base.as_deref())?;
+            let target = memory::prepare(&path, size, base.as_deref())?;
+            let copied = match twice {
+                true => Some(memory::copy(&proc, &there, &target, None, &stop)?),
+                false => None,
+            };
+            Ok((target, copied))
         })
         .await
-        .map_err(|e| io_error(format!("prepare {}", saved.memory.display()), e))?;
+        .map_err(|e| io_error(format!("write {}", saved.memory.display()), e))?;
         Ok(Prepared {
             saved: saved.clone(),
             place,
             target: Arc::new(target),
+            copied,
         })
     }
 
@@ -256,24 +267,19 @@ impl Job {
             let arguments = json!({ "filename": filename, "live": false });
             let devices = client.execute::<Value>("xen-save-devices-state", Some(arguments));
             // Neither touches what the other saves.
-            let (proc, place, target, stop) = (
-                proc.clone(),
-                prepared.place.clone(),
-                prepared.target.clone(),
-                self.stop.clone(),
-            );
-            let pages = blocking(move || memory::copy(&proc, &place, &target, &stop));
+            let (proc, place) = (proc.clone(), prepared.place.clone());
+            let (target, stop, copied) = (prepared.target.clone(), self.stop.clone(), prepared.copied.take());
+            let pages = blocking(move || memory::copy(&proc, &place, &target, copied.as_deref(), &stop));
             let (devices, pages) = tokio::join!(devices, pages);
-            let bytes = pages.map_err(cannot_write)?;
+            prepared.copied = Some(pages.map_err(cannot_write)?);
             devices.map_err(|e| self.fault(e))?;
             client.extend(STEP);
             let after = still::look(client, channel).await.map_err(|e| self.fault(e))?;
-            tracing::debug!(pid = self.handles.pid, attempt, bytes, "memory saved");
+            tracing::debug!(pid = self.handles.pid, attempt, "memory saved");
             if after == before {
                 return Ok(());
             }
             before = after;
-            prepared.target = Arc::new(prepared.target.again().map_err(cannot_write)?);
         }
         Err(io_error(
             "save the machine",

@@ -51,3 +51,46 @@ pub(super) async fn look(client: &mut Client, channel: Option<&str>) -> Result<M
     }
     Ok(Moved(found))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qmp::fake;
+
+    #[tokio::test]
+    async fn the_channel_is_found_and_looked_at() {
+        let devices = json!([
+            { "name": "virtio-rng", "path": "/machine/a" },
+            { "name": "virtio-serial", "path": "/machine/b" },
+        ]);
+        let queue = |used: u64| json!({ "used-idx": used, "inuse": 0 });
+        let mut script = vec![("x-query-virtio", Ok(devices))];
+        let look_at = "x-query-virtio-queue-status";
+        for used in [1, 1, 2] {
+            script.extend([
+                (look_at, Ok(queue(0))),
+                (look_at, Ok(queue(used))),
+                (look_at, Err("no such queue")),
+            ]);
+        }
+        let (mut client, other) = fake::client(script).await;
+        let path = channel(&mut client).await.unwrap();
+        assert_eq!(path.as_deref(), Some("/machine/b"));
+        let mut seen = Vec::new();
+        for _ in 0..3 {
+            seen.push(look(&mut client, path.as_deref()).await.unwrap());
+        }
+        assert!(seen[0] == seen[1] && seen[1] != seen[2]);
+        let heard = other.await.unwrap();
+        assert_eq!(heard[2], json!({ "path": "/machine/b", "queue": 0 }));
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_cannot_tell_is_not_asked() {
+        let (mut client, other) = fake::client(vec![("x-query-virtio", Err("unknown command"))]).await;
+        let path = channel(&mut client).await.unwrap();
+        assert_eq!(path, None);
+        assert_eq!(look(&mut client, None).await.unwrap(), Moved(Vec::new()));
+        other.await.unwrap();
+    }
+}

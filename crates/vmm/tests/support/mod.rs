@@ -1,7 +1,10 @@
 //! Machines for the driver's tests: a kernel of a few bytes, directories of their own, nothing left behind.
 #![allow(missing_docs, unreachable_pub, dead_code)]
 
+pub mod guest;
+
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use banger_core::host::Accel;
 use banger_core::id::MachineId;
-use banger_core::plan::{BootPlan, Disk, MachinePaths, NetworkKind, NetworkPlan};
+use banger_core::plan::{BootPlan, Disk, DiskFormat, DiskRole, MachinePaths, NetworkKind, NetworkPlan};
 use banger_vmm::identity::{self, Expected, Process};
 use banger_vmm::qemu::{Options, Qemu};
 use banger_vmm::{Engine, Handles};
@@ -127,6 +130,67 @@ pub fn flooding_kernel() -> Vec<u8> {
     // A short jump back reaches 128 bytes.
     code.extend([0xeb, u8::try_from(256 - (body + 2)).unwrap()]);
     kernel(&code)
+}
+
+/// Answers on the guest channel: see [`guest`].
+pub fn answering_kernel() -> Vec<u8> {
+    kernel(&guest::code())
+}
+
+/// Sends a request to an answering guest and waits for as many bytes as its answer has.
+pub async fn ask(qemu: &Qemu, handles: &Handles, request: &[u8], length: usize) -> Vec<u8> {
+    let asking = async {
+        let mut stream = qemu.connect_agent(handles).await.unwrap();
+        exchange(&mut stream, request, length).await
+    };
+    match tokio::time::timeout(Duration::from_secs(30), asking).await {
+        Ok(answer) => answer,
+        Err(_) => panic!("no answer to {:?}", String::from_utf8_lossy(&request[..1])),
+    }
+}
+
+/// The same over a connection that is there.
+pub async fn exchange(stream: &mut tokio::net::UnixStream, request: &[u8], length: usize) -> Vec<u8> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    stream.write_all(request).await.unwrap();
+    let mut answer = vec![0; length];
+    stream.read_exact(&mut answer).await.unwrap();
+    answer
+}
+
+/// An empty qcow2 file over a file that it names.
+pub fn qcow2(below: &Path, size: u64) -> Vec<u8> {
+    const CLUSTER: usize = 65536;
+    let name = below.to_str().unwrap().as_bytes();
+    let mut file = vec![0; 4 * CLUSTER];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb\0\0\0\x02");
+    put(8, &104_u64.to_be_bytes());
+    put(16, &u32::try_from(name.len()).unwrap().to_be_bytes());
+    put(20, &16_u32.to_be_bytes());
+    put(24, &size.to_be_bytes());
+    put(36, &1_u32.to_be_bytes());
+    put(40, &(3 * CLUSTER as u64).to_be_bytes());
+    put(48, &(CLUSTER as u64).to_be_bytes());
+    put(56, &1_u32.to_be_bytes());
+    put(104, name);
+    put(CLUSTER, &(2 * CLUSTER as u64).to_be_bytes());
+    put(2 * CLUSTER, &[0, 1, 0, 1, 0, 1, 0, 1]);
+    file
+}
+
+/// A disk that writes to a new file in a directory, over layers and an image.
+pub fn disk(serial: DiskRole, path: PathBuf, layers: &[&Path], base: &Path) -> Disk {
+    let size = fs::metadata(base).unwrap().len();
+    let mut file = fs::File::create_new(&path).unwrap();
+    file.write_all(&qcow2(Path::new("/nonexistent/below"), size)).unwrap();
+    Disk {
+        serial,
+        path,
+        format: DiskFormat::Qcow2,
+        layers: layers.iter().map(|p| p.to_path_buf()).collect(),
+        base: Some(base.to_owned()),
+    }
 }
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
