@@ -31,8 +31,8 @@ lint:  ## what has to be clean before a change goes in
 fmt:
 	$(CARGO) fmt --all
 
-bench: build  ## figures and ratios; see docs/performance.md
-	$(CARGO) xtask bench
+bench: build  ## figures and ratios (BENCH='--only run'); see docs/performance.md
+	$(CARGO) xtask bench $(BENCH)
 
 docs: build  ## write the generated references anew
 	BLESS=1 $(CARGO) test --release -p banger-cli -p banger-daemon generated

@@ -3,7 +3,20 @@
 #
 #   scripts/setup.sh            ask the system's package manager for what is missing
 #   scripts/setup.sh --check    only say what is missing; exit status 1 if something is
+#   scripts/setup.sh --bench    also what benchmarks compare banger with; together with --check, too
 set -eu
+
+only_check='' with_bench=''
+for option in "$@"; do
+    case $option in
+    --check) only_check=1 ;;
+    --bench) with_bench=1 ;;
+    *)
+        printf 'error: unknown option %s; there are --check and --bench\n' "$option" >&2
+        exit 2
+        ;;
+    esac
+done
 
 missing=''
 # need PACKAGE 'REASON' PROGRAM|FILE…: notes the package unless one of the programs or files is there.
@@ -29,13 +42,22 @@ check() {
     need e2fsprogs 'checks file systems in the tests' e2fsck
     need openssh-client 'vm ssh, and the keys for it' ssh-keygen
     [ "$(id -u)" = 0 ] || need uidmap 'lets mmdebstrap work without root' newuidmap
+    [ -z "$with_bench" ] || check_bench
+}
+
+# Nothing of banger uses these: they are what it is measured against (docs/performance.md).
+check_bench() {
+    need podman 'a container engine, to compare a start with' podman
+    need crun 'its runtime' crun
+    need iptables 'its default network' iptables
+    need iproute2 'prepares the network namespace it is measured in' ip
 }
 
 report=$(check 2>&1 >/dev/null)
 [ -n "$report" ] || exit 0
 check 2>/dev/null
 
-if [ "${1:-}" = --check ]; then
+if [ -n "$only_check" ]; then
     printf 'missing on this host:\n%s\n' "$report" >&2
     exit 1
 fi

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use banger_testkit::processes::{self, Process};
 use banger_testkit::{Cmd, Done, TestEnv};
 
 use super::Effort;
@@ -136,7 +137,7 @@ pub(super) fn copies(effort: Effort, report: &mut Report) {
         let done = side_by_side(WIDTH, names.iter().map(|n| command(n).deadline(300)).collect());
         (begun.elapsed().as_secs_f64(), done)
     };
-    // One alone first: its file pages are shared with nobody but the page cache.
+    // The daemon is up and the template's files are in the page cache.
     env.ok("vm run --rm -- true");
     let (creating, created) = all(&|n| env.banger(["vm", "create", "--name", n]));
     let (answering, answers) = all(&|n| {
@@ -144,9 +145,19 @@ pub(super) fn copies(effort: Effort, report: &mut Report) {
         env.banger(["vm", "exec", n, "--", "sh", "-c", script, n])
     });
     std::thread::sleep(Duration::from_secs(effort.samples(20, 3) as u64));
-    let memory: Vec<Memory> = env.engines().iter().filter_map(|p| Memory::of(p.pid)).collect();
-    let shims = env.machinery().into_iter().filter(|p| p.program == "banger-shim");
-    let shims: Vec<f64> = shims.filter_map(|p| Memory::of(p.pid)).map(|m| m.dirty).collect();
+    let engines = env.engines();
+    let memory: Vec<Memory> = engines.iter().filter_map(|p| Memory::of(p.pid)).collect();
+    // A shim is the parent of its engine, and names no directory.
+    let shims: Vec<Process> = engines
+        .iter()
+        .filter_map(|p| parent(p.pid))
+        .filter(|p| p.program == "banger-shim")
+        .collect();
+    let shim_memory = shims
+        .iter()
+        .filter_map(|p| Memory::of(p.pid))
+        .map(|m| m.dirty)
+        .collect();
     let (_, kept) = all(&|n| env.banger(["vm", "exec", n, "--", "cat", "/root/mark"]));
 
     let said = |done: &[Done]| {
@@ -159,7 +170,7 @@ pub(super) fn copies(effort: Effort, report: &mut Report) {
         said(&kept),
     );
     let delete = env.banger(["vm", "delete", "--force"]).args(&names).deadline(300).run();
-    let left = left(&env);
+    let left = left(&env, &shims);
     left.iter().for_each(|l| eprintln!("  left: {l}"));
 
     let of = format!("{count} copies of debian-slim");
@@ -173,7 +184,7 @@ pub(super) fn copies(effort: Effort, report: &mut Report) {
     report.add(Figure::new("an idle copy, Private_Clean", Unit::MiB, clean));
     let pss = memory.iter().map(|m| m.pss).collect();
     report.add(Figure::new("an idle copy, Pss", Unit::MiB, pss));
-    report.add(Figure::new("its shim, Private_Dirty", Unit::MiB, shims));
+    report.add(Figure::new("its shim, Private_Dirty", Unit::MiB, shim_memory));
     report.add(Figure::new(
         format!("{of}, created {WIDTH} at a time"),
         Unit::Seconds,
@@ -203,14 +214,22 @@ pub(super) fn copies(effort: Effort, report: &mut Report) {
     env.close();
 }
 
+/// The process that started another one.
+fn parent(pid: i32) -> Option<Process> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let parent = status.lines().find_map(|l| l.strip_prefix("PPid:"))?;
+    processes::read(parent.trim().parse().ok()?)
+}
+
 /// What is there of machines though all were deleted.
-fn left(env: &TestEnv) -> Vec<String> {
+fn left(env: &TestEnv, shims: &[Process]) -> Vec<String> {
+    let running = || -> Vec<Process> {
+        let shims = shims.iter().filter(|p| processes::alive(p)).cloned();
+        env.machinery().into_iter().chain(shims).collect()
+    };
     // A shim outlives its engine by a moment.
-    banger_testkit::processes::reached(Duration::from_secs(2), || env.machinery().is_empty());
-    let processes = env
-        .machinery()
-        .into_iter()
-        .map(|p| format!("process {} ({})", p.pid, p.name));
+    processes::reached(Duration::from_secs(2), || running().is_empty());
+    let processes = running().into_iter().map(|p| format!("process {} ({})", p.pid, p.name));
     let directories = [env.state().join("machines"), env.runtime().join("m")];
     let entries = directories
         .iter()

@@ -320,7 +320,7 @@ impl Parts {
             let name = stage["stage"].as_str().unwrap_or("?");
             self.add(name, stage["ms"].as_f64().unwrap_or(0.0));
             for part in stage["parts"].as_array().into_iter().flatten() {
-                let part_name = format!("{name}, {}", part["stage"].as_str().unwrap_or("?"));
+                let part_name = format!("{name}/{}", part["stage"].as_str().unwrap_or("?"));
                 self.add(&part_name, part["ms"].as_f64().unwrap_or(0.0));
             }
         }
@@ -444,6 +444,6 @@ mod tests {
         parts.add_json(&stages);
         parts.add_json(&stages);
         let names: Vec<_> = parts.0.iter().map(|(n, s)| (n.as_str(), s.len())).collect();
-        assert_eq!(names, [("start", 2), ("start, agent", 2), ("end", 2)]);
+        assert_eq!(names, [("start", 2), ("start/agent", 2), ("end", 2)]);
     }
 }

@@ -31,7 +31,7 @@ const FLAGS: &str = "--rm --ulimit=nofile=1024:1024 --ulimit=nproc=4096:4096 --c
 /// Why podman is not measured here, if it is not.
 pub(super) fn missing() -> Option<String> {
     for (program, package) in PROGRAMS {
-        let there = ["", "/usr/sbin", "/sbin"]
+        let there = ["/usr/sbin", "/sbin"]
             .iter()
             .any(|dir| Path::new(dir).join(program).is_file());
         if !there && need::which(program).is_none() {
