@@ -183,7 +183,9 @@ fn network(line: &mut Line, plan: &BootPlan) -> Result<(), EngineError> {
         // IPv4 alone: what the guest cannot name it cannot reach.
         NetworkKind::User => line.pair("-netdev", "user,id=net0,ipv4=on,ipv6=off"),
     }
-    line.pair("-device", format!("virtio-net-device,netdev=net0,mac={}", network.mac));
+    // A restored guest need not announce itself to a network that nobody else is in.
+    let device = format!("virtio-net-device,netdev=net0,mac={},guest_announce=off", network.mac);
+    line.pair("-device", device);
     Ok(())
 }
 
