@@ -175,10 +175,18 @@ fn a_death_in_the_middle_of_a_create() {
 
 fn a_death_in_the_middle_of_a_start() {
     let env = TestEnv::new("die-start");
-    for point in ["start.launched", "start.handles", "start.channel"] {
+    for (start, point) in [
+        ("vm start m", "restore.disks"),
+        ("vm start m", "start.launched"),
+        ("vm start m", "restore.channel"),
+        ("vm start m", "restore.renewed"),
+        ("vm start m --cold", "start.launched"),
+        ("vm start m --cold", "start.handles"),
+        ("vm start m --cold", "start.channel"),
+    ] {
         env.ok("vm create --name m --no-start");
         daemon_that_dies_at(&env, point);
-        env.run("vm start m").fails();
+        env.run(start).fails();
         // Either the start is finished or the machine is stopped; nobody is lost.
         processes::until("the machine to be settled", Duration::from_secs(40), || {
             let state = env.json("vm show m")["state"].as_str().unwrap_or_default().to_owned();
@@ -187,10 +195,15 @@ fn a_death_in_the_middle_of_a_start() {
         let engines = env.engines().len();
         let expected = usize::from(env.machine_state("m") == "running");
         assert_eq!(engines, expected, "after {point}: {:?}", env.processes());
-        if expected == 1 {
-            env.sh("m", "true").code(0);
+        if expected == 0 {
+            assert!(
+                env.machine("m")["cause"].as_str().is_some_and(|c| !c.is_empty()),
+                "after {point}: no cause"
+            );
+            env.ok("vm start m");
         }
-        env.ok("vm delete m");
+        env.sh("m", "hostname").code(0).prints("m\n");
+        env.ok("vm delete m --force");
     }
     env.close();
 }

@@ -53,7 +53,7 @@ fn a_guest_that_never_answers() {
     let env = TestEnv::new("hangs");
     let begun = Instant::now();
     let running = env
-        .banger(["vm", "create", "--name", "m", "--timeout", "6s"])
+        .banger(["vm", "create", "--cold", "--name", "m", "--timeout", "6s"])
         .deadline(60)
         .spawn();
     let engine = || env.engines().into_iter().next();
@@ -103,7 +103,7 @@ fn an_image_that_is_no_file_system() {
     assert!(replaced > 0, "no image in the store");
     let begun = Instant::now();
     let done = env
-        .banger(["vm", "create", "--name", "m", "--timeout", "40s"])
+        .banger(["vm", "create", "--cold", "--name", "m", "--timeout", "40s"])
         .deadline(90)
         .run()
         .fails();
@@ -133,7 +133,7 @@ fn a_kernel_that_does_not_boot() {
     });
     assert!(replaced > 0, "no kernel in the store");
     let done = env
-        .banger(["vm", "create", "--name", "m", "--timeout", "10s"])
+        .banger(["vm", "create", "--cold", "--name", "m", "--timeout", "10s"])
         .deadline(60)
         .run()
         .fails();
@@ -187,7 +187,10 @@ fn a_stop_that_the_guest_ignores() {
 fn a_failed_start_leaves_a_stopped_machine() {
     let env = TestEnv::new("failed-start");
     env.ok("vm create --name m --no-start");
-    let running = env.banger(["vm", "start", "m", "--timeout", "5s"]).deadline(60).spawn();
+    let running = env
+        .banger(["vm", "start", "m", "--cold", "--timeout", "5s"])
+        .deadline(60)
+        .spawn();
     let engine = || env.engines().into_iter().next();
     processes::until("the engine to run", Duration::from_secs(10), || engine().is_some());
     processes::signal(&engine().unwrap(), Signal::STOP);
@@ -203,14 +206,14 @@ fn a_failed_start_leaves_a_stopped_machine() {
 
 fn a_cancelled_create() {
     let env = TestEnv::new("cancelled");
-    let running = env.banger(["vm", "create", "--name", "m"]).spawn();
+    let running = env.banger(["vm", "create", "--cold", "--name", "m"]).spawn();
     let engine = || !env.engines().is_empty();
     processes::until("the engine to run", Duration::from_secs(10), engine);
     running.signal(Signal::INT);
     running.wait().code(130);
     nothing_is_left(&env);
     // A client that just goes away cancels as well.
-    let running = env.banger(["vm", "create", "--name", "m"]).spawn();
+    let running = env.banger(["vm", "create", "--cold", "--name", "m"]).spawn();
     processes::until("the engine to run", Duration::from_secs(10), engine);
     running.signal(Signal::KILL);
     running.wait();

@@ -17,25 +17,36 @@ mod harness;
 
 mod adoption;
 mod combinations;
+mod copies;
 mod copy;
 mod daemon;
 mod debian;
 mod exec;
 mod faults;
+mod forks;
 mod inputs;
 mod isolation;
 mod job;
 mod lifecycle;
 mod output;
 mod remove;
+mod search;
 mod sessions;
+mod snapshots;
 mod ssh;
+mod suspend;
+mod templates;
 mod terminal;
 
 fn main() -> ExitCode {
     let trials = [
         // The longest first, so that the end is not one of them alone.
         debian::trials(),
+        copies::trials(),
+        templates::trials(),
+        suspend::trials(),
+        snapshots::trials(),
+        forks::trials(),
         ssh::trials(),
         job::trials(),
         lifecycle::trials(),
