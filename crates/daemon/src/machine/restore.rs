@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use banger_core::state::Event;
+use banger_proto::agent::Health;
 use banger_proto::error::{ApiError, ErrorCode};
 
 use super::checkpoint::Checkpoint;
@@ -64,12 +65,22 @@ pub async fn go_on(m: &Arc<Machine>, stages: &mut Stages, from: &Checkpoint, bec
         .map_err(|e| start::explain(m, stages, e))?;
     failpoint::hit("restore.channel").await?;
     stages.enter("identity");
-    renew(m, stages, &live, &from.manifest.machine_id, becomes).await?;
+    let health = renew(m, stages, &live, &from.manifest.machine_id, becomes).await?;
+    // Until it is `running` it can be taken back.
     failpoint::hit("restore.renewed").await?;
-    stages.check()
+    stages.check()?;
+    m.happen(Event::AgentReady, |_| {}).await?;
+    m.set_guest(sanitize::guest_info(&health));
+    Ok(())
 }
 
-async fn renew(m: &Arc<Machine>, stages: &Stages, live: &Live, whose: &str, becomes: Becomes) -> Result<(), ApiError> {
+async fn renew(
+    m: &Arc<Machine>,
+    stages: &Stages,
+    live: &Live,
+    whose: &str,
+    becomes: Becomes,
+) -> Result<Health, ApiError> {
     let health = stages
         .bounded(start::or_exit(m, live, async {
             let identity = match becomes {
@@ -91,9 +102,7 @@ async fn renew(m: &Arc<Machine>, stages: &Stages, live: &Live, whose: &str, beco
             format!("the restored guest of machine {} did not become it", m.name()),
         ));
     }
-    m.happen(Event::AgentReady, |_| {}).await?;
-    m.set_guest(sanitize::guest_info(&health));
-    Ok(())
+    Ok(health)
 }
 
 /// Ends what a restore has come to, while the machine is still `starting`.

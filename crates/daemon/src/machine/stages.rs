@@ -16,6 +16,8 @@ pub struct Stages {
     current: Option<(&'static str, Instant)>,
     deadline: Instant,
     total: Duration,
+    /// No cancel cuts it off any more.
+    settled: bool,
 }
 
 impl Stages {
@@ -27,7 +29,21 @@ impl Stages {
             current: None,
             deadline: Instant::now() + total,
             total,
+            settled: false,
         }
+    }
+
+    /// From here on no cancel cuts it off, and there is time for the rest: to go on loses nothing, to end would.
+    pub fn settle(&mut self, rest: Duration) {
+        self.settled = true;
+        self.deadline = self.deadline.max(Instant::now() + rest);
+    }
+
+    async fn canceled(&self) {
+        if self.settled {
+            std::future::pending::<()>().await;
+        }
+        self.op.canceled().cancelled().await;
     }
 
     /// The operation.
@@ -72,7 +88,7 @@ impl Stages {
     pub async fn bounded<T>(&self, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
         tokio::select! {
             biased;
-            () = self.op.canceled().cancelled() => Err(canceled()),
+            () = self.canceled() => Err(canceled()),
             result = tokio::time::timeout_at(self.deadline, work) => result.unwrap_or_else(|_| Err(self.late())),
         }
     }
@@ -81,14 +97,14 @@ impl Stages {
     pub async fn cancellable<T>(&self, work: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
         tokio::select! {
             biased;
-            () = self.op.canceled().cancelled() => Err(canceled()),
+            () = self.canceled() => Err(canceled()),
             result = work => result,
         }
     }
 
     /// Fails if a cancel came during a part that may not be cut off.
     pub fn check(&self) -> Result<(), ApiError> {
-        if self.op.canceled().is_cancelled() {
+        if !self.settled && self.op.canceled().is_cancelled() {
             Err(canceled())
         } else {
             Ok(())

@@ -13,6 +13,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use banger_core::state::Event;
 use banger_proto::api::{BootReport, MachineState};
@@ -29,6 +30,9 @@ use super::{disks, stop};
 use crate::error::{self, IntoApi};
 use crate::failpoint;
 use crate::ops::Op;
+
+/// How long a wake may take at least, once its memory is the running machine's.
+const FINISH: Duration = Duration::from_secs(60);
 
 /// Where a suspension is written before it is whole.
 pub fn staging(m: &Machine) -> PathBuf {
@@ -187,6 +191,8 @@ pub async fn wake(m: &Arc<Machine>, stages: &mut Stages) -> Result<BootReport, A
         m.happen(Event::MemorySaved, |_| {}).await?;
         return Err(e);
     }
+    // What is in its memory is nowhere else now: whoever changes his mind stops it when it runs.
+    stages.settle(FINISH);
     failpoint::hit("wake.spent").await?;
     restore::go_on(m, stages, &checkpoint, Becomes::Itself).await?;
     remove_dir(&spent(m))?;

@@ -75,7 +75,8 @@ pub async fn build(services: &Arc<Services>, id: &str, spec: &MachineSpec, op: &
         let made = made.map_err(|e| builder.explain(e));
         let cleared = builder.clear(live.as_ref()).await;
         let done = match made {
-            Ok(made) => made.commit(&place),
+            // What is left there of one that is not whole is in the way.
+            Ok(made) => remove_dir(&place).and_then(|()| made.commit(&place)),
             Err(e) => Err(e),
         };
         let removed = remove_dir(&builder.staging);

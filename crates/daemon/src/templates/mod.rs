@@ -138,8 +138,11 @@ impl Templates {
         op: &Op,
     ) -> Result<(String, Arc<Checkpoint>), ApiError> {
         let id = id(services, spec).await?;
-        if let Some(found) = self.find(&id)? {
-            return Ok((id, found));
+        match self.find(&id) {
+            Ok(Some(found)) => return Ok((id, found)),
+            Ok(None) => {}
+            // It cannot even be read: made anew, as if there were none.
+            Err(e) => self.drop_failed(services, &id, &e).await,
         }
         if lock(&self.refused)
             .get(&id)
@@ -193,7 +196,7 @@ impl Templates {
         let id = id(services, spec).await?;
         if force {
             self.remove(services, &id).await?;
-        } else if self.find(&id)?.is_some() {
+        } else if let Ok(Some(_)) = self.find(&id) {
             return Ok(id);
         }
         self.make(services, &id, spec, op).await?;
@@ -340,6 +343,11 @@ impl Templates {
         for name in names(&self.dir) {
             if let Some(rest) = name.strip_prefix(STAGING) {
                 build::sweep(services, &self.dir.join(&name), rest).await;
+            } else if !matches!(self.find(&name), Ok(Some(_))) {
+                tracing::warn!(template = name, "it is not whole and is removed");
+                if let Err(e) = remove_dir(&self.place(&name)) {
+                    tracing::warn!(template = name, error = %e.message, "not removed");
+                }
             } else if !rows.contains_key(&name) {
                 let _ = services.db.add_template(name, crate::time::now()).await;
             }
