@@ -257,3 +257,28 @@ fn control_error(qemu: &Qemu, handles: &Handles, error: QmpError) -> EngineError
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_of_the_engine_and_of_the_processors() {
+        let state = |status: &str, running| {
+            vcpu_state(&Status {
+                status: status.to_owned(),
+                running,
+            })
+        };
+        assert_eq!(state("running", true), VcpuState::Running);
+        for loading in ["prelaunch", "inmigrate"] {
+            assert_eq!(state(loading, false), VcpuState::Loading);
+        }
+        for ended in ["shutdown", "internal-error", "guest-panicked"] {
+            assert_eq!(state(ended, false), VcpuState::Ended);
+        }
+        for paused in ["paused", "io-error", "postmigrate", "save-vm", "debug", "what may come"] {
+            assert_eq!(state(paused, false), VcpuState::Paused);
+        }
+    }
+}

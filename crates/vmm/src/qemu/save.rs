@@ -18,17 +18,21 @@ use banger_core::plan::Saved;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::args::{text, unsupported};
 use super::layers::{self, Added, LayerFault};
 use super::{Qemu, control_error, find, io_error, still, vcpu_state};
 use crate::engine::{AfterSave, EngineError, Handles, SavePlan, SaveReport, VcpuState};
+use crate::identity::Mismatch;
 use crate::memory::{self, Place, Target};
 use crate::qmp::{Client, QmpError};
 
 /// How long a single step may take: stopping waits until the disks have taken what was under way.
 const STEP: Duration = Duration::from_secs(60);
+/// How often it is tried to let a machine go on, and how long in between.
+const GO_ON: u32 = 10;
+const AGAIN: Duration = Duration::from_millis(500);
 /// How often it is tried to find the guest channel standing still. What moves ends by itself, so the second time is the last.
 const ATTEMPTS: u32 = 5;
 
@@ -56,7 +60,7 @@ pub(super) async fn save(qemu: &Qemu, handles: &Handles, plan: &SavePlan) -> Res
         };
         let (outcome, ran) = match outcome {
             Ok(done) => (Ok(done.report), done.ran),
-            Err(error) => (Err(error), false),
+            Err(error) => (Err(job.explained(error)), false),
         };
         // Nobody is left who would end it, and once it runs its memory is another.
         if let Err(Ok(_)) = tell.send(outcome)
@@ -302,24 +306,41 @@ impl Job {
         }
     }
 
-    /// Lets the guest run. Over another connection, if this one has failed.
+    /// Lets the guest run. Over other connections, if this one has failed: a host that is short of everything must not leave a
+    /// machine standing.
     async fn go_on(&self, client: Option<Client>) {
         let mut fault = None;
         if let Some(mut client) = client {
-            client.extend(STEP);
-            match client.execute::<Value>("cont", None).await {
-                Ok(_) => return,
-                Err(error) => fault = Some(self.fault(error)),
+            match self.cont(&mut client).await {
+                Ok(()) => return,
+                Err(error) => fault = Some(error),
             }
         }
-        let again = async {
-            let mut client = find::command_client(&self.qemu, &self.handles).await?;
-            client.execute::<Value>("cont", None).await.map_err(|e| self.fault(e))
-        };
-        if let Err(error) = again.await {
-            let first = fault.map(|e| e.to_string());
-            tracing::error!(pid = self.handles.pid, first, %error, "cannot let a machine go on after it was saved");
+        for _ in 0..GO_ON {
+            match find::command_client(&self.qemu, &self.handles).await {
+                Ok(mut client) => match self.cont(&mut client).await {
+                    Ok(()) => return,
+                    Err(error) => fault = Some(error),
+                },
+                Err(error) => fault = Some(error),
+            }
+            if matches!(
+                find::open(&self.qemu.options.roots.proc, &self.handles),
+                Err(Mismatch::Gone(_))
+            ) {
+                return;
+            }
+            sleep(AGAIN).await;
         }
+        if let Some(error) = fault {
+            tracing::error!(pid = self.handles.pid, %error, "cannot let a machine go on after it was saved");
+        }
+    }
+
+    async fn cont(&self, client: &mut Client) -> Result<(), EngineError> {
+        client.extend(STEP);
+        let done = client.execute::<Value>("cont", None).await;
+        done.map(drop).map_err(|e| self.fault(e))
     }
 
     /// Whether anybody waits for it.
@@ -328,6 +349,17 @@ impl Job {
             return Err(io_error("save the machine", io::ErrorKind::Interrupted.into()));
         }
         Ok(())
+    }
+
+    /// Whatever went wrong first: an engine that has ended is the reason.
+    fn explained(&self, error: EngineError) -> EngineError {
+        match find::open(&self.qemu.options.roots.proc, &self.handles) {
+            Err(Mismatch::Gone(why)) => EngineError::NotOurs {
+                pid: self.handles.pid,
+                why,
+            },
+            _ => error,
+        }
     }
 
     fn fault(&self, error: QmpError) -> EngineError {
