@@ -29,6 +29,7 @@ pub const NAMES: &[&str] = &[
     "start.channel",
     "start.personalized",
     "start.system",
+    "save.begun",
     "save.frozen",
     "save.saved",
     "suspend.row",

@@ -58,6 +58,9 @@ pub enum Liveness {
     Unclear(String),
 }
 
+/// What is done right before a machine's virtual CPUs stop to be saved.
+pub type HoldStill = BoxFuture<'static, Result<(), EngineError>>;
+
 /// What is saved of a machine, all at one point in time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SavePlan {
@@ -228,10 +231,17 @@ pub trait Engine: Send + Sync {
     fn vcpu_state<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<VcpuState, EngineError>>;
 
     /// Saves memory, devices and disks of a machine at one point in time, with the virtual CPUs stopped as briefly as possible.
+    /// `hold_still` is done right before they stop, when everything that takes long has been: the guest is asked to come to rest.
+    /// An error of it ends the save; where the save ends before, it is not begun.
     ///
     /// On failure the machine runs on as before with the disks it had, and files that were begun are removed; unless the engine
     /// itself has gone. An engine whose caller goes away is not left paused either.
-    fn save<'a>(&'a self, handles: &'a Handles, plan: &'a SavePlan) -> BoxFuture<'a, Result<SaveReport, EngineError>>;
+    fn save<'a>(
+        &'a self,
+        handles: &'a Handles,
+        plan: &'a SavePlan,
+        hold_still: HoldStill,
+    ) -> BoxFuture<'a, Result<SaveReport, EngineError>>;
 
     /// The files that take the writes of the machine's disks now, as the engine opened them: for the case that nobody saw
     /// whether a save came as far as its fresh layers.

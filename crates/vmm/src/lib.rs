@@ -22,7 +22,7 @@ pub mod records;
 mod sys;
 
 pub use engine::{
-    AfterSave, Capabilities, Engine, EngineError, EngineExit, FreshLayer, Handles, Liveness, SavePlan, SaveReport,
-    VcpuState,
+    AfterSave, Capabilities, Engine, EngineError, EngineExit, FreshLayer, Handles, HoldStill, Liveness, SavePlan,
+    SaveReport, VcpuState,
 };
 pub use records::{ExitRecord, console_tail, exit_record};

@@ -2,19 +2,19 @@
 //! go again.
 //!
 //! ```text
-//!   freeze (agent) ─▶ begin to freeze the disks ─▶ save (engine) ─▶ end of the freeze ─▶ renew (agent)
+//!   fresh layers ─▶ engine: copies what there is ─▶ agent: freezes ─▶ engine: saves the rest ─▶ disks settled ─▶ agent: renews
 //! ```
 //!
-//! Nothing of the guest but its kernel and the agent runs between the first and the last step, so that nothing of it runs in a copy
-//! before the copy is itself.
+//! Nothing of the guest but its kernel and the agent runs between freeze and renew, so that nothing of it runs in a copy before the
+//! copy is itself.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use banger_proto::agent::{Freeze, Renew};
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_vmm::{AfterSave, SavePlan};
+use banger_vmm::{AfterSave, EngineError, HoldStill, SavePlan};
 
 use super::checkpoint;
 use super::disks;
@@ -44,8 +44,7 @@ pub struct Take<'a> {
 /// Saves a running machine. What fails leaves it running as before. Comes back with how long its programs stood still.
 pub async fn take(m: &Arc<Machine>, take: Take<'_>) -> Result<Duration, ApiError> {
     let live = m.live().ok_or_else(|| no_engine(m))?;
-    let dir = m.paths.disks();
-    if !dir.is_dir() {
+    if !m.paths.disks().is_dir() {
         let message = format!(
             "machine `{}` was started by an older banger, which could not do this",
             m.name()
@@ -53,31 +52,37 @@ pub async fn take(m: &Arc<Machine>, take: Take<'_>) -> Result<Duration, ApiError
         return Err(ApiError::new(ErrorCode::Unsupported, message)
             .hint(format!("start it anew: banger vm restart {}", m.name())));
     }
-    let began = Instant::now();
-    let freeze = Freeze {
-        template: false,
-        sync: take.memory.is_none(),
+    let still = Arc::new(Still::default());
+    let saved = save(m, &live, take, &still).await;
+    let Some(since) = still.since() else {
+        return saved.map(|()| Duration::ZERO);
     };
-    if let Err(e) = live.link.freeze(&freeze, FREEZE).await {
-        // It may have come through all the same.
-        go_on(m, &live).await;
-        return Err(e.into_api());
-    }
-    if take.then == AfterSave::Stopped {
-        hang_up(m, &live).await;
-    }
-    let saved = frozen(m, &live, take).await;
     if take.then == AfterSave::Stopped && saved.is_ok() {
-        return Ok(began.elapsed());
+        return Ok(since.elapsed());
     }
+    // It may be frozen though it did not say so.
     let renewed = go_on(m, &live).await;
-    let stood_still = began.elapsed();
+    let stood_still = since.elapsed();
     saved?;
     if renewed { Ok(stood_still) } else { Err(stuck(m)) }
 }
 
-async fn frozen(m: &Machine, live: &Live, take: Take<'_>) -> Result<(), ApiError> {
-    failpoint::hit("save.frozen").await?;
+/// A guest that is asked to hold still: since when, and why it could not.
+#[derive(Debug, Default)]
+struct Still(Mutex<(Option<Instant>, Option<ApiError>)>);
+
+impl Still {
+    fn state(&self) -> std::sync::MutexGuard<'_, (Option<Instant>, Option<ApiError>)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn since(&self) -> Option<Instant> {
+        self.state().0
+    }
+}
+
+async fn save(m: &Machine, live: &Live, take: Take<'_>, still: &Arc<Still>) -> Result<(), ApiError> {
+    failpoint::hit("save.begun").await?;
     let dir = m.paths.disks();
     let layers = match take.layer {
         Some(layer) => disks::begin_freeze(&dir, layer).inspect_err(|_| undo(&dir, layer))?,
@@ -90,7 +95,10 @@ async fn frozen(m: &Machine, live: &Live, take: Take<'_>) -> Result<(), ApiError
         layers,
         then: take.then,
     };
-    let saved = live.engine.save(&live.handles, &plan).await.map_err(IntoApi::into_api);
+    let hold_still = hold_still(live.clone(), take.memory.is_none(), take.then, still.clone());
+    let saved = live.engine.save(&live.handles, &plan, hold_still).await;
+    // What the guest said is the better reason.
+    let saved = saved.map_err(|e| still.state().1.take().unwrap_or_else(|| e.into_api()));
     if let Some(layer) = take.layer {
         match &saved {
             Ok(_) => {
@@ -108,11 +116,28 @@ async fn frozen(m: &Machine, live: &Live, take: Take<'_>) -> Result<(), ApiError
     saved.map(drop)
 }
 
-/// Ends the connection, so that the saved guest has none to give up when it goes on.
-async fn hang_up(m: &Machine, live: &Live) {
-    if let Err(e) = live.link.hang_up(tokio::time::Instant::now() + FREEZE).await {
-        tracing::debug!(machine = %m.id, error = %e, "saved with an open connection");
-    }
+/// Freezes the guest. One that is not to run again gives up its connection too, so that it has none when it goes on.
+fn hold_still(live: Live, sync: bool, then: AfterSave, still: Arc<Still>) -> HoldStill {
+    let told = still.clone();
+    let work = async move {
+        still.state().0 = Some(Instant::now());
+        let freeze = Freeze { template: false, sync };
+        live.link.freeze(&freeze, FREEZE).await.map_err(IntoApi::into_api)?;
+        if then == AfterSave::Stopped
+            && let Err(e) = live.link.hang_up(tokio::time::Instant::now() + FREEZE).await
+        {
+            tracing::debug!(error = %e, "saved with an open connection");
+        }
+        failpoint::hit("save.frozen").await
+    };
+    Box::pin(async move {
+        work.await.map_err(|e| {
+            let what = "let the guest hold still".to_owned();
+            let source = std::io::Error::other(e.message.clone());
+            told.state().1 = Some(e);
+            EngineError::Io { what, source }
+        })
+    })
 }
 
 fn undo(dir: &Path, layer: &str) {

@@ -149,7 +149,7 @@ impl Builder {
         };
         let saved = live
             .engine
-            .save(&live.handles, &save)
+            .save(&live.handles, &save, Box::pin(async { Ok(()) }))
             .await
             .map_err(IntoApi::into_api)?;
         failpoint::hit("template.saved").await?;

@@ -27,7 +27,9 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep};
 
 use crate::dial::{dial, peer};
-use crate::engine::{BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, VcpuState};
+use crate::engine::{
+    BoxFuture, Capabilities, Engine, EngineError, Handles, HoldStill, Liveness, SavePlan, SaveReport, VcpuState,
+};
 use crate::host::Roots;
 use crate::identity::Mismatch;
 use crate::qmp::{QmpError, Status};
@@ -199,8 +201,13 @@ impl Engine for Qemu {
         })
     }
 
-    fn save<'a>(&'a self, handles: &'a Handles, plan: &'a SavePlan) -> BoxFuture<'a, Result<SaveReport, EngineError>> {
-        Box::pin(save::save(self, handles, plan))
+    fn save<'a>(
+        &'a self,
+        handles: &'a Handles,
+        plan: &'a SavePlan,
+        hold_still: HoldStill,
+    ) -> BoxFuture<'a, Result<SaveReport, EngineError>> {
+        Box::pin(save::save(self, handles, plan, hold_still))
     }
 
     fn writes_to<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<Vec<PathBuf>, EngineError>> {

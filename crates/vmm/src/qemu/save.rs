@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep};
 use super::args::{text, unsupported};
 use super::layers::{self, Added, LayerFault};
 use super::{Qemu, control_error, find, io_error, still, vcpu_state};
-use crate::engine::{AfterSave, EngineError, Handles, SavePlan, SaveReport, VcpuState};
+use crate::engine::{AfterSave, EngineError, Handles, HoldStill, SavePlan, SaveReport, VcpuState};
 use crate::identity::Mismatch;
 use crate::memory::{self, Place, Target};
 use crate::qmp::{Client, QmpError};
@@ -37,7 +37,12 @@ const AGAIN: Duration = Duration::from_millis(500);
 const ATTEMPTS: u32 = 5;
 
 /// Saves a machine.
-pub(super) async fn save(qemu: &Qemu, handles: &Handles, plan: &SavePlan) -> Result<SaveReport, EngineError> {
+pub(super) async fn save(
+    qemu: &Qemu,
+    handles: &Handles,
+    plan: &SavePlan,
+    hold_still: HoldStill,
+) -> Result<SaveReport, EngineError> {
     let stop = Arc::new(AtomicBool::new(false));
     let job = Job {
         qemu: qemu.clone(),
@@ -48,7 +53,7 @@ pub(super) async fn save(qemu: &Qemu, handles: &Handles, plan: &SavePlan) -> Res
     let (mut tell, told) = oneshot::channel();
     tokio::spawn(async move {
         let outcome = {
-            let work = job.run();
+            let work = job.run(hold_still);
             tokio::pin!(work);
             tokio::select! {
                 outcome = &mut work => outcome,
@@ -104,7 +109,7 @@ struct Prepared {
 }
 
 impl Job {
-    async fn run(&self) -> Result<Done, EngineError> {
+    async fn run(&self, hold_still: HoldStill) -> Result<Done, EngineError> {
         let files = Files::absent(&self.plan)?;
         let mut prepared = match &self.plan.memory {
             Some(saved) => Some(self.prepare(saved).await?),
@@ -132,10 +137,15 @@ impl Job {
                 LayerFault::Qmp(error) => self.fault(error),
                 LayerFault::Plan(error) => error,
             })?;
-        let started = Instant::now();
-        let saved = self
-            .standing_still(&mut client, prepared.as_mut(), channel.as_deref())
-            .await;
+        let mut started = Instant::now();
+        let saved = match hold_still.await {
+            Ok(()) => {
+                started = Instant::now();
+                self.standing_still(&mut client, prepared.as_mut(), channel.as_deref())
+                    .await
+            }
+            Err(error) => Err(error),
+        };
         let outcome = match saved {
             Ok(()) => self.switch(client, &added).await,
             // There is one connection at a time, and this one may be what failed.
