@@ -23,6 +23,9 @@ pub struct Capabilities {
     pub pause: bool,
     /// It can save and restore memory.
     pub snapshot: bool,
+    /// The devices that this driver gives a machine, and the form in which it saves them: memory that was saved with another number
+    /// is not restored.
+    pub state_form: u32,
     /// It has a user-mode network of its own.
     pub user_network: bool,
     /// It reads copy-on-write files over an image.

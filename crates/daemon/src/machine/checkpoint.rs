@@ -36,6 +36,8 @@ pub struct Fits {
     pub engine: String,
     /// Its version.
     pub version: String,
+    /// The form in which its driver saves.
+    pub form: u32,
     /// `kvm` or `tcg`.
     pub accel: String,
     /// Model of the host's processor.
@@ -96,6 +98,7 @@ pub async fn fits(services: &Services) -> Result<Fits, ApiError> {
     Ok(Fits {
         engine: capabilities.engine.to_owned(),
         version: capabilities.version.clone(),
+        form: capabilities.state_form,
         accel: host.accel.accel.as_str().to_owned(),
         cpu: host.cpu_model.clone().unwrap_or_default(),
     })
@@ -199,7 +202,7 @@ impl Checkpoint {
         };
         let here = fits(services).await?;
         if memory.fits != here {
-            let show = |f: &Fits| format!("{} {} ({}, {})", f.engine, f.version, f.accel, f.cpu);
+            let show = |f: &Fits| format!("{} {} (form {}, {}, {})", f.engine, f.version, f.form, f.accel, f.cpu);
             let message = format!(
                 "the memory was saved by {}; this host has {}, which cannot restore it",
                 show(&memory.fits),

@@ -11,7 +11,7 @@
 //! Until `suspended/` is there a suspension can only be taken back, and from then on only be gone on with, unless the engine still
 //! lives: then it is taken back. Until it is spent a wake that fails leaves the machine suspended.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +34,9 @@ use crate::ops::Op;
 /// How long a wake may take at least, once its memory is the running machine's.
 const FINISH: Duration = Duration::from_secs(60);
 
+/// Beside memory that a snapshot was restored to.
+const RESTORED: &str = "restored";
+
 /// Where a suspension is written before it is whole.
 pub fn staging(m: &Machine) -> PathBuf {
     m.paths.state.join("suspended.new")
@@ -42,6 +45,21 @@ pub fn staging(m: &Machine) -> PathBuf {
 /// Where the memory of a machine is that has begun to run again.
 fn spent(m: &Machine) -> PathBuf {
     m.paths.state.join("suspended.spent")
+}
+
+/// Marks memory as that of an earlier time: what goes on with it is the machine, but another course of its life.
+pub fn mark_restored(dir: &Path) -> Result<(), ApiError> {
+    let path = dir.join(RESTORED);
+    std::fs::write(&path, []).map_err(|e| error::io(format_args!("write {}", path.display()), e))
+}
+
+/// As whom a machine goes on with the memory in `dir`. Sessions of an earlier time are nobody's, and the name may be another since.
+fn becomes(dir: &Path) -> Becomes {
+    if dir.join(RESTORED).exists() {
+        Becomes::ThisMachine
+    } else {
+        Becomes::Itself
+    }
 }
 
 /// Stops the virtual CPUs.
@@ -87,7 +105,8 @@ pub async fn suspend(m: &Arc<Machine>, op: &Op, idle: bool) -> Result<(), ApiErr
     }
     failpoint::hit("suspend.committed").await?;
     op.stage("end");
-    stop::end_engine(&live).await?;
+    // It has written out its disks when it stopped.
+    stop::kill_now(&live).await?;
     failpoint::hit("suspend.ended").await?;
     finish(m).await
 }
@@ -113,8 +132,11 @@ async fn write(m: &Arc<Machine>) -> Result<(), ApiError> {
     failpoint::hit("suspend.saved").await?;
     let layers = disks::read_list(&m.paths.disks())?.layers;
     let row = m.row();
-    let checkpoint = Checkpoint::seal(&m.services, &dir, m.id.as_str(), row.spec, layers, true, paused).await?;
-    sync(dir).await?;
+    // The disk writes while the digests are computed.
+    let sealed = Checkpoint::seal(&m.services, &dir, m.id.as_str(), row.spec, layers, true, paused);
+    let (checkpoint, synced) = tokio::join!(sealed, sync(dir.clone()));
+    let checkpoint = checkpoint?;
+    synced?;
     failpoint::hit("suspend.sealed").await?;
     checkpoint.commit(&m.paths.suspended()).map(drop)
 }
@@ -194,7 +216,7 @@ pub async fn wake(m: &Arc<Machine>, stages: &mut Stages) -> Result<BootReport, A
     // What is in its memory is nowhere else now: whoever changes his mind stops it when it runs.
     stages.settle(FINISH);
     failpoint::hit("wake.spent").await?;
-    restore::go_on(m, stages, &checkpoint, Becomes::Itself).await?;
+    restore::go_on(m, stages, &checkpoint, becomes(&spent(m))).await?;
     remove_dir(&spent(m))?;
     Ok(stages.report("wake", None))
 }
@@ -225,7 +247,7 @@ pub async fn finish_wake(m: &Arc<Machine>, stages: &mut Stages) -> Result<(), Ap
         let message = format!("the memory of machine `{}` is not there any more", m.name());
         ApiError::new(ErrorCode::Conflict, message)
     })?;
-    restore::go_on(m, stages, &checkpoint, Becomes::Itself).await?;
+    restore::go_on(m, stages, &checkpoint, becomes(&spent(m))).await?;
     remove_dir(&spent(m))
 }
 

@@ -153,7 +153,8 @@ impl Builder {
             .await
             .map_err(IntoApi::into_api)?;
         failpoint::hit("template.saved").await?;
-        stop::end_engine(live).await?;
+        // It has written out its disks when it stopped.
+        stop::kill_now(live).await?;
         let (dir, frozen, layer) = (self.paths.disks(), target.join("disks"), save::layer_name()?);
         let layers = tokio::task::spawn_blocking(move || {
             disks::freeze_at_rest(&dir, &layer)?;

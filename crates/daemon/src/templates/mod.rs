@@ -387,6 +387,7 @@ mod tests {
             fits: Fits {
                 engine: "qemu".to_owned(),
                 version: "7.2".to_owned(),
+                form: 1,
                 accel: "tcg".to_owned(),
                 cpu: "x".to_owned(),
             },
@@ -406,10 +407,11 @@ mod tests {
         let id = key().id();
         assert_eq!(id, key().id());
         assert_eq!(id.len(), 16);
-        let changes: [fn(&mut Key); 12] = [
+        let changes: [fn(&mut Key); 13] = [
             |k| k.form += 1,
             |k| k.fits.engine.push('x'),
             |k| k.fits.version.push('x'),
+            |k| k.fits.form += 1,
             |k| k.fits.accel.push('x'),
             |k| k.fits.cpu.push('x'),
             |k| k.image.push('x'),

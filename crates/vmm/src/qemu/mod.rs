@@ -89,6 +89,7 @@ impl Qemu {
                 version: found.version,
                 pause: true,
                 snapshot: true,
+                state_form: args::STATE_FORM,
                 user_network: true,
                 qcow2: true,
             },
