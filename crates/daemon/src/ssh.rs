@@ -12,7 +12,7 @@ use tokio::process::Command;
 use tokio::sync::{Mutex, OnceCell};
 
 use crate::error;
-use crate::machine::handles::write_atomically;
+use crate::machine::handles::write_whole;
 
 /// How long the making of a key may take.
 const KEYGEN: Duration = Duration::from_secs(20);
@@ -134,7 +134,8 @@ impl Ssh {
         if new == old {
             return Ok(());
         }
-        write_atomically(&path, new.as_bytes()).map_err(|e| failed("write", e))
+        // Each machine's start writes its own lines again.
+        write_whole(&path, new.as_bytes()).map_err(|e| failed("write", e))
     }
 }
 

@@ -50,12 +50,18 @@ impl Db {
         if !self.keep_room() {
             return Err(DbError::Full);
         }
-        self.call(move |c| insert(c, &row)).await
+        // What a machine leaves on the host must not outlive the knowledge of it, not even when the host loses power.
+        self.call_lasting(move |c| insert(c, &row)).await
     }
 
     /// Writes an existing row anew.
     pub async fn update_machine(&self, row: MachineRow) -> Result<(), DbError> {
         self.call(move |c| update(c, &row)).await
+    }
+
+    /// The same for a change that has to outlive the host's power.
+    pub async fn update_machine_lasting(&self, row: MachineRow) -> Result<(), DbError> {
+        self.call_lasting(move |c| update(c, &row)).await
     }
 
     /// The same for a change on the way to a machine's end, which is written on a full disk too.

@@ -166,13 +166,29 @@ impl Db {
         self.jobs.send(boxed).await.map_err(|_| DbError::Closed)?;
         result.await.map_err(|_| DbError::Closed)?
     }
+
+    /// The same, and the change is on the disk before this comes back. All others are once the log is checkpointed: a host that loses
+    /// power may lose the last of them, never a part of one.
+    pub async fn call_lasting<T, F>(&self, job: F) -> Result<T, DbError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Connection) -> Result<T, DbError> + Send + 'static,
+    {
+        self.call(|c| {
+            c.execute_batch("PRAGMA synchronous = FULL")?;
+            let done = job(c);
+            c.execute_batch("PRAGMA synchronous = NORMAL")?;
+            done
+        })
+        .await
+    }
 }
 
 fn connect(path: &Path) -> Result<Connection, DbError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let judge = |e: rusqlite::Error| judge(path, e);
     let mut connection = Connection::open_with_flags(path, flags).map_err(judge)?;
-    let pragmas = "PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+    let pragmas = "PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
          PRAGMA foreign_keys = ON; PRAGMA cache_size = -512; PRAGMA journal_size_limit = 1048576;";
     connection.execute_batch(pragmas).map_err(judge)?;
     let sound: String = connection

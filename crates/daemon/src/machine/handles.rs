@@ -28,12 +28,17 @@ pub fn read(path: &Path) -> Result<Option<Handles>, String> {
 /// Writes the handles: whole or not at all. They need not outlive the host's power, for then no process does.
 pub fn write(path: &Path, handles: &Handles) -> Result<(), ApiError> {
     let text = serde_json::to_vec_pretty(handles).unwrap_or_default();
-    write_beside(path, &text, false).map_err(|e| error::io(format_args!("write {}", path.display()), e))
+    write_whole(path, &text).map_err(|e| error::io(format_args!("write {}", path.display()), e))
 }
 
 /// Writes a file beside its place and moves it there: whole or not at all, also when the host loses power.
 pub fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
     write_beside(path, content, true)
+}
+
+/// The same for what can be made again after the host lost power, or is of no use then.
+pub fn write_whole(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    write_beside(path, content, false)
 }
 
 fn write_beside(path: &Path, content: &[u8], lasting: bool) -> std::io::Result<()> {

@@ -47,6 +47,17 @@ struct View {
     gone: bool,
 }
 
+/// How a change of a row is written.
+#[derive(Debug, Clone, Copy)]
+enum Write {
+    /// It outlives the daemon.
+    Ordinary,
+    /// It outlives the host's power.
+    Lasting,
+    /// It is written on a full disk too.
+    Ending,
+}
+
 impl Machine {
     /// A machine whose row is written.
     pub fn new(services: Arc<Services>, row: MachineRow, asks: mpsc::Sender<Ask>) -> Arc<Self> {
@@ -117,22 +128,22 @@ impl Machine {
 
     /// Changes the row: in the database first, then for everyone to see. Changes come one after the other.
     pub async fn change(&self, edit: impl FnOnce(&mut MachineRow) -> Result<(), ApiError>) -> Result<(), ApiError> {
-        self.write(edit, false).await
+        self.write(edit, Write::Ordinary).await
     }
 
     async fn write(
         &self,
         edit: impl FnOnce(&mut MachineRow) -> Result<(), ApiError>,
-        ending: bool,
+        how: Write,
     ) -> Result<(), ApiError> {
         let _turn = self.writing.lock().await;
         let mut row = self.row();
         edit(&mut row)?;
         let db = &self.services.db;
-        let written = if ending {
-            db.update_ending_machine(row.clone()).await
-        } else {
-            db.update_machine(row.clone()).await
+        let written = match how {
+            Write::Ordinary => db.update_machine(row.clone()).await,
+            Write::Lasting => db.update_machine_lasting(row.clone()).await,
+            Write::Ending => db.update_ending_machine(row.clone()).await,
         };
         written.map_err(IntoApi::into_api)?;
         self.view.send_modify(|v| v.row = row);
@@ -142,7 +153,12 @@ impl Machine {
     /// Moves to the state that follows an event, with further changes of the row.
     pub async fn happen(&self, event: Event, edit: impl FnOnce(&mut MachineRow)) -> Result<(), ApiError> {
         let id = self.id.clone();
-        let ending = matches!(event, Event::StopBegins | Event::EngineGone | Event::DeleteBegins);
+        let how = match event {
+            Event::StopBegins | Event::EngineGone | Event::DeleteBegins => Write::Ending,
+            // Memory on disk is of use only to who knows of it.
+            Event::SuspendBegins | Event::MemorySaved => Write::Lasting,
+            _ => Write::Ordinary,
+        };
         let edit = |row: &mut MachineRow| {
             let next = state::next(row.state, event).ok_or_else(|| {
                 let what = format!("machine {id}: {event:?} cannot happen in state {}", row.state.as_str());
@@ -153,7 +169,7 @@ impl Machine {
             edit(row);
             Ok(())
         };
-        self.write(edit, ending).await
+        self.write(edit, how).await
     }
 
     /// The engine, while there is one.

@@ -45,7 +45,11 @@ pub async fn launch(m: &Arc<Machine>, stages: &mut Stages, from: &Checkpoint) ->
     std::fs::hard_link(&saved.memory, &memory)
         .map_err(|e| error::io(format_args!("link {}", saved.memory.display()), e))?;
     saved.memory = memory;
-    start::launch_engine(m, stages, Some(saved)).await
+    // Keys are there when the guest asks who it is: making them takes a program of its own.
+    let name = m.name();
+    let keys = m.services.ssh.of_machine(&m.paths.state, &m.id, &name);
+    let (launched, _) = tokio::join!(start::launch_engine(m, stages, Some(saved)), keys);
+    launched
 }
 
 /// Lets it run, and makes it who it is to be.
