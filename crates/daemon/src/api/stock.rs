@@ -85,6 +85,10 @@ pub(super) async fn delete_image(State(app): State<App>, Path(name): Path<String
     app.reconciled().await?;
     app.stock.delete_image(&app, &name).await?;
     tracing::info!(image = name, "image deleted");
+    // No machine is made of it any more, nor started from its templates.
+    if let Err(e) = app.templates.prune(&app, false).await {
+        tracing::warn!(error = %e.message, "its templates stay for the next prune");
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 

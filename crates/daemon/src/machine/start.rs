@@ -30,6 +30,9 @@ use crate::{failpoint, time};
 pub const TIMEOUT: Duration = Duration::from_secs(180);
 /// How long the guest may take to become itself.
 const PERSONALIZE: Duration = Duration::from_secs(30);
+/// How long a start from a template may take before the machine boots instead. It takes a fifth of a second; many at once share the
+/// host.
+const RESTORE: Duration = Duration::from_secs(60);
 /// Bounds below a stage's own end this much later, so that it is the stage that is told.
 pub const GRACE: Duration = Duration::from_secs(5);
 /// Lines of the console that go with a failure.
@@ -115,12 +118,18 @@ async fn from_template(m: &Arc<Machine>, stages: &mut Stages) -> Result<Option<S
         restore::launch(m, stages, &template).await?;
         restore::go_on(m, stages, &template, Becomes::ThisMachine).await
     };
-    match work.await {
+    let restored = tokio::time::timeout(RESTORE, work).await.unwrap_or_else(|_| {
+        let message = format!("it was not there within {RESTORE:?}");
+        Err(ApiError::new(ErrorCode::Timeout, message))
+    });
+    match restored {
         Ok(()) => {
             services.templates.used(services, &id).await;
             Ok(Some(id))
         }
         Err(e) if e.code == ErrorCode::Canceled || e.code == ErrorCode::NoSpace => Err(e),
+        // The request's own time is over, which says nothing of the template.
+        Err(e) if stages.left().is_zero() => Err(e),
         Err(e) => {
             services.templates.drop_failed(services, &id, &e).await;
             restore::take_back(m).await?;
