@@ -7,12 +7,13 @@ use banger_core::state::Event;
 use banger_proto::api::MachineState as State;
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::{Handles, Liveness, VcpuState};
+use tokio::time::Instant;
 
 use super::live::Live;
 use super::record::Machine;
 use super::stages::Stages;
 use super::task::{Ended, Work};
-use super::{cause, create, delete, disks, handles, restore, snapshot, start, stop, suspend};
+use super::{cause, create, delete, disks, handles, restore, save, snapshot, start, stop, suspend};
 use crate::error::{IntoApi, chain};
 use crate::failpoint;
 
@@ -22,6 +23,8 @@ const FINISH: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_secs(15);
 /// How long a record may take that an engine's end, long past most likely, has not left yet.
 const RECORD: Duration = Duration::from_millis(300);
+/// How long others wait for a guest that may be frozen.
+const SOON: Duration = Duration::from_secs(2);
 /// Pause before an engine that can't be verified is looked at again.
 const AGAIN: Duration = Duration::from_secs(10);
 
@@ -183,7 +186,7 @@ async fn settle(m: &Arc<Machine>, live: &Live) -> Result<(), ApiError> {
         let written = live.engine.writes_to(&live.handles).await.map_err(IntoApi::into_api)?;
         disks::settle(&dir, Some(&written))?;
     }
-    snapshot::sweep(m)?;
+    snapshot::settle(m).await?;
     suspend::sweep(m)?;
     match (paused, vcpus) {
         (true, VcpuState::Running) => live.engine.pause(&live.handles).await.map_err(IntoApi::into_api),
@@ -216,7 +219,31 @@ async fn take_charge(m: &Arc<Machine>, handles: Handles) {
             });
             let _ = cleared.await;
         }
-        tokio::spawn(start::follow_guest(m.clone(), live));
+        // Nobody is served before it goes on, unless it takes its time.
+        let frozen = m.state() == State::Running && !let_go(m, &live, SOON).await;
+        let m = m.clone();
+        tokio::spawn(async move {
+            if frozen {
+                let_go(&m, &live, FINISH).await;
+            }
+            start::follow_guest(m, live).await;
+        });
+    }
+}
+
+/// Lets a guest go on that a daemon had frozen to save it. False when it did not answer in time.
+async fn let_go(m: &Machine, live: &Live, time: Duration) -> bool {
+    let health = tokio::select! {
+        () = live.exited.cancelled() => return true,
+        health = live.link.health(Instant::now() + time) => health,
+    };
+    match health {
+        Ok(health) if health.frozen && health.machine_id == m.id.as_str() => save::go_on(m, live).await,
+        Ok(_) => true,
+        Err(e) => {
+            tracing::debug!(machine = %m.id, error = %e, "whether it is frozen is not known");
+            false
+        }
     }
 }
 
@@ -274,6 +301,9 @@ async fn finish_stop(m: Arc<Machine>, handles: Handles) -> Ended {
     attach(&m, handles).await;
     let op = m.services.ops.begin("machine.stop", &m.name());
     let _ = m.services.ops.run(&op, stop::finish_stop(&m, &op, stop::TIMEOUT)).await;
+    if m.state() == State::Stopped {
+        at_rest(&m).await;
+    }
     Ended::Still
 }
 
