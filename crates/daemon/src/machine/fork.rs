@@ -28,7 +28,11 @@ use crate::services::Services;
 pub const MOST: u32 = 64;
 
 /// What the copies of one fork wait for: the saved source.
-pub type Source = watch::Receiver<Option<Result<Arc<Checkpoint>, ApiError>>>;
+pub type Source = watch::Receiver<Option<Saved>>;
+/// Who tells them.
+pub type Tell = watch::Sender<Option<Saved>>;
+/// What became of the save.
+pub type Saved = Result<Arc<Checkpoint>, ApiError>;
 
 /// Where the source of a fork is saved. Removed with the last of those who start from it.
 #[derive(Debug)]

@@ -27,7 +27,7 @@ use super::record::Machine;
 use super::save::{self, Take};
 use super::stages::Stages;
 use super::start::{self, remove_dir};
-use super::{disks, stop, suspend};
+use super::{create, disks, stop, suspend};
 use crate::error::{self, IntoApi};
 use crate::failpoint;
 use crate::ops::Op;
@@ -203,14 +203,18 @@ pub async fn restore(m: &Arc<Machine>, stages: &mut Stages, name: &str) -> Resul
     if !memory {
         return Ok(());
     }
-    let mut report = suspend::wake(m, stages).await?;
-    "snapshot".clone_into(&mut report.how);
-    report.from = Some(name.to_owned());
-    m.change(|row| {
-        row.boot = Some(report);
-        Ok(())
-    })
-    .await
+    let woken = async {
+        let mut report = suspend::wake(m, stages).await?;
+        "snapshot".clone_into(&mut report.how);
+        report.from = Some(name.to_owned());
+        m.change(|row| {
+            row.boot = Some(report);
+            Ok(())
+        })
+        .await
+    };
+    // What failed before has ended nothing, or the machine is stopped.
+    create::after_start(m, woken.await, false).await
 }
 
 /// Everything that is to be put in place, beside it.
@@ -227,7 +231,7 @@ fn prepare(m: &Machine, checkpoint: &Checkpoint) -> Result<(), ApiError> {
         std::fs::hard_link(&from, restored.join(name))
             .map_err(|e| error::io(format_args!("link {}", from.display()), e))?;
     }
-    Ok(())
+    suspend::mark_restored(&restored)
 }
 
 async fn put_in_place(m: &Arc<Machine>, checkpoint: &Checkpoint) -> Result<(), ApiError> {
@@ -269,7 +273,7 @@ fn exchange(a: &Path, b: &Path) -> Result<(), ApiError> {
         .map_err(|e| error::io(format_args!("exchange {} and {}", a.display(), b.display()), e.into()))
 }
 
-/// Settles a restore that was cut off, and clears what is left of a snapshot that was being taken. For a machine without an engine.
+/// Settles a restore that was cut off, and clears what is left of a snapshot that was being taken.
 pub async fn settle(m: &Arc<Machine>) -> Result<(), ApiError> {
     sweep(m)?;
     let (_, restored) = restoring(m);

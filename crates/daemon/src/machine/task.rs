@@ -18,12 +18,12 @@ use std::time::Duration;
 use banger_core::state::{self, Decision, Refusal};
 use banger_proto::api::{MachineState, StartMachine};
 use banger_proto::error::{ApiError, ErrorCode};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::record::Machine;
 use super::stages::Stages;
-use super::{checkpoint::Checkpoint, create, delete, fork, snapshot, start, stop, suspend};
+use super::{create, delete, fork, snapshot, start, stop, suspend};
 use crate::ops::Op;
 
 /// Requests that may wait for a machine.
@@ -80,7 +80,7 @@ pub struct ForkJob {
     /// Where to.
     pub place: Arc<fork::Place>,
     /// Who waits for it.
-    pub tell: Arc<watch::Sender<Option<Result<Arc<Checkpoint>, ApiError>>>>,
+    pub tell: Arc<fork::Tell>,
 }
 
 impl Request {
@@ -301,6 +301,11 @@ fn take(m: &Arc<Machine>, current: Option<Current>, ask: Ask, waiting: &mut VecD
             None => Some(begin(m, ask)),
             Some(current) => {
                 match (&current.manner, &ask.request) {
+                    // It is being brought up already, only its row does not say so yet.
+                    (Manner::Yields { op, .. }, Request::Start(start)) if !start.cold && brings_up(op) => {
+                        let _ = ask.reply.send(Ok(op.clone()));
+                        return Some(current);
+                    }
                     (Manner::Yields { op, superseded }, request) => {
                         if !matches!(request, Request::Delete) {
                             superseded.cancel();
@@ -317,6 +322,12 @@ fn take(m: &Arc<Machine>, current: Option<Current>, ask: Ask, waiting: &mut VecD
             }
         },
     }
+}
+
+/// Whether an operation is a start that nobody has cancelled.
+fn brings_up(op: &Op) -> bool {
+    let start = matches!(op.snapshot().kind.as_str(), "machine.start" | "machine.restart");
+    start && !op.canceled().is_cancelled()
 }
 
 /// Signals the engine beside the work that waits for its end.
@@ -428,8 +439,7 @@ fn begin(m: &Arc<Machine>, ask: Ask) -> Current {
         Request::Restore(name) => bounded(m, op, move |m, op| {
             Box::pin(async move {
                 let mut stages = Stages::new(&op, start::TIMEOUT);
-                let restored = snapshot::restore(&m, &mut stages, &name).await;
-                create::after_start(&m, restored, false).await
+                snapshot::restore(&m, &mut stages, &name).await
             })
         }),
         Request::Fork(job) => bounded(m, op, move |m, op| {
