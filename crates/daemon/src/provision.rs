@@ -154,11 +154,12 @@ pub async fn fork(
         let work = async {
             running.stage("save");
             let begun: Vec<Op> = begun.into_iter().map(|(op, _)| op).collect();
-            follow(&source, &running, job, &begun).await
+            let done = follow(&source, &running, job, &begun).await;
+            // Before anybody is told that it is over.
+            drop(place);
+            done
         };
-        let done = own.ops.run(&running, work).await;
-        drop(place);
-        drop(done);
+        let _ = own.ops.run(&running, work).await;
     });
     Ok((op, copies))
 }
