@@ -24,11 +24,16 @@ pub(crate) use tests;
 /// One test.
 pub(crate) fn trial(name: &str, needs: &'static [Need], test: fn()) -> Trial {
     let name = name.split_once("::").map_or(name, |(_, rest)| rest);
+    let own_name = name.to_owned();
     Trial::ignorable_test(name, move || {
         if let Some(reason) = need::missing(needs) {
             return Ok(Completion::ignored_with(format!("skipped: {reason}")));
         }
+        let begun = std::time::Instant::now();
         test();
+        if std::env::var_os("BANGER_TEST_TIMES").is_some() {
+            eprintln!("{:6.1} s {own_name}", begun.elapsed().as_secs_f32());
+        }
         Ok(Completion::Completed)
     })
 }

@@ -183,14 +183,11 @@ fn ssh_wakes_it() {
     runs(&env, "m");
     // A connection that is forwarded through the agent: what ssh goes through, spoken to by hand.
     env.ok("vm suspend m");
-    let config = env.ok("ssh-config").out();
-    let proxy = config
-        .lines()
-        .find_map(|l| l.trim().strip_prefix("ProxyCommand "))
-        .expect("a ProxyCommand")
-        .to_owned();
-    let line = proxy.replace("%n", "m.vm").replace("%h", "m.vm").replace("%p", "22");
-    let mut running = env.program("sh").args(["-c", &line]).stdin_held().deadline(30).spawn();
+    let mut running = env
+        .banger(["internal", "ssh-proxy", "m.vm"])
+        .stdin_held()
+        .deadline(30)
+        .spawn();
     running.expect("SSH-2.0");
     runs(&env, "m");
     running.write("nonsense\r\n\r\n");
@@ -533,7 +530,7 @@ fn who_is_idle_and_who_is_not() {
     env.ok("vm wait never --state suspended --timeout 20s");
     env.ok("vm wait idle --state suspended --timeout 20s");
     assert!(
-        env.ok("vm show never").out().contains("2s"),
+        env.ok("vm show never").out().contains("2.0 s"),
         "{}",
         env.ok("vm show never").out()
     );
