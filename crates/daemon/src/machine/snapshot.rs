@@ -148,7 +148,11 @@ pub fn find(m: &Machine, name: &str) -> Result<(Snapshot, Checkpoint), ApiError>
     found.ok_or_else(|| {
         let names: Vec<String> = list(m).into_iter().map(|s| s.name).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        crate::stock::unknown("snapshot", name, &names)
+        let error = crate::stock::unknown("snapshot", name, &names);
+        match names.is_empty() {
+            true => error.hint(format!("machine `{0}` has none: banger vm snapshot create {0} NAME", m.name())),
+            false => error,
+        }
     })
 }
 
