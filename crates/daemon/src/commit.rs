@@ -7,7 +7,7 @@ use banger_proto::api::{CommitMachine, MachineSpec};
 use banger_proto::error::{ApiError, ErrorCode};
 
 use crate::error::IntoApi;
-use crate::machine::{Machine, Request, disks, snapshot, start, task};
+use crate::machine::{Machine, Request, disks, request, snapshot, start};
 use crate::ops::Op;
 use crate::services::Services;
 
@@ -16,7 +16,7 @@ pub async fn begin(services: &Arc<Services>, m: &Arc<Machine>, request: CommitMa
     services.stock.check_new_image(&request.image, request.force).await?;
     let Some(name) = request.snapshot else {
         let (image, force) = (request.image, request.force);
-        return task::ask(m, Request::Commit { image, force }).await;
+        return request::ask(m, Request::Commit { image, force }).await;
     };
     let (_, checkpoint) = snapshot::find(m, &name)?;
     let op = services.ops.begin("machine.commit", &m.name());

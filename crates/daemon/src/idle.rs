@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use banger_proto::api::MachineState;
 
-use crate::machine::{Machine, Request, stop, task};
+use crate::machine::{Machine, Request, request, stop};
 use crate::services::Services;
 use crate::stats;
 
@@ -169,7 +169,7 @@ async fn look(m: &Arc<Machine>) {
         Request::Stop(stop::TIMEOUT)
     };
     tracing::info!(machine = %m.id, ?request, "nobody uses it");
-    match task::ask(m, request).await {
+    match request::ask(m, request).await {
         Ok(op) => {
             let mut state = op.subscribe();
             let _ = state.wait_for(|o| o.ended_at.is_some()).await;

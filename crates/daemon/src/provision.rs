@@ -14,7 +14,8 @@ use tokio::task::JoinSet;
 
 use crate::db::{DbError, MachineRow};
 use crate::error::IntoApi;
-use crate::machine::task::{Current, Manner};
+use crate::machine::request::{self, Ask, ForkJob};
+use crate::machine::work::{self, Current, Manner};
 use crate::machine::{Machine, adopt, create, fork, start, task};
 use crate::ops::Op;
 use crate::services::Services;
@@ -87,7 +88,7 @@ fn begin(services: &Arc<Services>, row: MachineRow, creation: create::Creation) 
     let (asks, queue) = mpsc::channel(task::QUEUE);
     let m = Machine::new(services.clone(), row, asks);
     services.remember(m.clone());
-    let first = task::yields(&op, |superseded| {
+    let first = work::yields(&op, |superseded| {
         Box::pin(create::run(m.clone(), op.clone(), creation, superseded))
     });
     tokio::spawn(task::run(m.clone(), queue, Some(first)));
@@ -145,7 +146,7 @@ pub async fn fork(
         .map(|row| begin(services, row, creation.clone()))
         .collect();
     let copies: Vec<Arc<Machine>> = begun.iter().map(|(_, m)| m.clone()).collect();
-    let job = task::ForkJob {
+    let job = ForkJob {
         place: place.clone(),
         tell: Arc::new(tell),
     };
@@ -165,9 +166,9 @@ pub async fn fork(
 }
 
 /// Waits for the source and for every copy. All of them, or none is left.
-async fn follow(source: &Arc<Machine>, op: &Op, job: task::ForkJob, copies: &[Op]) -> Result<(), ApiError> {
+async fn follow(source: &Arc<Machine>, op: &Op, job: ForkJob, copies: &[Op]) -> Result<(), ApiError> {
     let tell = job.tell.clone();
-    let saved = task::ask(source, task::Request::Fork(job)).await;
+    let saved = request::ask(source, request::Request::Fork(job)).await;
     if let Err(e) = saved {
         tell.send_replace(Some(Err(e)));
     }
@@ -197,7 +198,7 @@ async fn follow(source: &Arc<Machine>, op: &Op, job: task::ForkJob, copies: &[Op
     for copy in copies {
         let name = copy.snapshot().target;
         if let Some(m) = machines.iter().find(|m| m.name() == name)
-            && let Ok(removal) = task::ask(m, task::Request::Delete).await
+            && let Ok(removal) = request::ask(m, request::Request::Delete).await
         {
             let mut state = removal.subscribe();
             let _ = state.wait_for(|o| o.ended_at.is_some()).await;
@@ -269,7 +270,7 @@ fn random() -> u32 {
 }
 
 /// A machine that is known and not yet looked at, with what it is asked meanwhile.
-pub type Known = (Arc<Machine>, mpsc::Receiver<task::Ask>);
+pub type Known = (Arc<Machine>, mpsc::Receiver<Ask>);
 
 /// Makes every machine of the database known. Done before anybody is served, so that no client is told that there is none.
 pub async fn load(services: &Arc<Services>) -> Result<Vec<Known>, DbError> {

@@ -26,7 +26,7 @@ use crate::agent::calls::{RECONNECT, empty, query_value, refusal, request};
 use crate::agent::{Link, LinkError, relay};
 use crate::error::{Failure, IntoApi};
 use crate::idle::{self, Use};
-use crate::machine::{Machine, task};
+use crate::machine::{Machine, request, task};
 
 type Answer<T> = Result<T, Failure>;
 
@@ -59,7 +59,7 @@ async fn link(app: &App, reference: &str) -> Result<(Use, Arc<Link>), ApiError> 
 
 /// Wakes a machine. Whoever comes second waits for the same.
 async fn wake(m: &Arc<Machine>) -> Result<(), ApiError> {
-    let op = task::ask(m, task::Request::Start(StartMachine::default())).await?;
+    let op = request::ask(m, request::Request::Start(StartMachine::default())).await?;
     let mut state = op.subscribe();
     let ended = state.wait_for(|o| o.ended_at.is_some()).await;
     match ended.map(|o| o.error.clone()) {

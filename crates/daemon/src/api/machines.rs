@@ -18,7 +18,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::App;
 use super::extract::{Body, Params};
 use crate::error::{Failure, IntoApi};
-use crate::machine::{Request, stop as stopping, task};
+use crate::machine::{Request, request, stop as stopping, task};
 use crate::{provision, stats};
 
 type Answer<T> = Result<T, Failure>;
@@ -125,7 +125,7 @@ pub(super) async fn patch(
     if let Some(bytes) = patch.disk_bytes
         && bytes > row.spec.disk_bytes
     {
-        let op = task::ask(&m, Request::GrowDisk(bytes)).await?;
+        let op = request::ask(&m, Request::GrowDisk(bytes)).await?;
         let mut state = op.subscribe();
         let _ = state.wait_for(|o| o.ended_at.is_some()).await;
         if let Some(error) = op.snapshot().error {
@@ -194,7 +194,7 @@ pub(super) async fn kill(
 pub(super) async fn accept(app: &App, reference: &str, request: Request) -> Answer<(StatusCode, Json<Accepted>)> {
     app.reconciled().await?;
     let m = app.find(reference)?;
-    let op = task::ask(&m, request).await?;
+    let op = request::ask(&m, request).await?;
     Ok((
         StatusCode::ACCEPTED,
         Json(Accepted {

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::live::Live;
 use super::record::Machine;
 use super::stages::Stages;
-use super::task::{Ended, Work};
+use super::work::{Ended, Work};
 use super::{cause, create, delete, disks, handles, restore, save, snapshot, start, stop, suspend};
 use crate::error::{IntoApi, chain};
 use crate::failpoint;

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::record::Machine;
 use super::stages::Stages;
-use super::task::Ended;
+use super::work::Ended;
 use super::{delete, disks, fork, start, stop};
 use crate::error::IntoApi;
 use crate::failpoint;

@@ -2,7 +2,7 @@
 //! [`banger_core::state`].
 //!
 //! * [`record`]: what is known of a machine, written to the database before it is shown,
-//! * [`task`]: takes requests, decides, runs one piece of work at a time,
+//! * [`task`]: takes requests ([`request`]), decides, runs one piece of [`work`] at a time,
 //! * [`create`], [`start`], [`stop`], [`delete`]: the pieces of work,
 //! * [`restore`]: a start from saved memory instead of a boot; [`save`]: the way there, [`checkpoint`] what lies between,
 //! * [`suspend`], [`snapshot`], [`fork`]: what is made of these,
@@ -21,6 +21,7 @@ pub mod fork;
 pub mod handles;
 pub mod live;
 pub mod record;
+pub mod request;
 pub mod restore;
 pub mod save;
 pub mod snapshot;
@@ -29,6 +30,7 @@ pub mod start;
 pub mod stop;
 pub mod suspend;
 pub mod task;
+pub mod work;
 
 pub use record::Machine;
-pub use task::{Ask, Reply, Request};
+pub use request::{Ask, Reply, Request};

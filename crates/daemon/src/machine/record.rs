@@ -10,7 +10,7 @@ use banger_proto::error::{ApiError, ErrorCode};
 use tokio::sync::{mpsc, watch};
 
 use super::live::Live;
-use super::task::Ask;
+use super::request::Ask;
 use crate::db::MachineRow;
 use crate::error::IntoApi;
 use crate::idle::Usage;

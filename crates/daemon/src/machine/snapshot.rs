@@ -150,7 +150,10 @@ pub fn find(m: &Machine, name: &str) -> Result<(Snapshot, Checkpoint), ApiError>
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let error = crate::stock::unknown("snapshot", name, &names);
         match names.is_empty() {
-            true => error.hint(format!("machine `{0}` has none: banger vm snapshot create {0} NAME", m.name())),
+            true => error.hint(format!(
+                "machine `{0}` has none: banger vm snapshot create {0} NAME",
+                m.name()
+            )),
             false => error,
         }
     })
