@@ -232,6 +232,9 @@ impl MachinePaths {
 ///
 /// The self-tests of the kernel's cryptography are left out: under emulation they take a fifth of the boot.
 ///
+/// Emulated guests keep no account of stalls (`psi`), and leave out the security modules that do nothing without a policy of their own
+/// (TOMOYO, BPF, integrity): both are in the path of every program's start.
+///
 /// Emulated guests do not randomise addresses: QEMU keys translated code by its virtual address, so with randomisation every
 /// process translates its loader and C library anew, which is four fifths of what starting a program costs.
 pub fn cmdline(accel: Accel, tsc_khz: Option<u64>) -> String {
@@ -250,7 +253,7 @@ pub fn cmdline(accel: Accel, tsc_khz: Option<u64>) -> String {
     match accel {
         Accel::Kvm => words.push("mitigations=auto"),
         Accel::Tcg => {
-            words.extend(["mitigations=off", "norandmaps"]);
+            words.extend(["mitigations=off", "norandmaps", "psi=0", "lsm=landlock,yama,apparmor"]);
             if let Some(khz) = tsc_khz {
                 early = format!("tsc_early_khz={khz}");
                 words.extend([early.as_str(), "tsc=reliable"]);
