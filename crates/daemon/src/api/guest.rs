@@ -43,7 +43,13 @@ async fn link(app: &App, reference: &str) -> Result<(Use, Arc<Link>), ApiError> 
     let m = app.find(reference)?;
     // Before its state is looked at: whoever suspends what is idle sees the use, or is seen.
     let used = idle::begin(&m);
-    if matches!(m.state(), MachineState::Suspended | MachineState::Suspending) {
+    let wait = match m.state() {
+        MachineState::Suspended | MachineState::Suspending => true,
+        // Until its engine is there nobody answers, and in one that is restored nothing runs yet.
+        MachineState::Starting => m.live().is_none() || m.paths.memory().exists(),
+        _ => false,
+    };
+    if wait {
         wake(&m).await?;
     }
     task::check_agent(&m)?;
