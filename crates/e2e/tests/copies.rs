@@ -538,7 +538,7 @@ fn a_machine_that_cannot_become_itself_boots() {
         let names: Vec<String> = templates(&env);
         assert!(!names.contains(&template), "{point}: the template that failed is kept");
         let log = env.daemon_log();
-        let told = log.lines().find(|l| l.contains(&template) && l.contains("dropped"));
+        let told = log.lines().rfind(|l| l.contains(&template) && l.contains("dropped"));
         assert!(
             told.is_some_and(|l| l.contains(point)),
             "{point}: the log does not say why: {told:?}"

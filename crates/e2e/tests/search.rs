@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use rustix::fs::{SeekFrom, seek};
+
 /// Which of the needles are in the files of a directory, and where.
 pub(crate) fn in_tree(dir: &Path, needles: &[(String, Vec<u8>)]) -> Vec<(String, String)> {
     let mut found = Vec::new();
@@ -14,38 +16,39 @@ pub(crate) fn in_tree(dir: &Path, needles: &[(String, Vec<u8>)]) -> Vec<(String,
             found.extend(in_tree(&path, needles));
             continue;
         }
-        let bytes = std::fs::read(&path).unwrap();
+        let bytes = data(&path);
         for (what, needle) in needles {
             if let Some(at) = positions(&bytes, needle).first() {
-                found.push((what.clone(), format!("{} at {at}", path.display())));
+                found.push((what.clone(), format!("{} at {at} of its data", path.display())));
             }
         }
     }
     found
 }
 
-/// Where a text is in another one. Holes, which are most of a memory file, are passed over quickly.
+/// What is in a file, without its holes, which are most of a memory file and of a disk.
+fn data(path: &Path) -> Vec<u8> {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let mut bytes = Vec::new();
+    let mut at = 0;
+    while let Ok(start) = seek(&file, SeekFrom::Data(at)) {
+        let end = seek(&file, SeekFrom::Hole(start)).unwrap();
+        let old = bytes.len();
+        bytes.resize(old + usize::try_from(end - start).unwrap(), 0);
+        file.read_exact_at(&mut bytes[old..], start).unwrap();
+        at = end;
+    }
+    bytes
+}
+
+/// Where a text is in another one.
 pub(crate) fn positions(text: &[u8], part: &[u8]) -> Vec<usize> {
-    let Some(&first) = part.iter().find(|b| **b != 0) else {
+    let Some((&first, rest)) = part.split_first() else {
         return Vec::new();
     };
-    let skip = part.iter().position(|b| *b == first).unwrap_or_default();
-    let mut found = Vec::new();
-    let mut at = skip;
-    while at < text.len() {
-        let block = &text[at..text.len().min(at + 4096)];
-        if !block.iter().fold(false, |any, b| any | (*b != 0)) {
-            at += block.len();
-            continue;
-        }
-        for (i, _) in block.iter().enumerate().filter(|(_, b)| **b == first) {
-            if text[at + i - skip..].starts_with(part) {
-                found.push(at + i - skip);
-            }
-        }
-        at += block.len();
-    }
-    found
+    let begins = |(at, byte): (usize, &u8)| (*byte == first && text[at + 1..].starts_with(rest)).then_some(at);
+    text.iter().enumerate().filter_map(begins).collect()
 }
 
 /// Bytes of their base64; what is none of its letters is passed over.

@@ -1,6 +1,7 @@
 //! SSH through the agent: `vm ssh`, and `ssh NAME.vm`.
 
 use std::os::unix::fs::PermissionsExt;
+use std::sync::{Mutex, PoisonError};
 
 use banger_testkit::{Need, TestEnv};
 
@@ -14,8 +15,12 @@ tests! { &[Need::Base, Need::Ssh];
     an_image_without_sshd,
 }
 
+/// The home of the shared environment is looked at by one test at a time.
+static HOME: Mutex<()> = Mutex::new(());
+
 fn vm_ssh() {
     let (env, m) = debian();
+    let _alone = HOME.lock().unwrap_or_else(PoisonError::into_inner);
     let done = env
         .banger([
             "vm",
@@ -37,6 +42,7 @@ fn vm_ssh() {
 
 fn plain_ssh_through_the_users_configuration() {
     let (env, m) = debian();
+    let _alone = HOME.lock().unwrap_or_else(PoisonError::into_inner);
     let user = TestHome::of(env);
     env.ok("ssh-config --install");
     let config = std::fs::read_to_string(user.config()).unwrap();

@@ -190,9 +190,15 @@ fn ssh_wakes_it() {
         .spawn();
     running.expect("SSH-2.0");
     runs(&env, "m");
+    // It is a use for as long as it lasts, though nothing goes through it.
+    env.ok("vm set m --idle-suspend-after 2s");
+    std::thread::sleep(Duration::from_secs(4));
+    runs(&env, "m");
     running.write("nonsense\r\n\r\n");
     running.close_stdin();
     drop(running);
+    env.ok("vm wait m --state suspended --timeout 20s");
+    env.ok("vm set m --idle-suspend-after 0s");
     let failed = env.sh("m", "systemctl --failed --no-legend --plain").code(0).out();
     assert_eq!(failed, "", "units failed over a suspension");
     env.close();

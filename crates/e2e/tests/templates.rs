@@ -201,8 +201,11 @@ fn truncate(path: &Path) {
     file.set_len(file.metadata().unwrap().len() / 2).unwrap();
 }
 
+/// What is done to a template in its directory, and what that is called.
+type Damage = (&'static str, fn(&Path));
+
 /// Starts a machine from a template with each damage: it starts all the same. Then the next one starts from a template that is whole.
-fn damaged(name: &str, damages: &[(&str, fn(&Path))]) {
+fn damaged(name: &str, damages: &[Damage]) {
     let env = TestEnv::new(name);
     let (id, place) = slim_template(&env);
     let whole = env.root().join("whole");
