@@ -177,6 +177,7 @@ fn no_two_lines(draws: &[String]) {
     assert_eq!(different.len(), lines.len(), "the same was drawn twice: {draws:?}");
 }
 
+// What is started later. That the kernel itself was given other randomness shows in what runs on, below.
 fn own_randomness() {
     let env = shared();
     // The first thing that each of them does.

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::copies::{daemon_with, has_entries};
 use crate::harness::{MACHINES, machine, tests};
-use crate::snapshots::{count, goes_on_counting, home, unfinished};
+use crate::snapshots::{count, finished, goes_on_counting};
 
 tests! { MACHINES;
     a_daemon_dies_in_a_fork,
@@ -219,7 +219,7 @@ fn the_source_dies_in_a_fork() {
             env.machine_state("m") == "stopped"
         });
         only(&env, &["m"], point);
-        assert_eq!(unfinished(&home(&env, "m")), [""; 0], "{point}");
+        finished(&env, "m", point);
         env.ok("vm start m");
         env.sh("m", "true").code(0);
     }
@@ -291,7 +291,7 @@ fn a_daemon_dies_in_a_fork() {
         only(&env, &["m"], point);
         goes_on_counting(&env, "m");
         assert_eq!(env.boot_id("m"), boot, "{point}");
-        assert_eq!(unfinished(&home(&env, "m")), [""; 0], "{point}");
+        finished(&env, "m", point);
     }
     env.close();
 }

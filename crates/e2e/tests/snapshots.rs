@@ -35,7 +35,7 @@ fn names(env: &TestEnv, m: &str) -> Vec<String> {
 }
 
 /// Names of what is begun and not done in a machine's directory.
-pub(crate) fn unfinished(home: &Path) -> Vec<String> {
+fn unfinished(home: &Path) -> Vec<String> {
     let mut all = Vec::new();
     for dir in [home.to_owned(), home.join("snapshots"), home.join("disks")] {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
@@ -44,6 +44,16 @@ pub(crate) fn unfinished(home: &Path) -> Vec<String> {
     let signs = [".new", ".spent", ".next", "freeze.json"];
     all.retain(|name| signs.iter().any(|sign| name.contains(sign)));
     all
+}
+
+/// Nothing begun is left in a machine's directory. What is over is cleared after it was told.
+#[track_caller]
+pub(crate) fn finished(env: &TestEnv, m: &str, when: &str) {
+    let home = home(env, m);
+    let what = format!("what was begun of {m} to be cleared ({when})");
+    if !processes::reached(Duration::from_secs(5), || unfinished(&home).is_empty()) {
+        panic!("waited in vain for {what}: {:?}", unfinished(&home));
+    }
 }
 
 /// A program that counts in its memory and writes each number to the disk before the next.
@@ -255,7 +265,7 @@ fn restored_from_every_state() {
         assert_eq!(env.machine_state("m"), "running", "after {put}");
         env.sh("m", "cat /dev/shm/held").code(0).prints("held\n");
         assert_eq!(env.engines().len(), 1, "after {put}");
-        assert!(unfinished(&home(&env, "m")).is_empty(), "after {put}");
+        finished(&env, "m", &format!("after {put}"));
     }
     env.close();
 }
@@ -282,7 +292,7 @@ fn damage_is_told_before_anything_ends() {
             (env.boot_id("m"), env.machine_state("m").as_str()),
             (boot.clone(), "running")
         );
-        assert!(unfinished(&home(&env, "m")).is_empty());
+        finished(&env, "m", "after a refusal");
         env.ok("vm snapshot delete m s");
     }
     for file in ["memory", "state", "disks", "manifest.json"] {
@@ -374,7 +384,7 @@ fn a_daemon_dies_while_one_is_taken() {
             (boot.clone(), "running"),
             "{point}"
         );
-        assert_eq!(unfinished(&home(&env, "m")), [""; 0], "{point}");
+        finished(&env, "m", point);
         let there = names(&env, "m");
         assert_eq!(
             there,
@@ -419,7 +429,7 @@ fn a_daemon_dies_while_one_is_restored() {
         });
         let state = env.machine_state("m");
         assert_eq!(env.engines().len(), usize::from(state == "running"), "{point}: {state}");
-        assert_eq!(unfinished(&home(&env, "m")), [""; 0], "{point}");
+        finished(&env, "m", point);
         // What it is now is either as before or as wanted, never a mixture.
         env.ok("vm start m");
         let seen = env.sh("m", "cat /root/when /dev/shm/when 2>/dev/null").out();

@@ -6,7 +6,7 @@ use banger_testkit::{Need, TestEnv, env::CONFIG, need, processes};
 
 use crate::copies::daemon_with;
 use crate::harness::{MACHINES, create, machine, tests};
-use crate::snapshots::{count, goes_on_counting, home, unfinished};
+use crate::snapshots::{count, finished, goes_on_counting, home};
 
 tests! { MACHINES;
     a_daemon_dies_in_a_suspension,
@@ -34,7 +34,7 @@ fn rests(env: &TestEnv, m: &str) {
     let home = home(env, m);
     assert!(home.join("suspended/memory").is_file() && home.join("suspended/state").is_file());
     assert!(!home.join("memory").exists());
-    assert_eq!(unfinished(&home), [""; 0]);
+    finished(env, m, "now");
 }
 
 /// It runs, once, and what it was suspended in is gone.
@@ -43,7 +43,7 @@ fn runs(env: &TestEnv, m: &str) {
     assert_eq!((env.machine_state(m).as_str(), env.engines().len()), ("running", 1));
     let home = home(env, m);
     assert!(!home.join("suspended").exists());
-    assert_eq!(unfinished(&home), [""; 0]);
+    finished(env, m, "now");
 }
 
 fn suspend_and_start() {
@@ -243,7 +243,7 @@ fn wakes_and_stops_at_once() {
                 Duration::from_secs(5),
                 || env.engines().len() == usize::from(state == "running"),
             );
-            assert_eq!(unfinished(&home(&env, "m")), [""; 0], "{end:?} after {pause} ms");
+            finished(&env, "m", &format!("{end:?} after {pause} ms"));
             assert_eq!(
                 home(&env, "m").join("suspended").exists(),
                 state == "suspended",
@@ -428,7 +428,7 @@ fn settled(env: &TestEnv, boot: &mut String, point: &str) {
     });
     let state = env.machine_state("m");
     assert_eq!(env.engines().len(), usize::from(state == "running"), "{point}: {state}");
-    assert_eq!(unfinished(&home(env, "m")), [""; 0], "{point}: {state}");
+    finished(env, "m", &format!("{point}: {state}"));
     eprintln!("{point}: {state}");
     if state == "stopped" {
         assert!(
