@@ -455,7 +455,16 @@ fn workspace_is_in_a_fork() {
 
 fn journal_and_units_of_a_copy() {
     let env = shared();
-    let names = three(env, "units", "debian");
+    let names = ["units", "units-other", "units-fork"].map(str::to_owned);
+    create(env, "units", "debian");
+    create(env, "units-other", "debian");
+    // The source's journal has been written to: what writes it knows who it is there.
+    env.sh("units", "logger word-of-the-source").code(0);
+    processes::until("the word in the source's journal", Duration::from_secs(20), || {
+        let seen = env.sh("units", "journalctl --no-pager -n 200 -o cat");
+        seen.out().contains("word-of-the-source")
+    });
+    env.ok("vm fork units --name units-fork");
     for name in &names[1..] {
         let sh = |script: &str| env.sh(name, script).code(0).out();
         assert_eq!(
@@ -473,6 +482,12 @@ fn journal_and_units_of_a_copy() {
         assert!(
             host.contains(&format!("word-of-{name}")),
             "the journal has another host name: {host}"
+        );
+        let entry = sh(&format!("journalctl --no-pager -o export MESSAGE=word-of-{name}"));
+        let id = sh("cat /etc/machine-id");
+        assert!(
+            entry.contains(&format!("_MACHINE_ID={}", id.trim())),
+            "the journal is that of another machine: {entry}"
         );
         // No timer went off because of the jump in time.
         let fired = sh("systemctl list-timers --all --no-legend --plain | grep -c ' ago ' || true");
