@@ -11,9 +11,9 @@ use rustix::process::Pid;
 
 use crate::freezer::Freezer;
 use crate::handover::{Handover, Known};
-use crate::personalize;
 use crate::session::table::Sessions;
 use crate::system::System;
+use crate::{personalize, rehearsal};
 
 /// The agent.
 pub struct Agent {
@@ -36,6 +36,8 @@ pub struct Agent {
     pub(crate) handover: tokio::sync::Mutex<Option<Handover>>,
     /// Personalizing changes the machine; only in a guest.
     in_guest: bool,
+    /// There is a second processor, for what may be done beside.
+    pub(crate) beside: bool,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -87,6 +89,7 @@ impl Agent {
             known: Mutex::new(known),
             handover: tokio::sync::Mutex::new(handover),
             in_guest,
+            beside: in_guest && rehearsal::possible(),
         })
     }
 

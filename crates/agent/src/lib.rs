@@ -19,6 +19,7 @@ pub mod handover;
 pub mod personalize;
 pub mod pid1;
 mod power;
+pub mod rehearsal;
 mod renew;
 mod reply;
 pub mod serve;

@@ -8,6 +8,7 @@ fn main() -> ExitCode {
     }
     match std::env::args().nth(1).as_deref() {
         Some(banger_agent::pid1::SERVE) => banger_agent::serve::run(),
+        Some(banger_agent::rehearsal::NOTHING) => ExitCode::SUCCESS,
         _ => {
             banger_agent::serve::say_usage();
             ExitCode::from(2)

@@ -15,7 +15,7 @@ use crate::channel::Channel;
 use crate::channel::virtio::{Port, find_port};
 use crate::console::{chain, say};
 use crate::handover::{Handover, recall};
-use crate::server;
+use crate::{rehearsal, server};
 
 /// How long the agent waits before it looks for a channel again that was not there or broke.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -84,6 +84,10 @@ async fn serve(socket: std::os::unix::net::UnixStream) -> io::Result<()> {
 pub async fn serve_channel<C: Channel>(agent: &Arc<Agent>, mut channel: C) -> io::Result<()> {
     loop {
         let stream = channel.accept().await?;
+        if agent.beside && agent.is_frozen() {
+            // A copy that wakes, most likely.
+            rehearsal::begin();
+        }
         // However a connection ends, the next one is the host's affair.
         let _ = server::serve(agent.clone(), stream).await;
     }

@@ -24,6 +24,7 @@ tests! { MACHINES;
     clock_is_right_at_once,
     monotonic_clock_is_sane,
     no_session_in_a_copy,
+    a_rehearsal_leaves_nothing,
     workspace_is_in_a_fork,
     a_fork_that_cannot_become_itself_is_not_handed_over,
     a_machine_that_cannot_become_itself_boots,
@@ -383,6 +384,24 @@ fn no_secret_in_a_template() {
     );
     let found = search::in_tree(&place, &needles);
     assert!(found.is_empty(), "in the template: {found:?}");
+    env.close();
+}
+
+/// A copy with a second processor runs a command of the agent's there while it wakes.
+fn a_rehearsal_leaves_nothing() {
+    let env = TestEnv::new("rehearsal");
+    env.ok("vm create --name m --vcpu 2 --memory 256M debian-slim");
+    assert_eq!(env.machine("m")["boot"]["how"], "template");
+    assert_eq!(env.json("vm sessions m"), serde_json::json!([]));
+    let processes = "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done";
+    processes::until("the rehearsal to end", Duration::from_secs(10), || {
+        !env.sh("m", &format!("{processes} | grep -w '[n]othing' || true"))
+            .code(0)
+            .out()
+            .contains("nothing")
+    });
+    // What it was is over, and what follows is as ever.
+    env.sh("m", "exit 7").code(7);
     env.close();
 }
 
