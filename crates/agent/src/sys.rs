@@ -45,6 +45,7 @@ pub(crate) fn prepare(command: &mut Command, setup: ChildSetup) {
         if setup.tty {
             rustix::process::setsid()?;
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+            take_keys();
         }
         if let Some((uid, gid, groups)) = &user {
             rustix::thread::set_thread_groups(groups)?;
@@ -57,6 +58,14 @@ pub(crate) fn prepare(command: &mut Command, setup: ChildSetup) {
     // nothing and takes no lock, so it may run between fork and exec.
     unsafe {
         command.pre_exec(hook);
+    }
+}
+
+/// The signals of a terminal's keys do what they do after a login, whoever ignored them before: a shell cannot undo that itself.
+fn take_keys() {
+    for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
+        // SAFETY: `signal` takes two integers; it may be called between fork and exec. That it refuses is not possible for these.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
 }
 
