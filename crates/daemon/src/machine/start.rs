@@ -185,7 +185,8 @@ pub async fn launch_engine(m: &Arc<Machine>, stages: &Stages, resume: Option<Sav
         .cancellable(boot_plan(&m.services, &m.id, &spec, &m.paths, resume))
         .await?;
     // Not cut off in between: an engine that was half launched would have no owner.
-    let launched = engine.launch(&plan).await.map_err(IntoApi::into_api)?;
+    let launched = engine.launch(&plan).await;
+    let launched = launched.map_err(|e| explain(m, stages, e.into_api()))?;
     let passed = failpoint::hit("start.launched").await;
     let live = Live::new(&m.id, engine, launched.clone());
     let written = handles::write(&m.paths.handles(), &launched);
