@@ -15,6 +15,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod blocking;
 pub mod commit;
 pub mod db;
 pub mod doctor;

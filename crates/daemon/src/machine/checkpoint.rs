@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::disks::read_json;
 use super::handles::write_atomically;
+use crate::blocking::blocking;
 use crate::error::{self, chain};
 use crate::services::Services;
 use crate::stats;
@@ -119,11 +120,10 @@ impl Checkpoint {
             let fits = fits(services).await?;
             let boot_id = services.host().await.boot_id.clone();
             let Saved { memory, state } = files(dir);
-            let sealed = tokio::task::spawn_blocking(move || {
-                let seal = |path: &Path| seal::seal(path, &boot_id).map_err(crate::error::IntoApi::into_api);
-                Ok::<_, ApiError>((seal(&memory)?, seal(&state)?))
-            });
-            let (memory, state) = sealed.await.map_err(broke_off)??;
+            let (memory, state) = blocking(move || {
+                Ok::<_, banger_image::Error>((seal::seal(&memory, &boot_id)?, seal::seal(&state, &boot_id)?))
+            })
+            .await?;
             Some(Memory { fits, memory, state })
         } else {
             None
@@ -212,19 +212,16 @@ impl Checkpoint {
         }
         let boot_id = services.host().await.boot_id.clone();
         let saved = self.saved();
-        let checked = tokio::task::spawn_blocking(move || {
-            seal::check(&saved.memory, &memory.memory, &boot_id)?;
-            seal::check(&saved.state, &memory.state, &boot_id)
-        });
-        checked.await.map_err(broke_off)?.map_err(|e| {
-            ApiError::new(
-                ErrorCode::Conflict,
-                format!("the saved memory cannot be used: {}", chain(&e)),
-            )
+        blocking(move || {
+            let check = || {
+                seal::check(&saved.memory, &memory.memory, &boot_id)?;
+                seal::check(&saved.state, &memory.state, &boot_id)
+            };
+            check().map_err(|e| {
+                let message = format!("the saved memory cannot be used: {}", chain(&e));
+                ApiError::new(ErrorCode::Conflict, message)
+            })
         })
+        .await
     }
-}
-
-fn broke_off(e: tokio::task::JoinError) -> ApiError {
-    ApiError::new(ErrorCode::Internal, format!("work on saved memory broke off: {e}"))
 }

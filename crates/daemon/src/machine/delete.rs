@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use banger_core::state::{self, Event};
-use banger_proto::error::{ApiError, ErrorCode};
+use banger_proto::error::ApiError;
 
 use super::adopt;
 use super::record::Machine;
 use super::start::remove_dir;
 use super::stop;
+use crate::blocking::blocking;
 use crate::error::IntoApi;
 use crate::failpoint;
 use crate::ops::Op;
@@ -33,11 +34,7 @@ pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
     keep(&mut errors, stop::clean_up(m).await);
     keep(&mut errors, m.services.ssh.forget(&m.id).await);
     let state = m.paths.state.clone();
-    let removed = tokio::task::spawn_blocking(move || remove_dir(&state)).await;
-    keep(
-        &mut errors,
-        removed.unwrap_or_else(|e| Err(ApiError::new(ErrorCode::Internal, format!("cannot remove files: {e}")))),
-    );
+    keep(&mut errors, blocking(move || remove_dir(&state)).await);
     keep(&mut errors, failpoint::hit("delete.files").await);
     if let Some(first) = errors.first().cloned() {
         let details: Vec<String> = errors.iter().map(|e| e.message.clone()).collect();

@@ -28,6 +28,7 @@ use super::save::{self, Take};
 use super::stages::Stages;
 use super::start::{self, remove_dir};
 use super::{create, disks, stop, suspend};
+use crate::blocking::blocking;
 use crate::error::{self, IntoApi};
 use crate::failpoint;
 use crate::ops::Op;
@@ -167,9 +168,7 @@ pub async fn delete(m: &Arc<Machine>, name: &str) -> Result<(), ApiError> {
     remove_dir(&gone)?;
     let place = place(m, &snapshot.name);
     std::fs::rename(&place, &gone).map_err(|e| error::io(format_args!("remove {}", place.display()), e))?;
-    tokio::task::spawn_blocking(move || remove_dir(&gone))
-        .await
-        .unwrap_or_else(|e| Err(ApiError::new(ErrorCode::Internal, format!("cannot remove files: {e}"))))
+    blocking(move || remove_dir(&gone)).await
 }
 
 /// Puts the machine back to a snapshot. With memory it runs then.

@@ -22,6 +22,7 @@ use super::restore::{self, Becomes};
 use super::stages::Stages;
 use super::{cause, disks, handles, save, stop, suspend};
 use crate::agent::{LinkError, sanitize};
+use crate::blocking::blocking;
 use crate::error::{self, IntoApi};
 use crate::services::Services;
 use crate::{failpoint, time};
@@ -227,17 +228,6 @@ pub async fn boot_plan(
         }),
         resume,
         paths: paths.clone(),
-    })
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| {
-        Err(ApiError::new(
-            ErrorCode::Internal,
-            format!("work on files broke off: {e}"),
-        ))
     })
 }
 

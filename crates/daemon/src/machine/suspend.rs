@@ -27,6 +27,7 @@ use super::save::{self, Take};
 use super::stages::Stages;
 use super::start::{self, remove_dir};
 use super::{disks, stop};
+use crate::blocking::blocking;
 use crate::error::{self, IntoApi};
 use crate::failpoint;
 use crate::ops::Op;
@@ -150,14 +151,9 @@ async fn sync(dir: PathBuf) -> Result<(), ApiError> {
                 .and_then(|file| file.sync_data())
                 .map_err(|e| error::io(format_args!("write {}", path.display()), e))?;
         }
-        Ok(())
+        Ok::<_, ApiError>(())
     };
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| {
-        Err(ApiError::new(
-            ErrorCode::Internal,
-            format!("writing memory broke off: {e}"),
-        ))
-    })
+    blocking(work).await
 }
 
 /// A suspension that came to nothing, while its engine lives: the machine runs on.

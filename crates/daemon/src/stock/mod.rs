@@ -14,6 +14,7 @@ use banger_image::{Draft, recipe};
 use banger_proto::api::{Check, CheckLevel, Image, Kernel, MachineSpec};
 use banger_proto::error::{ApiError, ErrorCode};
 
+use crate::blocking::blocking;
 use crate::db::{Db, NameTable, NamedObject};
 use crate::error::IntoApi;
 use crate::machine::disks;
@@ -174,14 +175,7 @@ impl Stock {
     pub async fn make_disks(&self, paths: &MachinePaths, image_digest: &str, root_bytes: u64) -> Result<(), ApiError> {
         let image = self.shelf.image_file(image_digest).await?;
         let dir = paths.disks();
-        tokio::task::spawn_blocking(move || disks::create(&dir, &image, root_bytes))
-            .await
-            .unwrap_or_else(|e| {
-                Err(ApiError::new(
-                    ErrorCode::Internal,
-                    format!("making disks broke off: {e}"),
-                ))
-            })
+        blocking(move || disks::create(&dir, &image, root_bytes)).await
     }
 
     /// Checks that an image may be stored under this name.
@@ -334,19 +328,6 @@ impl Stock {
         } else {
             self.shelf.delete_kernel(&kernel.digest).await
         }
-    }
-}
-
-/// Runs blocking work of the image crate.
-pub async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> banger_image::Result<T> + Send + 'static,
-) -> Result<T, ApiError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(IntoApi::into_api),
-        Err(e) => Err(ApiError::new(
-            ErrorCode::Internal,
-            format!("work on the store broke off: {e}"),
-        )),
     }
 }
 

@@ -8,7 +8,7 @@ use banger_image::{Digest, Draft, Progress, Stage, Store, Unit};
 use banger_proto::api::{Progress as ApiProgress, ProgressUnit};
 use banger_proto::error::{ApiError, ErrorCode};
 
-use super::blocking;
+use crate::blocking::blocking;
 use crate::error::{IntoApi, chain};
 use crate::ops::Op;
 

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::warm;
+use crate::blocking::blocking;
 use crate::error::IntoApi;
 use crate::failpoint;
 use crate::machine::checkpoint::{self, Checkpoint};
@@ -156,17 +157,12 @@ impl Builder {
         // It has written out its disks when it stopped.
         stop::kill_now(live).await?;
         let (dir, frozen, layer) = (self.paths.disks(), target.join("disks"), save::layer_name()?);
-        let layers = tokio::task::spawn_blocking(move || {
+        let layers = blocking(move || {
             disks::freeze_at_rest(&dir, &layer)?;
             disks::export(&dir, &frozen)?;
             disks::read_list(&frozen)
-        });
-        let layers = layers.await.unwrap_or_else(|e| {
-            Err(ApiError::new(
-                ErrorCode::Internal,
-                format!("freezing disks broke off: {e}"),
-            ))
-        })?;
+        })
+        .await?;
         let spec = self.spec.clone();
         let id = self.id.as_str();
         Checkpoint::seal(&self.services, &target, id, spec, layers.layers, true, saved.paused).await

@@ -23,6 +23,7 @@ use banger_proto::api::{MachineSpec, Pruned, Template};
 use banger_proto::error::{ApiError, ErrorCode};
 use serde::Serialize;
 
+use crate::blocking::blocking;
 use crate::db::TemplateRow;
 use crate::error::IntoApi;
 use crate::machine::checkpoint::{self, Checkpoint, Fits};
@@ -234,8 +235,7 @@ impl Templates {
             }
             _ => {}
         }
-        let removed = tokio::task::spawn_blocking(move || remove_dir(&away)).await;
-        removed.unwrap_or_else(|e| Err(ApiError::new(ErrorCode::Internal, format!("cannot remove files: {e}"))))?;
+        blocking(move || remove_dir(&away)).await?;
         services
             .db
             .delete_template(id.to_owned())
