@@ -81,8 +81,16 @@ fn gone_after_control_c_on_a_terminal() {
     terminal.expect("# ");
     // In a shell this ends nothing but the line.
     terminal.send([3]);
-    // A shell that is just printing its prompt does not print another one.
     terminal.expect("^C");
+    // What is typed while the shell handles the signal may be lost, and one that was just printing its prompt prints no other: a line
+    // that has an answer tells that it listens again.
+    let listens = (0..20).any(|_| {
+        terminal.send("echo aga''in\r");
+        terminal.screen.until(Duration::from_secs(3), |screen| {
+            screen.windows(5).any(|text| text == b"again")
+        })
+    });
+    assert!(listens, "{}", terminal.screen.text());
     terminal.send("exit 3\r");
     assert_eq!(terminal.wait(), 3);
     // B30: the reminder came under --rm.
