@@ -5,6 +5,8 @@
 
 use std::path::PathBuf;
 
+pub use banger_system::helper::DiskRole;
+
 use crate::host::Accel;
 use crate::id::MachineId;
 
@@ -81,6 +83,8 @@ pub struct BootPlan {
     pub disks: Vec<Disk>,
     /// Network of the first interface, if it has one.
     pub network: Option<NetworkPlan>,
+    /// Its place in system mode (`banger_system::net`), where there is one.
+    pub slot: Option<u32>,
     /// Memory and devices to go on with; none boots.
     pub resume: Option<Saved>,
     /// Where the machine's sockets, logs and handles live.
@@ -113,25 +117,6 @@ pub struct Disk {
     pub base: Option<PathBuf>,
 }
 
-/// What a disk is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DiskRole {
-    /// The root file system.
-    Root,
-    /// `/root`.
-    Work,
-}
-
-impl DiskRole {
-    /// The virtio-blk serial.
-    pub fn serial(self) -> &'static str {
-        match self {
-            Self::Root => "root",
-            Self::Work => "work",
-        }
-    }
-}
-
 /// Format of a disk file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DiskFormat {
@@ -139,6 +124,8 @@ pub enum DiskFormat {
     Raw,
     /// QEMU copy-on-write over a read-only raw image.
     Qcow2,
+    /// A block device.
+    Device,
 }
 
 /// Network of the first interface.
@@ -151,10 +138,12 @@ pub struct NetworkPlan {
 }
 
 /// Kind of network back end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetworkKind {
     /// The engine's own user-mode network.
     User,
+    /// A tap that is there and that the engine's user may open, by its name.
+    Tap(String),
 }
 
 /// Files of one machine. All are derived from two directories and the id.

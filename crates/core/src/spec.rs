@@ -78,10 +78,10 @@ pub enum SpecError {
         image: u64,
     },
     /// Engine.
-    #[error("unknown engine `{0}`; `auto` and `qemu` are known")]
+    #[error("unknown engine `{0}`; `auto`, `qemu` and `firecracker` are known")]
     Engine(String),
     /// Network.
-    #[error("unknown network `{0}`; `user` and `none` are known")]
+    #[error("unknown network `{0}`; `user`, `bridge` and `none` are known")]
     Network(String),
 }
 
@@ -114,7 +114,7 @@ pub fn check_disk(bytes: u64) -> Result<(), SpecError> {
 
 /// Checks the name of an engine.
 pub fn check_engine(engine: &str) -> Result<(), SpecError> {
-    if matches!(engine, "auto" | "qemu") {
+    if matches!(engine, "auto" | "qemu" | "firecracker") {
         Ok(())
     } else {
         Err(SpecError::Engine(engine.escape_default().to_string()))
@@ -123,7 +123,7 @@ pub fn check_engine(engine: &str) -> Result<(), SpecError> {
 
 /// Checks the kind of a network.
 pub fn check_network(network: &str) -> Result<(), SpecError> {
-    if matches!(network, "user" | "none") {
+    if matches!(network, "user" | "bridge" | "none") {
         Ok(())
     } else {
         Err(SpecError::Network(network.escape_default().to_string()))
@@ -284,8 +284,8 @@ mod tests {
         assert_eq!(with(|r| r.disk_bytes = Some(1)), SpecError::Disk(1));
         assert_eq!(with(|r| r.engine = Some("xen".into())), SpecError::Engine("xen".into()));
         assert_eq!(
-            with(|r| r.network = Some("bridge".into())),
-            SpecError::Network("bridge".into())
+            with(|r| r.network = Some("wifi".into())),
+            SpecError::Network("wifi".into())
         );
     }
 

@@ -79,6 +79,8 @@ pub async fn resolve(services: &Services, request: &CreateMachine) -> Result<Mac
         memory_mib: resolved.memory_mib,
         disk_bytes: resolved.disk_bytes,
         network: resolved.network,
+        nat: true,
+        net_group: None,
     })
 }
 
@@ -252,6 +254,8 @@ async fn insert(services: &Services, name: Option<MachineName>, draft: Draft) ->
             boot: None,
             auto_remove: draft.auto_remove,
             idle_suspend_after_ms: draft.idle_suspend_after_ms,
+            slot: None,
+            forwards: Vec::new(),
         };
         match services.db.insert_machine(row.clone()).await {
             Ok(()) => return Ok(row),

@@ -61,8 +61,32 @@ pub enum Liveness {
     Unclear(String),
 }
 
-/// What is done right before a machine's virtual CPUs stop to be saved.
-pub type HoldStill = BoxFuture<'static, Result<(), EngineError>>;
+/// What a caller of [`Engine::save`] does at a certain point of it.
+pub type Step = BoxFuture<'static, Result<(), EngineError>>;
+
+/// The caller's part in a save. An error of a step ends the save; a step before which the save ends is not begun.
+pub struct Steps {
+    /// Right before the virtual CPUs stop, when everything that takes long has been: the guest is asked to come to rest.
+    pub hold_still: Step,
+    /// When they have stopped and the disks have taken what was under way: disks that are not frozen in layers are copied.
+    pub while_still: Step,
+}
+
+impl Steps {
+    /// A caller with no part in it.
+    pub fn none() -> Self {
+        Self {
+            hold_still: Box::pin(std::future::ready(Ok(()))),
+            while_still: Box::pin(std::future::ready(Ok(()))),
+        }
+    }
+}
+
+impl std::fmt::Debug for Steps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Steps").finish_non_exhaustive()
+    }
+}
 
 /// What is saved of a machine, all at one point in time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -234,8 +258,6 @@ pub trait Engine: Send + Sync {
     fn vcpu_state<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<VcpuState, EngineError>>;
 
     /// Saves memory, devices and disks of a machine at one point in time, with the virtual CPUs stopped as briefly as possible.
-    /// `hold_still` is done right before they stop, when everything that takes long has been: the guest is asked to come to rest.
-    /// An error of it ends the save; where the save ends before, it is not begun.
     ///
     /// On failure the machine runs on as before with the disks it had, and files that were begun are removed; unless the engine
     /// itself has gone. An engine whose caller goes away is not left paused either.
@@ -243,7 +265,7 @@ pub trait Engine: Send + Sync {
         &'a self,
         handles: &'a Handles,
         plan: &'a SavePlan,
-        hold_still: HoldStill,
+        steps: Steps,
     ) -> BoxFuture<'a, Result<SaveReport, EngineError>>;
 
     /// The files that take the writes of the machine's disks now, as the engine opened them: for the case that nobody saw

@@ -6,6 +6,7 @@
 //!
 //! * [`engine`]: the interface,
 //! * [`host`]: what this host can do,
+//! * [`jail`]: what a jailed engine needs of root,
 //! * [`identity`]: whether a process is the one that was meant,
 //! * [`records`]: what a launched engine leaves behind: console log and exit record,
 //! * [`qmp`]: QEMU's control protocol,
@@ -15,6 +16,7 @@ mod dial;
 pub mod engine;
 pub mod host;
 pub mod identity;
+pub mod jail;
 mod memory;
 pub mod qemu;
 pub mod qmp;
@@ -22,7 +24,7 @@ pub mod records;
 mod sys;
 
 pub use engine::{
-    AfterSave, Capabilities, Engine, EngineError, EngineExit, FreshLayer, Handles, HoldStill, Liveness, SavePlan,
-    SaveReport, VcpuState,
+    AfterSave, Capabilities, Engine, EngineError, EngineExit, FreshLayer, Handles, Liveness, SavePlan, SaveReport,
+    Step, Steps, VcpuState,
 };
 pub use records::{ExitRecord, console_tail, exit_record};

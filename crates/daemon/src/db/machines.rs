@@ -1,7 +1,7 @@
 //! Rows of machines.
 
 use banger_core::id::MachineId;
-use banger_proto::api::{BootReport, MachineSpec, MachineState, Timestamp, Workspace};
+use banger_proto::api::{BootReport, Forward, MachineSpec, MachineState, Timestamp, Workspace};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -33,10 +33,14 @@ pub struct MachineRow {
     pub auto_remove: bool,
     /// Suspended after so many milliseconds without use; 0 is never.
     pub idle_suspend_after_ms: u64,
+    /// Its place in the network of system mode (`banger_system::net`): no two machines have the same.
+    pub slot: Option<u32>,
+    /// Ports of the host that lead to it.
+    pub forwards: Vec<Forward>,
 }
 
 const COLUMNS: &str = "id, name, state, cause, spec, created_at, started_at, workspace, boot, auto_remove, \
-                       idle_suspend_after_ms";
+                       idle_suspend_after_ms, slot, forwards";
 
 impl Db {
     /// All machines, oldest first.
@@ -93,7 +97,7 @@ fn insert(c: &Connection, row: &MachineRow) -> Result<(), DbError> {
     write(
         c,
         row,
-        &format!("INSERT INTO machines ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)"),
+        &format!("INSERT INTO machines ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)"),
     )
 }
 
@@ -102,7 +106,8 @@ fn update(c: &Connection, row: &MachineRow) -> Result<(), DbError> {
         c,
         row,
         "UPDATE machines SET name = ?2, state = ?3, cause = ?4, spec = ?5, created_at = ?6, started_at = ?7,
-         workspace = ?8, boot = ?9, auto_remove = ?10, idle_suspend_after_ms = ?11 WHERE id = ?1",
+         workspace = ?8, boot = ?9, auto_remove = ?10, idle_suspend_after_ms = ?11,
+         slot = ?12, forwards = ?13 WHERE id = ?1",
     )
 }
 
@@ -119,6 +124,8 @@ fn write(c: &Connection, row: &MachineRow, sql: &str) -> Result<(), DbError> {
         row.boot.as_ref().map(json).transpose()?,
         row.auto_remove,
         i64::try_from(row.idle_suspend_after_ms).unwrap_or(i64::MAX),
+        row.slot,
+        json(&row.forwards)?,
     ];
     match c.prepare_cached(sql)?.execute(values) {
         Ok(_) => Ok(()),
@@ -155,6 +162,8 @@ fn read(row: &Row<'_>) -> Result<MachineRow, DbError> {
         boot: row.get::<_, Option<String>>(8)?.map(|t| parse(&t, &id)).transpose()?,
         auto_remove: row.get(9)?,
         idle_suspend_after_ms: row.get::<_, i64>(10)?.try_into().unwrap_or(0),
+        slot: row.get(11)?,
+        forwards: parse(&row.get::<_, String>(12)?, &id)?,
     })
 }
 
@@ -196,6 +205,8 @@ pub(crate) mod tests {
                 memory_mib: 512,
                 disk_bytes: 1 << 30,
                 network: "user".to_owned(),
+                nat: true,
+                net_group: None,
             },
             created_at: crate::time::now(),
             started_at: None,
@@ -203,6 +214,8 @@ pub(crate) mod tests {
             boot: None,
             auto_remove: false,
             idle_suspend_after_ms: 0,
+            slot: None,
+            forwards: Vec::new(),
         }
     }
 

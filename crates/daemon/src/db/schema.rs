@@ -44,6 +44,10 @@ const MIGRATIONS: &[&str] = &[
         created_at   TEXT NOT NULL,
         last_used_at TEXT
     ) STRICT;",
+    // 3: a machine's place in the network of system mode, and ports of the host that lead to it.
+    "ALTER TABLE machines ADD COLUMN slot INTEGER;
+    CREATE UNIQUE INDEX machines_slot ON machines (slot);
+    ALTER TABLE machines ADD COLUMN forwards TEXT NOT NULL DEFAULT '[]';",
 ];
 
 /// The schema this build knows.

@@ -113,6 +113,8 @@ impl Machine {
             boot: row.boot,
             auto_remove: row.auto_remove,
             idle_suspend_after_ms: row.idle_suspend_after_ms,
+            address: None,
+            forwards: row.forwards,
         }
     }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use banger_proto::agent::{Freeze, Renew};
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_vmm::{AfterSave, EngineError, HoldStill, SavePlan};
+use banger_vmm::{AfterSave, EngineError, SavePlan, Step, Steps};
 
 use super::checkpoint;
 use super::disks;
@@ -95,8 +95,11 @@ async fn save(m: &Machine, live: &Live, take: Take<'_>, still: &Arc<Still>) -> R
         layers,
         then: take.then,
     };
-    let hold_still = hold_still(live.clone(), take.memory.is_none(), take.then, still.clone());
-    let saved = live.engine.save(&live.handles, &plan, hold_still).await;
+    let steps = Steps {
+        hold_still: hold_still(live.clone(), take.memory.is_none(), take.then, still.clone()),
+        while_still: Box::pin(std::future::ready(Ok(()))),
+    };
+    let saved = live.engine.save(&live.handles, &plan, steps).await;
     // What the guest said is the better reason.
     let saved = saved.map_err(|e| still.state().1.take().unwrap_or_else(|| e.into_api()));
     if let Some(layer) = take.layer {
@@ -117,7 +120,7 @@ async fn save(m: &Machine, live: &Live, take: Take<'_>, still: &Arc<Still>) -> R
 }
 
 /// Freezes the guest. One that is not to run again gives up its connection too, so that it has none when it goes on.
-fn hold_still(live: Live, sync: bool, then: AfterSave, still: Arc<Still>) -> HoldStill {
+fn hold_still(live: Live, sync: bool, then: AfterSave, still: Arc<Still>) -> Step {
     let told = still.clone();
     let work = async move {
         still.state().0 = Some(Instant::now());

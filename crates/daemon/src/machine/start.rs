@@ -226,6 +226,7 @@ pub async fn boot_plan(
             kind: NetworkKind::User,
             mac: id.mac(),
         }),
+        slot: None,
         resume,
         paths: paths.clone(),
     })

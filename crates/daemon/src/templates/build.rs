@@ -12,7 +12,7 @@ use banger_core::plan::MachinePaths;
 use banger_proto::agent::Freeze;
 use banger_proto::api::MachineSpec;
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_vmm::{AfterSave, Liveness, SavePlan, console_tail};
+use banger_vmm::{AfterSave, Liveness, SavePlan, Steps, console_tail};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -150,7 +150,7 @@ impl Builder {
         };
         let saved = live
             .engine
-            .save(&live.handles, &save, Box::pin(async { Ok(()) }))
+            .save(&live.handles, &save, Steps::none())
             .await
             .map_err(IntoApi::into_api)?;
         failpoint::hit("template.saved").await?;

@@ -17,7 +17,7 @@ use crate::error::{Error, IoContext, Result};
 pub fn create_layer(below: &Path, format: DiskFormat, target: &Path) -> Result<()> {
     let file = File::open(below).on("open", below)?;
     let size = match format {
-        DiskFormat::Raw => file.metadata().on("read", below)?.len().next_multiple_of(512),
+        DiskFormat::Raw | DiskFormat::Device => file.metadata().on("read", below)?.len().next_multiple_of(512),
         DiskFormat::Qcow2 => {
             let mut start = [0; qcow2::HEADER_BYTES];
             file.read_exact_at(&mut start, 0).on("read", below)?;

@@ -116,7 +116,7 @@ fn build(
 /// The header with its extension and the backing file's name. Its format is named, so that nobody ever probes it.
 fn header(backing: &[u8], format: DiskFormat, size: u64) -> Vec<u8> {
     let format: &[u8] = match format {
-        DiskFormat::Raw => b"raw",
+        DiskFormat::Raw | DiskFormat::Device => b"raw",
         DiskFormat::Qcow2 => b"qcow2",
     };
     let name_at = HEADER_BYTES as u64 + 8 + 8 + 8;

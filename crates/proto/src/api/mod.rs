@@ -1,5 +1,7 @@
 //! The daemon API: resources and requests. Paths are listed in the generated OpenAPI document (`GET /v1/openapi.json`).
 
+mod audit;
+mod network;
 mod saved;
 
 use std::collections::BTreeMap;
@@ -9,6 +11,8 @@ use utoipa::ToSchema;
 
 use crate::error::ApiError;
 
+pub use audit::{Audit, AuditObject};
+pub use network::{Forward, ListeningPort};
 pub use saved::{
     BuildTemplate, CommitMachine, CreateSnapshot, ForkAccepted, ForkMachine, PruneTemplates, Pruned, Snapshot, Template,
 };
@@ -46,6 +50,9 @@ pub struct DaemonStatus {
     pub state_dir: String,
     /// The API socket.
     pub socket: String,
+    /// `user` or `system`.
+    #[serde(default)]
+    pub mode: String,
     /// The log file.
     pub log: String,
 }
@@ -142,6 +149,12 @@ pub struct Machine {
     /// It is suspended after so many milliseconds without use; 0 is never.
     #[serde(default)]
     pub idle_suspend_after_ms: u64,
+    /// Its address, with a bridge.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// Ports of the host that lead to it.
+    #[serde(default)]
+    pub forwards: Vec<Forward>,
 }
 
 /// What a machine is made of, with every default resolved.
@@ -165,8 +178,18 @@ pub struct MachineSpec {
     pub memory_mib: u64,
     /// Size of the root disk in bytes.
     pub disk_bytes: u64,
-    /// Network kind: `user` or `none`.
+    /// Network kind: `user`, `bridge` or `none`.
     pub network: String,
+    /// With a bridge: it reaches what is outside, by address translation.
+    #[serde(default = "yes")]
+    pub nat: bool,
+    /// With a bridge: machines of one group reach each other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_group: Option<String>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What the guest says of itself. Hostile input: shown, never trusted.
@@ -239,8 +262,14 @@ pub struct CreateMachine {
     pub disk_bytes: Option<u64>,
     /// Engine; `auto` when absent.
     pub engine: Option<String>,
-    /// Network kind: `user` or `none`.
+    /// Network kind: `user`, `bridge` or `none`; `bridge` in system mode and `user` otherwise when absent.
     pub network: Option<String>,
+    /// Reach what is outside; yes when absent. Only a bridge can do without.
+    pub nat: Option<bool>,
+    /// Reach the other machines of this group. Only with a bridge.
+    pub net_group: Option<String>,
+    /// Ports of the host that lead to it.
+    pub forwards: Vec<Forward>,
     /// Remove the machine when the client that holds it is gone.
     pub auto_remove: bool,
     /// Start it after creation. Absent means yes.
@@ -267,6 +296,10 @@ pub struct PatchMachine {
     pub memory_mib: Option<u64>,
     /// Size of the root disk in bytes; grows only, the machine must be stopped.
     pub disk_bytes: Option<u64>,
+    /// Reach what is outside, at once.
+    pub nat: Option<bool>,
+    /// Ports of the host that lead to it, at once, in place of those it has.
+    pub forwards: Option<Vec<Forward>>,
     /// What was copied in (recorded by the client that did it).
     pub workspace: Option<Workspace>,
     /// Suspend it after so many milliseconds without use; 0 is never.

@@ -183,9 +183,20 @@ fn network(line: &mut Line, plan: &BootPlan) -> Result<(), EngineError> {
     if octets.len() != 6 || !octets.iter().all(fits) {
         return Err(unsupported(&format!("use {:?} as MAC address", network.mac)));
     }
-    match network.kind {
+    match &network.kind {
         // IPv4 alone: what the guest cannot name it cannot reach.
         NetworkKind::User => line.pair("-netdev", "user,id=net0,ipv4=on,ipv6=off"),
+        // It is there, and this user's to open; no program is run for it.
+        NetworkKind::Tap(name) => {
+            let fits = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+            if !fits || !(1..=15).contains(&name.len()) {
+                return Err(unsupported(&format!("use {name:?} as a tap")));
+            }
+            line.pair(
+                "-netdev",
+                format!("tap,id=net0,ifname={name},script=no,downscript=no,vhost=off"),
+            );
+        }
     }
     // A restored guest need not announce itself to a network that nobody else is in.
     let device = format!("virtio-net-device,netdev=net0,mac={},guest_announce=off", network.mac);
@@ -276,6 +287,7 @@ mod tests {
                 kind: NetworkKind::User,
                 mac: "02:01:23:45:67:89".into(),
             }),
+            slot: None,
             resume: None,
             paths: MachinePaths {
                 state: "/s".into(),

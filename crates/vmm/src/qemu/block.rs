@@ -25,7 +25,7 @@ pub(super) enum Access {
 /// with `-file` for the file itself.
 pub(super) fn nodes(disk: &Disk, access: Access) -> Result<Vec<Value>, EngineError> {
     let name = disk.serial.serial();
-    if disk.format == DiskFormat::Raw && (disk.base.is_some() || !disk.layers.is_empty()) {
+    if disk.format != DiskFormat::Qcow2 && (disk.base.is_some() || !disk.layers.is_empty()) {
         return Err(unsupported("put a raw disk over an image"));
     }
     let mut nodes = Vec::new();
@@ -46,12 +46,16 @@ pub(super) fn nodes(disk: &Disk, access: Access) -> Result<Vec<Value>, EngineErr
     }
     let file = format!("{name}-file");
     let mut top = match disk.format {
-        DiskFormat::Raw => json!({ "node-name": name, "driver": "raw", "file": file }),
+        DiskFormat::Raw | DiskFormat::Device => json!({ "node-name": name, "driver": "raw", "file": file }),
         DiskFormat::Qcow2 => json!({ "node-name": name, "driver": "qcow2", "file": file, "backing": below }),
     };
     match access {
         Access::Write => {
-            nodes.push(writing(&file, &disk.path)?);
+            let mut below = writing(&file, &disk.path)?;
+            if disk.format == DiskFormat::Device {
+                below["driver"] = json!("host_device");
+            }
+            nodes.push(below);
             top["discard"] = json!("unmap");
         }
         Access::Read => {

@@ -28,7 +28,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::dial::{dial, peer};
 use crate::engine::{
-    BoxFuture, Capabilities, Engine, EngineError, Handles, HoldStill, Liveness, SavePlan, SaveReport, VcpuState,
+    BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, Steps, VcpuState,
 };
 use crate::host::Roots;
 use crate::identity::Mismatch;
@@ -206,9 +206,9 @@ impl Engine for Qemu {
         &'a self,
         handles: &'a Handles,
         plan: &'a SavePlan,
-        hold_still: HoldStill,
+        steps: Steps,
     ) -> BoxFuture<'a, Result<SaveReport, EngineError>> {
-        Box::pin(save::save(self, handles, plan, hold_still))
+        Box::pin(save::save(self, handles, plan, steps))
     }
 
     fn writes_to<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<Vec<PathBuf>, EngineError>> {

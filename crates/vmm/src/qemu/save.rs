@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep};
 use super::args::{text, unsupported};
 use super::layers::{self, Added, LayerFault};
 use super::{Qemu, control_error, find, io_error, still, vcpu_state};
-use crate::engine::{AfterSave, EngineError, Handles, HoldStill, SavePlan, SaveReport, VcpuState};
+use crate::engine::{AfterSave, EngineError, Handles, SavePlan, SaveReport, Step, Steps, VcpuState};
 use crate::identity::Mismatch;
 use crate::memory::{self, Place, Target};
 use crate::qmp::{Client, QmpError};
@@ -41,7 +41,7 @@ pub(super) async fn save(
     qemu: &Qemu,
     handles: &Handles,
     plan: &SavePlan,
-    hold_still: HoldStill,
+    steps: Steps,
 ) -> Result<SaveReport, EngineError> {
     let stop = Arc::new(AtomicBool::new(false));
     let job = Job {
@@ -53,7 +53,7 @@ pub(super) async fn save(
     let (mut tell, told) = oneshot::channel();
     tokio::spawn(async move {
         let outcome = {
-            let work = job.run(hold_still);
+            let work = job.run(steps);
             tokio::pin!(work);
             tokio::select! {
                 outcome = &mut work => outcome,
@@ -109,7 +109,7 @@ struct Prepared {
 }
 
 impl Job {
-    async fn run(&self, hold_still: HoldStill) -> Result<Done, EngineError> {
+    async fn run(&self, steps: Steps) -> Result<Done, EngineError> {
         let files = Files::absent(&self.plan)?;
         let mut prepared = match &self.plan.memory {
             Some(saved) => Some(self.prepare(saved).await?),
@@ -138,10 +138,10 @@ impl Job {
                 LayerFault::Plan(error) => error,
             })?;
         let mut started = Instant::now();
-        let saved = match hold_still.await {
+        let saved = match steps.hold_still.await {
             Ok(()) => {
                 started = Instant::now();
-                self.standing_still(&mut client, prepared.as_mut(), channel.as_deref())
+                self.standing_still(&mut client, prepared.as_mut(), channel.as_deref(), steps.while_still)
                     .await
             }
             Err(error) => Err(error),
@@ -238,9 +238,11 @@ impl Job {
         client: &mut Client,
         prepared: Option<&mut Prepared>,
         channel: Option<&str>,
+        while_still: Step,
     ) -> Result<(), EngineError> {
         client.extend(STEP);
         client.execute::<Value>("stop", None).await.map_err(|e| self.fault(e))?;
+        while_still.await?;
         if let Some(prepared) = prepared {
             self.memory(client, prepared, channel).await?;
         }

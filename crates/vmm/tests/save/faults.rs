@@ -18,9 +18,7 @@ async fn damaged_files_end_the_start() {
     let handles = bed.launch(&qemu).await;
     assert_eq!(ask(&qemu, &handles, b"e", 1).await, b"e");
     let good = saved(dir.path(), "good");
-    qemu.save(&handles, &plan(&good), Box::pin(async { Ok(()) }))
-        .await
-        .unwrap();
+    qemu.save(&handles, &plan(&good), Steps::none()).await.unwrap();
 
     let bad = |name: &str| {
         let bad = saved(dir.path(), name);
@@ -90,7 +88,7 @@ async fn a_save_that_fails_leaves_nothing_and_the_machine_runs() {
     let target = saved(dir.path(), "x");
     let refused = async |save: &SavePlan| {
         let error = qemu
-            .save(&handles, save, Box::pin(async { Ok(()) }))
+            .save(&handles, save, Steps::none())
             .await
             .map(|r| panic!("{r:?}"))
             .unwrap_err();
@@ -149,7 +147,7 @@ async fn a_save_that_fails_leaves_nothing_and_the_machine_runs() {
     );
     assert!(none_there(&target));
     save.layers[1] = fresh(DiskRole::Work, "work-a.qcow2");
-    qemu.save(&handles, &save, Box::pin(async { Ok(()) })).await.unwrap();
+    qemu.save(&handles, &save, Steps::none()).await.unwrap();
     assert_eq!(
         qemu.writes_to(&handles).await.unwrap(),
         [at("root-a.qcow2"), at("work-a.qcow2")]
@@ -165,7 +163,7 @@ async fn a_save_that_fails_leaves_nothing_and_the_machine_runs() {
     for base in [None, Some(other)] {
         let mut save = plan(&again);
         save.base = base;
-        let error = qemu.save(&copy, &save, Box::pin(async { Ok(()) })).await.unwrap_err();
+        let error = qemu.save(&copy, &save, Steps::none()).await.unwrap_err();
         eprintln!("{error:?}");
         assert!(none_there(&again));
     }
@@ -190,7 +188,7 @@ async fn whoever_goes_away_leaves_the_machine_running() {
             save.then = AfterSave::Stopped;
         }
         let limit = Duration::from_millis(n * 3);
-        let outcome = tokio::time::timeout(limit, qemu.save(&handles, &save, Box::pin(async { Ok(()) }))).await;
+        let outcome = tokio::time::timeout(limit, qemu.save(&handles, &save, Steps::none())).await;
         if outcome.is_ok() && save.then == AfterSave::Stopped {
             qemu.resume(&handles).await.unwrap();
         }
@@ -223,7 +221,7 @@ async fn an_engine_that_is_killed_meanwhile_leaves_no_half_files() {
         }
         let saved = saved(dir.path(), &n.to_string());
         let save = plan(&saved);
-        let (outcome, ()) = tokio::join!(qemu.save(&handles, &save, Box::pin(async { Ok(()) })), async {
+        let (outcome, ()) = tokio::join!(qemu.save(&handles, &save, Steps::none()), async {
             tokio::time::sleep(Duration::from_millis(n * 4)).await;
             end(&qemu, &handles).await;
         });
@@ -254,10 +252,7 @@ async fn inside_of_a_full_file_system() {
         assert_eq!(fs::read_dir(&small).unwrap().count(), 0);
     };
     let target = saved(&small, "x");
-    let error = qemu
-        .save(&handles, &plan(&target), Box::pin(async { Ok(()) }))
-        .await
-        .unwrap_err();
+    let error = qemu.save(&handles, &plan(&target), Steps::none()).await.unwrap_err();
     eprintln!("{error:?}");
     let full = |e: &EngineError| matches!(e, EngineError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull);
     assert!(full(&error), "{error:?}");
@@ -270,10 +265,7 @@ async fn inside_of_a_full_file_system() {
         memory: dir.path().join("memory"),
         state: target.state.clone(),
     };
-    let error = qemu
-        .save(&handles, &plan(&apart), Box::pin(async { Ok(()) }))
-        .await
-        .unwrap_err();
+    let error = qemu.save(&handles, &plan(&apart), Steps::none()).await.unwrap_err();
     eprintln!("{error:?}");
     assert!(none_there(&apart));
     fs::remove_file(&filler).unwrap();

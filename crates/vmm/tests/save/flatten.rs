@@ -28,7 +28,7 @@ async fn all_layers_in_one_file() {
         }],
         then: AfterSave::AsBefore,
     };
-    qemu.save(&handles, &save, Box::pin(async { Ok(()) })).await.unwrap();
+    qemu.save(&handles, &save, Steps::none()).await.unwrap();
     put(&qemu, &handles, 2, 12, 0).await;
     // What a machine writes to is not copied, and what it only reads is.
     let flat = at("flat");

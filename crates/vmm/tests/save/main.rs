@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use banger_core::plan::{Disk, DiskFormat, DiskRole, Saved};
 use banger_vmm::qemu::Qemu;
-use banger_vmm::{AfterSave, Engine, EngineError, FreshLayer, Handles, SavePlan, VcpuState};
+use banger_vmm::{AfterSave, Engine, EngineError, FreshLayer, Handles, SavePlan, Steps, VcpuState};
 use support::{Bed, KILL, answering_kernel, ask, disk, exchange, qemu, until};
 
 const MIB: u64 = 1 << 20;
@@ -128,7 +128,7 @@ async fn copies_go_on_where_the_machine_was() {
         });
     }
     let before = counter(&qemu, &source).await;
-    let report = qemu.save(&source, &save, Box::pin(async { Ok(()) })).await.unwrap();
+    let report = qemu.save(&source, &save, Steps::none()).await.unwrap();
     eprintln!("paused {:?}", report.paused);
     assert_eq!(qemu.vcpu_state(&source).await.unwrap(), VcpuState::Running);
     assert!(counter(&qemu, &source).await > before);
@@ -203,7 +203,7 @@ async fn copies_go_on_where_the_machine_was() {
         path: fresh.path,
     });
     save.then = AfterSave::Stopped;
-    qemu.save(&a.1, &save, Box::pin(async { Ok(()) })).await.unwrap();
+    qemu.save(&a.1, &save, Steps::none()).await.unwrap();
     assert_eq!(qemu.vcpu_state(&a.1).await.unwrap(), VcpuState::Paused);
     assert_eq!(
         qemu.writes_to(&a.1).await.unwrap(),
@@ -246,7 +246,7 @@ async fn copies_go_on_where_the_machine_was() {
         }],
         then: AfterSave::AsBefore,
     };
-    qemu.save(&source, &save, Box::pin(async { Ok(()) })).await.unwrap();
+    qemu.save(&source, &save, Steps::none()).await.unwrap();
     assert_eq!(
         qemu.writes_to(&source).await.unwrap(),
         [at("root-a.qcow2"), at("work-b.qcow2")]
@@ -271,20 +271,20 @@ async fn a_paused_machine_stays_paused() {
         let saved = saved(dir.path(), &n.to_string());
         let mut save = plan(&saved);
         save.then = then;
-        qemu.save(&handles, &save, Box::pin(async { Ok(()) })).await.unwrap();
+        qemu.save(&handles, &save, Steps::none()).await.unwrap();
         assert_eq!(qemu.vcpu_state(&handles).await.unwrap(), VcpuState::Paused);
         let (_bed, copy) = go_on(&qemu, &bed, &saved, Vec::new()).await;
         assert_eq!(filled(&qemu, &copy, 1).await, 5);
     }
     // So it does when saving fails.
     let mut save = plan(&saved(dir.path(), "missing/x"));
-    assert!(qemu.save(&handles, &save, Box::pin(async { Ok(()) })).await.is_err());
+    assert!(qemu.save(&handles, &save, Steps::none()).await.is_err());
     save = plan(&saved(dir.path(), "x"));
     save.layers.push(FreshLayer {
         serial: DiskRole::Root,
         path: dir.path().join("no-disk"),
     });
-    assert!(qemu.save(&handles, &save, Box::pin(async { Ok(()) })).await.is_err());
+    assert!(qemu.save(&handles, &save, Steps::none()).await.is_err());
     assert_eq!(qemu.vcpu_state(&handles).await.unwrap(), VcpuState::Paused);
     qemu.resume(&handles).await.unwrap();
     assert_eq!(filled(&qemu, &handles, 1).await, 5);
@@ -307,9 +307,7 @@ async fn a_channel_in_use_does_not_spoil_what_is_saved() {
     let mut files = Vec::new();
     for n in 0..10 {
         let saved = saved(dir.path(), &n.to_string());
-        qemu.save(&handles, &plan(&saved), Box::pin(async { Ok(()) }))
-            .await
-            .unwrap();
+        qemu.save(&handles, &plan(&saved), Steps::none()).await.unwrap();
         files.push(saved);
     }
     writing.abort();

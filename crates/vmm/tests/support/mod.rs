@@ -226,6 +226,7 @@ impl Bed {
                 kind: NetworkKind::User,
                 mac: id.mac(),
             }),
+            slot: None,
             resume: None,
             paths,
             id,

@@ -308,6 +308,8 @@ pub(crate) mod tests {
                 memory_mib: 1024,
                 disk_bytes: 8 << 30,
                 network: "user".into(),
+                nat: true,
+                net_group: None,
             },
             created_at: "2026-11-22T10:00:00Z".into(),
             started_at: None,
@@ -317,6 +319,8 @@ pub(crate) mod tests {
             boot: None,
             auto_remove: false,
             idle_suspend_after_ms: 0,
+            address: None,
+            forwards: Vec::new(),
         }
     }
 

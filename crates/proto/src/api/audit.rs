@@ -1,0 +1,37 @@
+//! What banger has left on the host, against what its database says.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// An audit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Audit {
+    /// Every host object that carries banger's mark.
+    pub objects: Vec<AuditObject>,
+    /// How many of them nobody owns.
+    pub orphans: u32,
+    /// What could not be looked at, and why.
+    #[serde(default)]
+    pub blind: Vec<String>,
+}
+
+/// A host object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AuditObject {
+    /// `process`, `interface`, `rule`, `dm`, `loop`, `mount`, `jail`, `cgroup`, `node`, `socket` or `file`.
+    pub kind: String,
+    /// Its name.
+    pub name: String,
+    /// Id of the machine that it is marked with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
+    /// What is wrong with it, in words; none where all is well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub orphan: Option<String>,
+    /// Why it could not be removed, where that was tried; absent where it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
+    /// It was removed.
+    #[serde(default)]
+    pub removed: bool,
+}
