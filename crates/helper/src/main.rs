@@ -5,10 +5,19 @@
 //! name, path and rule from identifiers and numbers: see `banger_system::helper` for what can be asked, `docs/privileges.md` for the
 //! gates.
 //!
-//! * [`ctx`]: the installation it serves, and where the kernel's file systems are.
+//! * [`ctx`]: the installation it serves, and where the kernel's file systems are,
+//! * [`dispatch`]: from a call to the module that carries it out,
+//! * [`net`], [`disk`], [`engine`]: the three kinds of work,
+//! * [`inventory`]: what of all this there is.
 
 mod ctx;
+mod disk;
+mod dispatch;
+mod engine;
+mod inventory;
+mod net;
 
 fn main() -> std::process::ExitCode {
+    let _ = (dispatch::dispatch, dispatch::Locks::default);
     std::process::ExitCode::from(2)
 }

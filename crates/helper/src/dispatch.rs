@@ -1,0 +1,281 @@
+//! From a call to the module that carries it out: gates that concern every method, and who waits for whom.
+//!
+//! Calls of different connections run side by side. What changes a machine holds that machine, what changes the network holds the
+//! network; what only reads, and a signal (a launch that hangs must not keep its engine from being killed), holds nothing.
+
+use std::collections::HashSet;
+use std::os::fd::OwnedFd;
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use banger_system::helper::{
+    Answer, Call, DiskRole, HelperCode, HelperError, JailFile, MAX_SLOTS, Request, TapRules, VERSION,
+};
+use banger_system::id::MachineId;
+use banger_system::net::Network;
+
+use crate::ctx::{Ctx, error};
+use crate::{disk, engine, inventory, net};
+
+/// Which machines a call is changing just now.
+#[derive(Debug, Default)]
+pub(crate) struct Locks {
+    machines: Mutex<HashSet<MachineId>>,
+    freed: Condvar,
+    network: Mutex<()>,
+}
+
+/// One machine, held.
+struct Held<'a>(&'a Locks, MachineId);
+
+impl Locks {
+    fn machine(&self, id: &MachineId) -> Held<'_> {
+        let mut held = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
+        while held.contains(id) {
+            held = self.freed.wait(held).unwrap_or_else(PoisonError::into_inner);
+        }
+        held.insert(id.clone());
+        Held(self, id.clone())
+    }
+
+    fn network(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.network.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut held = self.0.machines.lock().unwrap_or_else(PoisonError::into_inner);
+        held.remove(&self.1);
+        self.0.freed.notify_all();
+    }
+}
+
+/// Carries out a call with the descriptors that came with it.
+pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) -> Result<Answer, HelperError> {
+    if call.version != VERSION {
+        let text = format!("the helper speaks version {VERSION}, the daemon {}", call.version);
+        return Err(error(HelperCode::BadVersion, text));
+    }
+    if fds.len() != descriptors(&call.request) {
+        let text = format!(
+            "{} takes {} descriptors, {} came",
+            call.request.name(),
+            descriptors(&call.request),
+            fds.len()
+        );
+        return Err(error(HelperCode::BadRequest, text));
+    }
+    match call.request {
+        Request::Ping => Ok(Answer::Pong {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+        }),
+        Request::NetworkSetup { net, taps } => {
+            bounded(taps.len())?;
+            taps.iter().try_for_each(|rules| check_rules(&net, rules))?;
+            let _held = locks.network();
+            done(net::setup(ctx, &net, &taps))
+        }
+        Request::NetworkRemove { net } => {
+            let _held = locks.network();
+            done(net::remove(ctx, &net))
+        }
+        Request::TapsWarm { net, slots } => {
+            bounded(slots.len())?;
+            slots.iter().try_for_each(|slot| check_slot(&net, *slot))?;
+            let _held = locks.network();
+            done(net::warm(ctx, &net, &slots))
+        }
+        Request::TapTake {
+            net,
+            machine,
+            user,
+            rules,
+        } => {
+            check_rules(&net, &rules)?;
+            check_user(user, Some(rules.slot))?;
+            let _machine = locks.machine(&machine);
+            let _held = locks.network();
+            net::take(ctx, &net, &machine, user, &rules)
+        }
+        Request::TapChange { net, machine, rules } => {
+            check_rules(&net, &rules)?;
+            let _machine = locks.machine(&machine);
+            let _held = locks.network();
+            done(net::change(ctx, &net, &machine, &rules))
+        }
+        Request::TapDrop { net, machine, slot } => {
+            check_slot(&net, slot)?;
+            let _machine = locks.machine(&machine);
+            let _held = locks.network();
+            done(net::drop(ctx, &net, &machine, slot))
+        }
+        Request::ResolverSet { net, port } => {
+            if port == 0 {
+                return Err(error(HelperCode::BadRequest, "port 0 is no port"));
+            }
+            let _held = locks.network();
+            net::resolver_set(ctx, &net, port).map(|routed| Answer::Resolver { routed })
+        }
+        Request::ResolverClear { net } => {
+            let _held = locks.network();
+            net::resolver_clear(ctx, &net).map(|()| Answer::Done)
+        }
+        Request::DiskAttach {
+            machine,
+            role,
+            bytes,
+            user,
+        } => {
+            check_user(user, None)?;
+            let _machine = locks.machine(&machine);
+            disk::attach(ctx, &machine, role, bytes, user, fds).map(|node| Answer::Disk { node })
+        }
+        Request::DisksDetach { machine } => {
+            let _machine = locks.machine(&machine);
+            done(disk::detach(ctx, &machine))
+        }
+        Request::DisksStatus { machine } => disk::status(ctx, &machine).map(|disks| Answer::Disks { disks }),
+        Request::EngineLaunch {
+            machine,
+            slot,
+            vcpu,
+            memory_mib,
+            files,
+            disks,
+        } => {
+            check_user(banger_system::helper::EngineUser::Jail(slot), None)?;
+            check_lists(&files, &disks)?;
+            let _machine = locks.machine(&machine);
+            let launch = engine::Launch {
+                machine,
+                slot,
+                vcpu,
+                memory_mib,
+                files,
+                disks,
+            };
+            engine::launch(ctx, &launch, fds).map(|(pid, start_time)| Answer::Engine { pid, start_time })
+        }
+        Request::EngineSignal { machine, signal } => done(engine::signal(ctx, &machine, signal)),
+        Request::EngineOpen { machine } => {
+            let _machine = locks.machine(&machine);
+            done(engine::open(ctx, &machine))
+        }
+        Request::EngineCollect { machine } => {
+            let _machine = locks.machine(&machine);
+            done(engine::collect(ctx, &machine, fds))
+        }
+        Request::EngineScope {
+            machine,
+            pid,
+            start_time,
+            memory_mib,
+        } => {
+            let _machine = locks.machine(&machine);
+            engine::scope(ctx, &machine, pid, start_time, memory_mib).map(|unit| Answer::Scope { unit })
+        }
+        Request::MachineRemove { net, machine } => {
+            let _machine = locks.machine(&machine);
+            done(remove(ctx, locks, &net, &machine))
+        }
+        Request::Inventory { net } => inventory::all(ctx, &net).map(|objects| Answer::Inventory { objects }),
+    }
+}
+
+/// How many descriptors a request needs.
+fn descriptors(request: &Request) -> usize {
+    match request {
+        Request::DiskAttach { .. } => 2,
+        Request::EngineLaunch { files, .. } => 1 + files.len(),
+        Request::EngineCollect { .. } => 1,
+        _ => 0,
+    }
+}
+
+fn done(result: Result<(), HelperError>) -> Result<Answer, HelperError> {
+    result.map(|()| Answer::Done)
+}
+
+/// Everything of a machine. No step waits for the success of another; what failed is collected.
+fn remove(ctx: &Ctx, locks: &Locks, net: &Network, machine: &MachineId) -> Result<(), HelperError> {
+    let mut failures = Vec::new();
+    let mut step = |what: &str, result: Result<(), HelperError>| {
+        if let Err(e) = result {
+            failures.push(format!("{what}: {e}"));
+            failures.extend(e.details.into_iter().map(|detail| format!("{what}: {detail}")));
+        }
+    };
+    step("engine", engine::end(ctx, machine));
+    step("scope", engine::end_scope(ctx, machine));
+    step("tap", {
+        let _held = locks.network();
+        net::drop_all(ctx, net, machine)
+    });
+    step("disks", disk::detach(ctx, machine));
+    step("jail", engine::remove_jail(ctx, machine));
+    collected(format!("cannot remove everything of machine {machine}"), failures)
+}
+
+/// No failures, or one error that has them all.
+pub(crate) fn collected(message: String, failures: Vec<String>) -> Result<(), HelperError> {
+    if failures.is_empty() {
+        return Ok(());
+    }
+    Err(HelperError {
+        details: failures,
+        ..error(HelperCode::Failed, message)
+    })
+}
+
+fn bounded(count: usize) -> Result<(), HelperError> {
+    if count <= MAX_SLOTS {
+        Ok(())
+    } else {
+        Err(error(
+            HelperCode::BadRequest,
+            format!("{count} slots in one call; {MAX_SLOTS} are the most"),
+        ))
+    }
+}
+
+fn check_slot(net: &Network, slot: u32) -> Result<(), HelperError> {
+    net.check(slot)
+        .map_err(|e| error(HelperCode::BadRequest, e.to_string()))
+}
+
+fn check_rules(net: &Network, rules: &TapRules) -> Result<(), HelperError> {
+    bounded(rules.peers.len())?;
+    check_slot(net, rules.slot)?;
+    rules.peers.iter().try_for_each(|peer| check_slot(net, *peer))?;
+    if rules.peers.contains(&rules.slot) {
+        let text = format!("slot {} cannot be its own peer", rules.slot);
+        return Err(error(HelperCode::BadRequest, text));
+    }
+    Ok(())
+}
+
+/// A jail's user must be one that there is, and, where a slot is spoken of, that slot's.
+fn check_user(user: banger_system::helper::EngineUser, slot: Option<u32>) -> Result<(), HelperError> {
+    use banger_system::helper::EngineUser::{Jail, Owner};
+    match user {
+        Owner => Ok(()),
+        Jail(jail) if jail <= banger_system::net::MAX_SLOT && slot.is_none_or(|slot| slot == jail) => Ok(()),
+        Jail(jail) => Err(error(
+            HelperCode::BadRequest,
+            format!("jail {jail} is not this machine's"),
+        )),
+    }
+}
+
+/// A file or disk is named once.
+fn check_lists(files: &[JailFile], disks: &[DiskRole]) -> Result<(), HelperError> {
+    let twice = |what: &str| error(HelperCode::BadRequest, format!("a {what} is named twice"));
+    if files.iter().enumerate().any(|(n, file)| files[..n].contains(file)) {
+        return Err(twice("file"));
+    }
+    if disks.iter().enumerate().any(|(n, disk)| disks[..n].contains(disk)) {
+        return Err(twice("disk"));
+    }
+    Ok(())
+}
