@@ -7,12 +7,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use banger_proto::agent::CHANNEL_NAME;
+use banger_proto::agent::{CHANNEL_NAME, VSOCK_PORT};
 use rustix::process::{Resource, Rlimit};
 
 use crate::agent::Agent;
 use crate::channel::Channel;
 use crate::channel::virtio::{Port, find_port};
+use crate::channel::vsock::{self, Vsock};
 use crate::console::{chain, say};
 use crate::handover::{Handover, recall};
 use crate::{rehearsal, server};
@@ -65,9 +66,13 @@ async fn serve(socket: std::os::unix::net::UnixStream) -> io::Result<()> {
                 Ok(port) => serve_channel(&agent, port).await,
                 Err(e) => Err(e),
             },
+            Ok(None) if vsock::is_there(Path::new("/sys")) => match Vsock::listen(VSOCK_PORT) {
+                Ok(vsock) => serve_channel(&agent, vsock).await,
+                Err(e) => Err(e),
+            },
             Ok(None) => Err(io::Error::new(
                 io::ErrorKind::NotFound,
-                format!("no virtio-serial port `{CHANNEL_NAME}`"),
+                format!("neither a virtio-serial port `{CHANNEL_NAME}` nor a vsock device"),
             )),
             Err(e) => Err(e),
         };

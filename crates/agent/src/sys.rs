@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use rustix::net::{AddressFamily, SocketAddrAny, addr};
 use rustix::process::{Gid, Pid, Signal, Uid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -188,4 +189,46 @@ pub(crate) fn watched(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<Own
     // SAFETY: an `OwnedFd` names the same open descriptor for as long as it lives, and `AsyncFd` keeps it until it has
     // taken back the registration.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
+
+/// An address of a vsock socket, `struct sockaddr_vm`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct VsockAddress {
+    family: u16,
+    reserved: u16,
+    port: u32,
+    cid: u32,
+    rest: [u8; 4],
+}
+
+impl VsockAddress {
+    /// The port `port` of whatever address this guest has.
+    pub(crate) fn any(port: u32) -> Self {
+        Self {
+            family: AddressFamily::VSOCK.as_raw(),
+            reserved: 0,
+            port,
+            cid: u32::MAX,
+            rest: [0; 4],
+        }
+    }
+}
+
+// SAFETY: `f` gets a pointer to a `struct sockaddr_vm` that lives until it returns, and its length.
+unsafe impl addr::SocketAddrArg for VsockAddress {
+    unsafe fn with_sockaddr<R>(&self, f: impl FnOnce(*const addr::SocketAddrOpaque, addr::SocketAddrLen) -> R) -> R {
+        f(
+            std::ptr::from_ref(self).cast(),
+            size_of::<Self>() as addr::SocketAddrLen,
+        )
+    }
+}
+
+/// The machine that a vsock address names; none if it is no such address.
+pub(crate) fn vsock_cid(address: &SocketAddrAny) -> Option<u32> {
+    let fits = address.address_family() == AddressFamily::VSOCK
+        && usize::try_from(address.addr_len()).is_ok_and(|n| n >= size_of::<VsockAddress>());
+    // SAFETY: so many bytes were written there, and any bytes are a `VsockAddress`; it need not be aligned for one.
+    fits.then(|| unsafe { address.as_ptr().cast::<VsockAddress>().read_unaligned() }.cid)
 }

@@ -29,6 +29,9 @@ pub const AGENT_PROTOCOL: u16 = 1;
 /// Name of the virtio-serial port of the guest channel.
 pub const CHANNEL_NAME: &str = "banger.agent";
 
+/// Port of the guest channel where that is a vsock device.
+pub const VSOCK_PORT: u32 = 1024;
+
 /// Largest JSON body that either side accepts, in bytes.
 pub const MAX_JSON: usize = 256 * 1024;
 

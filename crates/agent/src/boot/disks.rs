@@ -1,4 +1,4 @@
-//! Finding the disks by their serials.
+//! Finding the disks by their serials, or by their order where the engine does not let us choose those.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, netlink};
 use super::BootError;
 use crate::system::left;
 
-/// A disk by its virtio-blk serial, and where it is when the engine gave it none.
+/// A disk by its virtio-blk serial, and where it is when the engine gives its disks serials of its own, or none.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Wanted {
     serial: &'static str,
@@ -84,15 +84,18 @@ fn disks(sys_block: &Path) -> Vec<(String, String)> {
     disks
 }
 
-/// The disk of that serial; without serials the one in its place.
+/// The disk of that serial; where no disk has a serial of ours, the one in its place.
 fn choose(disks: &[(String, String)], wanted: Wanted) -> Option<&str> {
-    let by_serial = disks.iter().find(|(_, serial)| serial == wanted.serial);
-    let by_place = || {
-        disks
-            .iter()
-            .find(|(name, serial)| name == wanted.fallback && serial.is_empty())
-    };
-    by_serial.or_else(by_place).map(|(name, _)| name.as_str())
+    let ours = |serial: &str| serial == ROOT.serial || serial == WORK.serial;
+    let named = disks.iter().any(|(_, serial)| ours(serial));
+    let disk = disks.iter().find(|(name, serial)| {
+        if named {
+            serial == wanted.serial
+        } else {
+            name == wanted.fallback
+        }
+    });
+    disk.map(|(name, _)| name.as_str())
 }
 
 /// The kernel's announcements of devices.
@@ -136,7 +139,12 @@ mod tests {
         assert_eq!(choose(&swapped, WORK), Some("vda"));
         let bare = list(&[("vda", ""), ("vdb", "")]);
         assert_eq!((choose(&bare, ROOT), choose(&bare, WORK)), (Some("vda"), Some("vdb")));
-        assert_eq!(choose(&list(&[("vda", "other")]), ROOT), None);
+        let firecracker = list(&[("vda", "2050:1572878"), ("vdb", "2050:1572879")]);
+        assert_eq!(choose(&firecracker, ROOT), Some("vda"));
+        assert_eq!(choose(&firecracker, WORK), Some("vdb"));
+        // The other one is on its way.
+        assert_eq!(choose(&list(&[("vda", "work")]), ROOT), None);
+        assert_eq!(choose(&list(&[("vda", "other")]), WORK), None);
     }
 
     #[test]

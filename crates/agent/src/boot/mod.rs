@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, mount, mount_move};
 
+use crate::channel::vsock;
 use crate::console::{chain, say};
 use crate::{pid1, power};
 
@@ -73,7 +74,11 @@ fn boot() -> Result<(), BootError> {
     attach("devtmpfs", "/dev", MountFlags::NOSUID, "mode=0755")?;
     attach("proc", "/proc", safe, "")?;
     attach("sysfs", "/sys", safe, "")?;
-    modules::load(Path::new("/modules"))?;
+    let modules = Path::new("/modules");
+    modules::load(modules)?;
+    if vsock::is_there(Path::new("/sys")) {
+        modules::load_later(modules, modules::VSOCK)?;
+    }
     let root = disks::find(disks::ROOT)?;
     mount_disk(&root, NEW_ROOT, none)?;
     grow::fill(&root, Path::new(NEW_ROOT));

@@ -1,7 +1,7 @@
 //! The guest channel: a way for the host to open one byte stream after another to this agent.
 //!
-//! [`virtio`] is the channel under QEMU. A kind of channel is an [`Channel`]; what comes out of it is served by
-//! [`crate::server`], which knows nothing of where it came from.
+//! [`virtio`] is the channel under QEMU, [`vsock`] the one under Firecracker. A kind of channel is a [`Channel`]; what comes out
+//! of it is served by [`crate::server`], which knows nothing of where it came from.
 
 use std::future::Future;
 use std::io;
@@ -10,6 +10,7 @@ use banger_proto::hello::{GREETING, Greeting, GreetingKind, Scanner};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 pub mod virtio;
+pub mod vsock;
 
 /// A source of connections from the host.
 pub trait Channel {

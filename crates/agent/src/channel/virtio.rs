@@ -36,7 +36,11 @@ const LOOK: Duration = Duration::from_secs(2);
 
 /// Finds the device of the port called `name`. `sys` and `dev` are the roots of sysfs and of the devices.
 pub fn find_port(sys: &Path, dev: &Path, name: &str) -> io::Result<Option<PathBuf>> {
-    for entry in std::fs::read_dir(sys.join("class/virtio-ports"))? {
+    let entries = match std::fs::read_dir(sys.join("class/virtio-ports")) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other?,
+    };
+    for entry in entries {
         let entry = entry?;
         let Ok(found) = std::fs::read_to_string(entry.path().join("name")) else {
             continue;
@@ -418,5 +422,9 @@ mod tests {
         let found = |name| find_port(sys.path(), Path::new("/dev"), name).unwrap();
         assert_eq!(found("banger.agent"), Some(PathBuf::from("/dev/vport1p2")));
         assert_eq!(found("none"), None);
+        assert_eq!(
+            find_port(&sys.path().join("none"), Path::new("/dev"), "x").unwrap(),
+            None
+        );
     }
 }

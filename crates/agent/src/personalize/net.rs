@@ -23,6 +23,7 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+const RTNH_F_ONLINK: u32 = 4;
 
 /// Addresses as they were asked for, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +48,12 @@ impl Addresses {
             gateway,
             mac,
         })
+    }
+
+    /// Whether the gateway is in the network of the address: else the kernel has to be told that it is on the link.
+    fn reaches_gateway(&self) -> bool {
+        let differs = u32::from(self.address) ^ u32::from(self.gateway);
+        differs.leading_zeros() >= u32::from(self.prefix)
     }
 }
 
@@ -197,7 +204,9 @@ fn address(kind: u16, index: u32, addresses: &Addresses) -> Vec<u8> {
 fn default_route(index: u32, addresses: &Addresses) -> Vec<u8> {
     // struct rtmsg: family, destination and source lengths, tos, table (main), protocol (static), scope (universe), type
     // (unicast), flags.
-    let mut payload = vec![AF_INET, 0, 0, 0, 254, 4, 0, 1, 0, 0, 0, 0];
+    let mut payload = vec![AF_INET, 0, 0, 0, 254, 4, 0, 1];
+    let flags = if addresses.reaches_gateway() { 0 } else { RTNH_F_ONLINK };
+    payload.extend(flags.to_ne_bytes());
     attribute(&mut payload, RTA_GATEWAY, addresses.gateway.octets());
     attribute(&mut payload, RTA_OIF, index.to_ne_bytes());
     message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &payload)
@@ -243,6 +252,24 @@ mod tests {
             }),
             None
         );
+    }
+
+    #[test]
+    fn a_gateway_elsewhere_is_on_the_link() {
+        let flags = |address: &str, prefix, gateway: &str| {
+            let network = GuestNetwork {
+                address: address.into(),
+                prefix,
+                gateway: gateway.into(),
+                dns: vec![],
+                mac: None,
+            };
+            default_route(2, &Addresses::of(&network).unwrap())[24]
+        };
+        assert_eq!(flags("172.16.0.7", 24, "172.16.0.1"), 0);
+        assert_eq!(flags("172.16.0.7", 24, "172.16.1.1"), 4);
+        assert_eq!(flags("172.16.0.7", 32, "172.16.0.1"), 4);
+        assert_eq!(flags("172.16.0.7", 0, "10.0.0.1"), 0);
     }
 
     #[test]
