@@ -212,6 +212,25 @@ impl MachinePaths {
     }
 }
 
+/// What a guest's kernel finds itself on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Board {
+    /// QEMU's `microvm`.
+    Microvm,
+    /// Firecracker's: no PCI, and a keyboard controller whose reset line is all that ends a machine.
+    Firecracker,
+}
+
+impl Board {
+    /// The board of an engine, by its name.
+    pub fn of(engine: &str) -> Self {
+        match engine {
+            "firecracker" => Self::Firecracker,
+            _ => Self::Microvm,
+        }
+    }
+}
+
 /// The kernel command line.
 ///
 /// `tsc_khz` is the host's TSC frequency; under TCG the guest's calibration against the PIT fails at random and hangs the
@@ -226,18 +245,22 @@ impl MachinePaths {
 ///
 /// Emulated guests do not randomise addresses: QEMU keys translated code by its virtual address, so with randomisation every
 /// process translates its loader and C library anew, which is four fifths of what starting a program costs.
-pub fn cmdline(accel: Accel, tsc_khz: Option<u64>) -> String {
+pub fn cmdline(board: Board, accel: Accel, tsc_khz: Option<u64>) -> String {
     let mut words = vec![
         "console=ttyS0",
         "loglevel=4",
         "panic=-1",
-        "reboot=t",
         "rdinit=/init",
         "random.trust_cpu=on",
         "i8042.noaux",
         "cryptomgr.notests",
         "systemd.show_status=false",
     ];
+    match board {
+        Board::Microvm => words.push("reboot=t"),
+        // What Firecracker's controller does not have is not looked for.
+        Board::Firecracker => words.extend(["reboot=k", "pci=off", "i8042.nomux", "i8042.dumbkbd"]),
+    }
     let early;
     match accel {
         Accel::Kvm => words.push("mitigations=auto"),
@@ -258,7 +281,8 @@ mod tests {
 
     #[test]
     fn an_emulated_guest_is_told_the_clock_and_a_virtual_one_finds_it() {
-        let line = |accel, khz| cmdline(accel, khz).split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let words = |line: String| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let line = |accel, khz| words(cmdline(Board::Microvm, accel, khz));
         let has = |line: &[String], word: &str| line.iter().any(|w| w == word);
         let tcg = line(Accel::Tcg, Some(2_700_000));
         assert!(has(&tcg, "tsc_early_khz=2700000") && has(&tcg, "tsc=reliable"));
@@ -267,5 +291,14 @@ mod tests {
         let kvm = line(Accel::Kvm, Some(2_700_000));
         assert!(!kvm.iter().any(|w| w.starts_with("tsc")) && has(&kvm, "mitigations=auto"));
         assert!(!has(&kvm, "mitigations=off") && !has(&kvm, "norandmaps"));
+    }
+
+    #[test]
+    fn a_guest_is_told_how_to_end_its_machine() {
+        let line = |engine| cmdline(Board::of(engine), Accel::Kvm, None);
+        assert!(line("qemu").contains("reboot=t") && !line("qemu").contains("pci=off"));
+        let firecracker = line("firecracker");
+        assert!(firecracker.contains("reboot=k") && firecracker.contains("pci=off"));
+        assert!(!firecracker.contains("reboot=t") && !firecracker.contains("acpi"));
     }
 }

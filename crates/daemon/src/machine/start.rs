@@ -220,7 +220,7 @@ pub async fn boot_plan(
         memory_mib: spec.memory_mib,
         kernel: boot.kernel,
         initrd: boot.initrd,
-        cmdline: plan::cmdline(accel, services.host().await.tsc_khz()),
+        cmdline: plan::cmdline(plan::Board::Microvm, accel, services.host().await.tsc_khz()),
         disks: disks::plan(paths, image)?,
         network: (spec.network == "user").then(|| NetworkPlan {
             kind: NetworkKind::User,

@@ -94,7 +94,7 @@ pub async fn id(services: &Services, spec: &MachineSpec) -> Result<String, ApiEr
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default(),
-        line: plan::cmdline(accel, services.host().await.tsc_khz()),
+        line: plan::cmdline(plan::Board::Microvm, accel, services.host().await.tsc_khz()),
         vcpu: spec.vcpu,
         memory_mib: spec.memory_mib,
         disk_bytes: spec.disk_bytes,
