@@ -39,8 +39,13 @@ pub mod jail {
     pub const NEW_MEMORY: &str = "memory.new";
     /// State that is being saved.
     pub const NEW_STATE: &str = "state.new";
-    /// Metrics, a bounded file.
+    /// Metrics: a pipe that the owner reads, so that they are bounded. Without it there are none.
     pub const METRICS: &str = "metrics";
+
+    /// The block device of a disk.
+    pub fn disk(role: crate::helper::DiskRole) -> &'static str {
+        role.as_str()
+    }
 }
 
 /// Alias of a machine's tap.
