@@ -4,6 +4,7 @@
 //! * [`net`]: a machine's place in the network, and everything that follows from it: address, MAC, tap, user id of its jail,
 //! * [`names`]: names of host objects and the marks by which an audit finds them,
 //! * [`install`]: the layout of an installation and its record, `install.toml`,
+//! * [`units`]: the text of the systemd units,
 //! * [`helper`]: what the daemon may ask of the helper, and what it answers.
 //!
 //! No I/O happens here.
@@ -14,3 +15,4 @@ pub mod id;
 pub mod install;
 pub mod names;
 pub mod net;
+pub mod units;
