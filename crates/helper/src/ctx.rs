@@ -1,4 +1,9 @@
 //! The installation that the helper serves, and where the kernel's file systems are.
+//!
+//! **What its unit takes away** (`banger_system::units`): it has mounts of its own, so `link` and `rename` between one of its paths and a
+//! descriptor of the daemon's fail with `EXDEV`, even on one file system; the same file has to be opened by a path of the helper's first.
+//! `openat2` fails with `ENOSYS`. It can write below `/var/lib/banger`, `/run/banger-root`, `/dev`, `/sys` and `/proc`, nowhere else,
+//! and nobody else sees what it mounts.
 
 use std::path::PathBuf;
 
