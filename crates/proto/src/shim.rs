@@ -18,6 +18,38 @@ pub struct ShimJob {
     pub log_limit: u64,
     /// Where the engine's end is written down.
     pub exit_record: PathBuf,
+    /// The engine's working directory; `/` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<PathBuf>,
+    /// A named pipe and the bounded file that takes what is written to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
+}
+
+/// What to keep of an engine that somebody else starts: the first line, as JSON, of what comes in on standard input. The engine's
+/// output follows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogJob {
+    /// Where the output goes, as in [`ShimJob`].
+    pub console_log: PathBuf,
+    /// Size at which it is full.
+    pub log_limit: u64,
+    /// Where the end of the output is written down as the engine's: how that ended nobody has seen.
+    pub exit_record: PathBuf,
+    /// As in [`ShimJob`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
+}
+
+/// Metrics of an engine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// The named pipe. One that is not there is fine.
+    pub pipe: PathBuf,
+    /// Where they go. A full one is renamed to `<name>.1`.
+    pub file: PathBuf,
+    /// Size at which it is full.
+    pub limit: u64,
 }
 
 /// A line of the shim's standard output. After the last one it is closed.
@@ -31,6 +63,8 @@ pub enum ShimReport {
         /// Its start time, field 22 of `/proc/PID/stat`.
         start_time: u64,
     },
+    /// The output of an engine that somebody else starts is being read.
+    Reading,
     /// It could not be started, and nothing was left behind.
     Failed {
         /// What failed.
@@ -79,6 +113,12 @@ mod tests {
         let job = r#"{"engine":"/q","args":["-S"],"console_log":"/c","log_limit":1,"exit_record":"/e"}"#;
         assert_eq!(
             serde_json::to_string(&serde_json::from_str::<ShimJob>(job).unwrap()).unwrap(),
+            job
+        );
+        let job =
+            r#"{"console_log":"/c","log_limit":1,"exit_record":"/e","metrics":{"pipe":"/p","file":"/f","limit":2}}"#;
+        assert_eq!(
+            serde_json::to_string(&serde_json::from_str::<LogJob>(job).unwrap()).unwrap(),
             job
         );
     }

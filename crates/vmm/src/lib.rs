@@ -10,10 +10,12 @@
 //! * [`identity`]: whether a process is the one that was meant,
 //! * [`records`]: what a launched engine leaves behind: console log and exit record,
 //! * [`qmp`]: QEMU's control protocol,
-//! * [`qemu`]: the QEMU driver.
+//! * [`qemu`]: the QEMU driver,
+//! * [`firecracker`]: the Firecracker driver; `start` and `saving` are what the two have in common.
 
 mod dial;
 pub mod engine;
+pub mod firecracker;
 pub mod host;
 pub mod identity;
 pub mod jail;
@@ -21,6 +23,8 @@ mod memory;
 pub mod qemu;
 pub mod qmp;
 pub mod records;
+mod saving;
+mod start;
 mod sys;
 
 pub use engine::{

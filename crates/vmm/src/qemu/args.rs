@@ -12,6 +12,7 @@ use banger_core::plan::{BootPlan, Disk, NetworkKind};
 use super::ENGINE;
 use super::block::{self, Access};
 use crate::engine::EngineError;
+use crate::start;
 
 /// The processor under emulation. Without the "fast string" bits, kernel and C library copy with vector registers instead of
 /// `rep movsb`, which TCG emulates byte by byte: reading `/dev/zero` in a guest went from 0.2 GB/s to 1.5 GB/s and more.
@@ -21,8 +22,6 @@ const EMULATED_CPU: &str = "max,-erms,-fsrm";
 /// devices, their order and properties, machine type and processor.
 pub const STATE_FORM: u32 = 1;
 
-/// Longest path of a socket: 108 bytes with the one that ends it.
-pub const SOCKET_PATH: usize = 107;
 /// Longest kernel line that x86 kernels take.
 const KERNEL_LINE: usize = 2047;
 /// Name of the port on which the agent listens.
@@ -233,21 +232,11 @@ fn escaped(path: &Path) -> Result<String, EngineError> {
 
 /// A path that fits a socket address.
 pub(super) fn socket(path: PathBuf) -> Result<PathBuf, EngineError> {
-    let length = path.as_os_str().len();
-    if length <= SOCKET_PATH {
-        return Ok(path);
-    }
-    Err(unsupported(&format!(
-        "open a socket at {}: the path has {length} bytes, {SOCKET_PATH} is the most",
-        path.display()
-    )))
+    start::socket(ENGINE, path)
 }
 
 pub(super) fn unsupported(what: &str) -> EngineError {
-    EngineError::Unsupported {
-        engine: ENGINE,
-        what: what.to_owned(),
-    }
+    start::unsupported(ENGINE, what)
 }
 
 #[cfg(test)]

@@ -33,6 +33,7 @@ use crate::engine::{
 use crate::host::Roots;
 use crate::identity::Mismatch;
 use crate::qmp::{QmpError, Status};
+use crate::start::io_error;
 
 /// Name of the engine.
 pub const ENGINE: &str = "qemu";
@@ -236,13 +237,6 @@ fn vcpu_state(status: &Status) -> VcpuState {
         "shutdown" | "internal-error" | "guest-panicked" => VcpuState::Ended,
         // Stopped by somebody, by a disk that failed, or for being saved: `cont` lets it go on.
         _ => VcpuState::Paused,
-    }
-}
-
-fn io_error(what: impl Into<String>, source: std::io::Error) -> EngineError {
-    EngineError::Io {
-        what: what.into(),
-        source,
     }
 }
 

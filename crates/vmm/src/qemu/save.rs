@@ -3,30 +3,25 @@
 //! What can be done while the guest runs is done before: memory is copied as it is then, fresh layers are added. Then its processors
 //! are stopped, the devices' state and the pages that have changed meanwhile are written, and the fresh layers take over: the last
 //! step that can fail, and it does so for all disks or for none. What fails before is undone.
-//!
-//! The work runs as a task of its own, so that a caller who goes away leaves no machine paused and no half files.
 
-use std::fs;
 use std::io;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use banger_core::plan::Saved;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
 use super::args::{text, unsupported};
 use super::layers::{self, Added, LayerFault};
-use super::{Qemu, control_error, find, io_error, still, vcpu_state};
+use super::{ENGINE, Qemu, control_error, find, io_error, still, vcpu_state};
 use crate::engine::{AfterSave, EngineError, Handles, SavePlan, SaveReport, Step, Steps, VcpuState};
 use crate::identity::Mismatch;
 use crate::memory::{self, Place, Target};
 use crate::qmp::{Client, QmpError};
+use crate::saving::{self, Done, Files, Saving, Wanted, blocking};
 
 /// How long a single step may take: stopping waits until the disks have taken what was under way.
 const STEP: Duration = Duration::from_secs(60);
@@ -43,60 +38,45 @@ pub(super) async fn save(
     plan: &SavePlan,
     steps: Steps,
 ) -> Result<SaveReport, EngineError> {
-    let stop = Arc::new(AtomicBool::new(false));
+    let wanted = Wanted::default();
     let job = Job {
         qemu: qemu.clone(),
         handles: handles.clone(),
         plan: plan.clone(),
-        stop: stop.clone(),
+        wanted: wanted.clone(),
     };
-    let (mut tell, told) = oneshot::channel();
-    tokio::spawn(async move {
-        let outcome = {
-            let work = job.run(steps);
-            tokio::pin!(work);
-            tokio::select! {
-                outcome = &mut work => outcome,
-                () = tell.closed() => {
-                    stop.store(true, Ordering::Relaxed);
-                    work.await
-                }
-            }
-        };
-        let (outcome, ran) = match outcome {
-            Ok(done) => (Ok(done.report), done.ran),
-            Err(error) => (Err(job.explained(error)), false),
-        };
-        // Nobody is left who would end it, and once it runs its memory is another.
-        if let Err(Ok(_)) = tell.send(outcome)
-            && job.plan.then == AfterSave::Stopped
-        {
-            drop(Files::of(&job.plan));
-            if ran {
-                job.go_on(None).await;
-            }
-        }
-    });
-    told.await.unwrap_or_else(|_| {
-        Err(io_error(
-            "save the machine",
-            io::Error::other("the task that saves it has ended"),
-        ))
-    })
+    saving::attended(job, wanted, steps).await
 }
 
 struct Job {
     qemu: Qemu,
     handles: Handles,
     plan: SavePlan,
-    /// Nobody waits for it any more.
-    stop: Arc<AtomicBool>,
+    wanted: Wanted,
 }
 
-struct Done {
-    report: SaveReport,
-    /// Its processors ran before.
-    ran: bool,
+impl Saving for Job {
+    fn plan(&self) -> &SavePlan {
+        &self.plan
+    }
+
+    async fn run(&self, steps: Steps) -> Result<Done, EngineError> {
+        self.saved(steps).await
+    }
+
+    fn explained(&self, error: EngineError) -> EngineError {
+        match find::open(&self.qemu.options.roots.proc, &self.handles) {
+            Err(Mismatch::Gone(why)) => EngineError::NotOurs {
+                pid: self.handles.pid,
+                why,
+            },
+            _ => error,
+        }
+    }
+
+    async fn go_on(&self) {
+        self.continued(None).await;
+    }
 }
 
 /// Where memory goes, and where it comes from.
@@ -109,13 +89,13 @@ struct Prepared {
 }
 
 impl Job {
-    async fn run(&self, steps: Steps) -> Result<Done, EngineError> {
-        let files = Files::absent(&self.plan)?;
+    async fn saved(&self, steps: Steps) -> Result<Done, EngineError> {
+        let files = Files::absent(ENGINE, &self.plan)?;
         let mut prepared = match &self.plan.memory {
             Some(saved) => Some(self.prepare(saved).await?),
             None => None,
         };
-        self.wanted()?;
+        self.wanted.check()?;
         let mut client = find::command_client(&self.qemu, &self.handles).await?;
         client.extend(STEP);
         let status = client.status().await.map_err(|e| self.fault(e))?;
@@ -166,7 +146,7 @@ impl Job {
         };
         files.keep();
         if ran && self.plan.then == AfterSave::AsBefore {
-            self.go_on(Some(client)).await;
+            self.continued(Some(client)).await;
         }
         Ok(Done {
             report: SaveReport {
@@ -186,7 +166,7 @@ impl Job {
         let size = place.range.end - place.range.start;
         // One that is not to run again need not stand still for a short time.
         let twice = self.plan.then == AfterSave::AsBefore;
-        let (there, stop) = (place.clone(), self.stop.clone());
+        let (there, stop) = (place.clone(), self.wanted.stop());
         let (target, copied) = blocking(move || {
             memory::check(&proc, &there, base.as_deref())?;
             let target = memory::prepare(&path, size, base.as_deref())?;
@@ -222,7 +202,7 @@ impl Job {
             .await
             .map_err(|e| self.fault(e))?;
         let start = address(&said).ok_or_else(|| EngineError::Refused {
-            engine: super::ENGINE,
+            engine: ENGINE,
             command: "gpa2hva".to_owned(),
             message: said.trim().to_owned(),
         })?;
@@ -246,7 +226,7 @@ impl Job {
         if let Some(prepared) = prepared {
             self.memory(client, prepared, channel).await?;
         }
-        self.wanted()
+        self.wanted.check()
     }
 
     /// Lets the fresh layers take over. Comes back with a connection.
@@ -278,13 +258,13 @@ impl Job {
         let filename = text(&prepared.saved.state)?;
         let mut before = still::look(client, channel).await.map_err(|e| self.fault(e))?;
         for attempt in 1..=ATTEMPTS {
-            self.wanted()?;
+            self.wanted.check()?;
             client.extend(STEP);
             let arguments = json!({ "filename": filename, "live": false });
             let devices = client.execute::<Value>("xen-save-devices-state", Some(arguments));
             // Neither touches what the other saves.
             let (proc, place) = (proc.clone(), prepared.place.clone());
-            let (target, stop, copied) = (prepared.target.clone(), self.stop.clone(), prepared.copied.take());
+            let (target, stop, copied) = (prepared.target.clone(), self.wanted.stop(), prepared.copied.take());
             let pages = blocking(move || memory::copy(&proc, &place, &target, copied.as_deref(), &stop));
             let (devices, pages) = tokio::join!(devices, pages);
             prepared.copied = Some(pages.map_err(cannot_write)?);
@@ -314,13 +294,13 @@ impl Job {
             Err(_) => None,
         };
         if ran {
-            self.go_on(client).await;
+            self.continued(client).await;
         }
     }
 
     /// Lets the guest run. Over other connections, if this one has failed: a host that is short of everything must not leave a
     /// machine standing.
-    async fn go_on(&self, client: Option<Client>) {
+    async fn continued(&self, client: Option<Client>) {
         let mut fault = None;
         if let Some(mut client) = client {
             match self.cont(&mut client).await {
@@ -355,89 +335,8 @@ impl Job {
         done.map(drop).map_err(|e| self.fault(e))
     }
 
-    /// Whether anybody waits for it.
-    fn wanted(&self) -> Result<(), EngineError> {
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(io_error("save the machine", io::ErrorKind::Interrupted.into()));
-        }
-        Ok(())
-    }
-
-    /// Whatever went wrong first: an engine that has ended is the reason.
-    fn explained(&self, error: EngineError) -> EngineError {
-        match find::open(&self.qemu.options.roots.proc, &self.handles) {
-            Err(Mismatch::Gone(why)) => EngineError::NotOurs {
-                pid: self.handles.pid,
-                why,
-            },
-            _ => error,
-        }
-    }
-
     fn fault(&self, error: QmpError) -> EngineError {
         control_error(&self.qemu, &self.handles, error)
-    }
-}
-
-/// Files that a save makes. They are removed unless they are kept.
-struct Files(Vec<PathBuf>);
-
-impl Files {
-    fn of(plan: &SavePlan) -> Self {
-        let saved = plan.memory.iter();
-        Self(
-            saved
-                .flat_map(|saved| [saved.memory.clone(), saved.state.clone()])
-                .collect(),
-        )
-    }
-
-    /// They must not be there yet: what is there is somebody else's.
-    fn absent(plan: &SavePlan) -> Result<Self, EngineError> {
-        let files = Self::of(plan);
-        let there = files.0.iter().find(|path| path.symlink_metadata().is_ok());
-        if let Some(path) = there.cloned() {
-            files.keep();
-            return Err(io_error(
-                format!("make {}", path.display()),
-                io::ErrorKind::AlreadyExists.into(),
-            ));
-        }
-        if let Some(path) = files.0.iter().find(|path| !path.is_absolute()) {
-            return Err(unsupported(&format!(
-                "save to {}: it is not an absolute path",
-                path.display()
-            )));
-        }
-        Ok(files)
-    }
-
-    fn keep(mut self) {
-        self.0.clear();
-    }
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        for path in &self.0 {
-            remove(path);
-        }
-    }
-}
-
-fn remove(path: &Path) {
-    if let Err(e) = fs::remove_file(path)
-        && e.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(path = %path.display(), error = %e, "cannot remove what was begun");
-    }
-}
-
-/// Runs what blocks where it may.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(outcome) => outcome,
-        Err(e) => Err(io::Error::other(e)),
     }
 }
 
