@@ -2,6 +2,7 @@
 //!
 //! * [`walls`]: which crate may depend on which, and what must not stand in the tree,
 //! * [`bench`]: figures and ratios, never assertions,
+//! * [`lab`]: the machine in which system mode is tested,
 //! * [`docs`]: whether the generated documents are current.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a chore prints what it finds")]
 
@@ -10,6 +11,7 @@ use std::process::ExitCode;
 
 mod bench;
 mod docs;
+mod lab;
 mod metadata;
 mod walls;
 
@@ -35,12 +37,21 @@ fn main() -> ExitCode {
         ["check-walls"] => walls::run(&root()),
         ["docs"] => docs::run(&root()),
         ["bench", rest @ ..] => bench::run(rest),
+        ["lab", rest @ ..] => {
+            return match lab::run(&root(), rest) {
+                Ok(status) => ExitCode::from(status),
+                Err(message) => {
+                    eprintln!("error: {message}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
         [bench::watch::CHORE, watched] => bench::watch::run(watched),
         [] | ["help" | "--help" | "-h"] => {
-            print!("{USAGE}");
+            print!("{USAGE}{}", lab::USAGE);
             Ok(())
         }
-        [other, ..] => Err(format!("there is no chore `{other}`\n\n{USAGE}")),
+        [other, ..] => Err(format!("there is no chore `{other}`\n\n{USAGE}{}", lab::USAGE)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

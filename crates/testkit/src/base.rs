@@ -31,6 +31,12 @@ pub fn get() -> Result<&'static Base, String> {
         .map_err(Clone::clone)
 }
 
+/// The base's state directory with kernel and images, made when they are not there; templates may be missing. Nobody writes there.
+pub fn store() -> Result<PathBuf, String> {
+    let make = || with_images(|_, root| Ok(root.join("state/banger")));
+    std::panic::catch_unwind(make).unwrap_or_else(|p| Err(format!("no base: {}", message(&*p))))
+}
+
 fn message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic
         .downcast_ref::<String>()
@@ -40,6 +46,27 @@ fn message(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 fn make() -> Result<Base, String> {
+    with_images(|open, root| {
+        // They fit one agent, one kernel and one engine: those of now are made if they are not there.
+        let env = open();
+        for image in IMAGES {
+            env.banger(["template", "build", image]).deadline(300).ok();
+        }
+        env.banger(["template", "prune"]).ok();
+        env.run("daemon stop").code(0);
+        Ok(Base {
+            state: root.join("state/banger"),
+        })
+    })
+}
+
+/// Sockets of the base.
+fn runtime() -> PathBuf {
+    PathBuf::from(format!("/tmp/btb{}", std::process::id()))
+}
+
+/// Makes kernel and images if need be, and goes on while nobody else can; with what opens the base as an environment.
+fn with_images<T>(go_on: impl FnOnce(&dyn Fn() -> TestEnv, &Path) -> Result<T, String>) -> Result<T, String> {
     let tests = binaries::target().join("tests");
     std::fs::create_dir_all(&tests).map_err(|e| format!("{}: {e}", tests.display()))?;
     let lock = std::fs::File::create(tests.join("base.lock")).map_err(|e| format!("base.lock: {e}"))?;
@@ -50,9 +77,8 @@ fn make() -> Result<Base, String> {
     let key = key();
     let fresh = std::env::var_os("BANGER_TEST_FRESH").is_some_and(|v| v == "1");
     let current = std::fs::read_to_string(&marker).is_ok_and(|k| k == key);
-    let runtime = PathBuf::from(format!("/tmp/btb{}", std::process::id()));
     let open = || {
-        let env = TestEnv::at(root.clone(), runtime.clone()).keep();
+        let env = TestEnv::at(root.clone(), runtime()).keep();
         env.config(CONFIG);
         env
     };
@@ -70,17 +96,9 @@ fn make() -> Result<Base, String> {
         env.run("daemon stop").code(0);
         std::fs::write(&marker, &key).map_err(|e| format!("{}: {e}", marker.display()))?;
     }
-    // They fit one agent, one kernel and one engine: those of now are made if they are not there.
-    let env = open();
-    for image in IMAGES {
-        env.banger(["template", "build", image]).deadline(300).ok();
-    }
-    env.banger(["template", "prune"]).ok();
-    env.run("daemon stop").code(0);
-    let _ = std::fs::remove_dir_all(&runtime);
-    Ok(Base {
-        state: root.join("state/banger"),
-    })
+    let outcome = go_on(&open, &root);
+    let _ = std::fs::remove_dir_all(runtime());
+    outcome
 }
 
 /// Changes whenever what makes kernel and images does.

@@ -16,7 +16,7 @@ mod engine;
 mod figures;
 mod measure;
 mod podman;
-mod qmp;
+pub(crate) mod qmp;
 mod templates;
 pub(crate) mod watch;
 

@@ -1,4 +1,4 @@
-//! As little of a client of QEMU's control protocol as loads a machine's state and lets it go on.
+//! As little of a client of QEMU's control protocol as saves a machine's state, loads it and lets it go on.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IoSlice, Write};
@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_micros(500);
 
 /// A control connection that takes commands.
-pub(super) struct Qmp(BufReader<UnixStream>);
+pub(crate) struct Qmp(BufReader<UnixStream>);
 
 /// Connects as soon as somebody listens.
 pub(super) fn connect(path: &Path) -> io::Result<UnixStream> {
@@ -32,8 +32,12 @@ pub(super) fn connect(path: &Path) -> io::Result<UnixStream> {
 
 impl Qmp {
     /// Negotiates.
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let stream = connect(path)?;
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        Self::over(connect(path)?)
+    }
+
+    /// Negotiates over a connection.
+    pub(crate) fn over(stream: UnixStream) -> io::Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut qmp = Self(BufReader::new(stream));
         qmp.read()?;
@@ -41,9 +45,41 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// Leaves memory where it is: in its file.
+    pub(crate) fn ignore_shared(&mut self) -> io::Result<()> {
+        let capabilities = json!({"capabilities": [{"capability": "x-ignore-shared", "state": true}]});
+        self.execute("migrate-set-capabilities", capabilities).map(drop)
+    }
+
+    /// Writes processors and devices to a file.
+    pub(crate) fn save(&mut self, state: &Path, patience: Duration) -> io::Result<()> {
+        self.hand_over(&File::create(state)?)?;
+        self.execute("migrate", json!({"uri": "fd:state"}))?;
+        self.until_moved(patience)
+    }
+
     /// Loads processors and devices from a file. They stay stopped.
-    pub(super) fn load(&mut self, state: &Path) -> io::Result<()> {
-        let state = File::open(state)?;
+    pub(crate) fn load(&mut self, state: &Path) -> io::Result<()> {
+        self.hand_over(&File::open(state)?)?;
+        self.execute("migrate-incoming", json!({"uri": "fd:state"}))?;
+        self.until_moved(PATIENCE)
+    }
+
+    fn until_moved(&mut self, patience: Duration) -> io::Result<()> {
+        let end = Instant::now() + patience;
+        loop {
+            let progress = self.execute("query-migrate", json!({}))?;
+            match progress["status"].as_str() {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => return Err(io::Error::other(progress.to_string())),
+                _ if Instant::now() > end => return Err(io::Error::other(format!("not done in time: {progress}"))),
+                _ => std::thread::sleep(AGAIN),
+            }
+        }
+    }
+
+    /// Gives the engine a file by the name `state`.
+    fn hand_over(&mut self, state: &File) -> io::Result<()> {
         let line = json!({"execute": "getfd", "arguments": {"fdname": "state"}}).to_string();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -60,20 +96,11 @@ impl Qmp {
         if sent != line.len() {
             return Err(io::ErrorKind::WriteZero.into());
         }
-        self.answer()?;
-        self.execute("migrate-incoming", json!({"uri": "fd:state"}))?;
-        loop {
-            let progress = self.execute("query-migrate", json!({}))?;
-            match progress["status"].as_str() {
-                Some("completed") => return Ok(()),
-                Some("failed" | "cancelled") => return Err(io::Error::other(progress.to_string())),
-                _ => std::thread::sleep(AGAIN),
-            }
-        }
+        self.answer().map(drop)
     }
 
     /// A command and its answer.
-    pub(super) fn execute(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
+    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> io::Result<Value> {
         let line = json!({"execute": command, "arguments": arguments}).to_string();
         self.0.get_mut().write_all(line.as_bytes())?;
         self.answer()
