@@ -1,8 +1,8 @@
 //! The stage that stays: starts the engine, reads what it prints, waits for its end and writes that down.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -10,20 +10,14 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use banger_proto::shim::{ExitRecord, ShimJob, ShimReport};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::ioctl_fionbio;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::log::{Log, Tail};
+use crate::source::{GATHER, Metrics, Source, wait};
 use crate::start;
 
 /// More than any job needs.
 const JOB_LIMIT: u64 = 1 << 20;
-/// How long output gathers before it is read. A pipe holds more than comes in this time.
-const GATHER: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 5_000_000,
-};
 /// Longest line of the engine that stays in one piece.
 const LINE: usize = 1024;
 
@@ -40,22 +34,27 @@ pub(crate) fn monitor() -> Result<(), String> {
         }
     };
     let mut tail = Tail::default();
-    let watched = watch(&mut engine, &mut log, &mut tail);
+    let mut metrics = job.metrics.clone().map(Metrics::new);
+    let watched = watch(&mut engine, &mut log, &mut tail, &mut metrics);
     // Whatever went wrong with reading: the engine's end is still waited for, and by nobody else.
     let status = engine.wait();
     let mut last_words = tail.lines();
     if let Err(e) = watched {
         last_words.push(format!("banger-shim: cannot read the engine's output: {e}"));
     }
-    let record = record(status, last_words);
-    if let Err(e) = write_record(&job.exit_record, &record) {
+    ended(&job.exit_record, record(status, last_words), &mut log);
+    Ok(())
+}
+
+/// Writes down and reports the engine's end.
+pub(crate) fn ended(path: &Path, record: ExitRecord, log: &mut Log) {
+    if let Err(e) = write_record(path, &record) {
         log.drop_old();
-        if write_record(&job.exit_record, &record).is_err() {
+        if write_record(path, &record).is_err() {
             log.write_engine_line(format!("cannot write the exit record: {e}").as_bytes());
         }
     }
     let _ = report(&ShimReport::Ended(record));
-    Ok(())
 }
 
 /// Reads the job and starts the engine.
@@ -69,8 +68,10 @@ fn begin() -> Result<(Child, ShimJob, Log), String> {
     drop(text);
     let log = Log::create(&job.console_log, job.log_limit)
         .map_err(|e| format!("cannot write {}: {e}", job.console_log.display()))?;
+    let cwd = job.cwd.as_deref().unwrap_or(Path::new("/"));
     let mut engine = Command::new(start::SELF)
         .arg0("banger-shim")
+        .current_dir(cwd)
         .arg("exec")
         .arg(&job.engine)
         .args(&job.args)
@@ -96,7 +97,7 @@ fn begin() -> Result<(Child, ShimJob, Log), String> {
 }
 
 /// Reads console and messages until the engine ends.
-fn watch(engine: &mut Child, log: &mut Log, tail: &mut Tail) -> io::Result<()> {
+fn watch(engine: &mut Child, log: &mut Log, tail: &mut Tail, metrics: &mut Option<Metrics>) -> io::Result<()> {
     let pid = i32::try_from(engine.id())
         .ok()
         .and_then(Pid::from_raw)
@@ -119,6 +120,9 @@ fn watch(engine: &mut Child, log: &mut Log, tail: &mut Tail) -> io::Result<()> {
                 }
             }
         });
+        if let Some(metrics) = metrics {
+            metrics.drain();
+        }
         if last {
             if !line.is_empty() {
                 log.write_engine_line(line.trim_ascii_end());
@@ -127,47 +131,8 @@ fn watch(engine: &mut Child, log: &mut Log, tail: &mut Tail) -> io::Result<()> {
         }
         // Once it has ended there is one more round, for what it left in the pipes. A console writes single bytes: they are
         // left to gather, or following them would take a third of what the guest gets.
-        over = wait(&ended, &[&console, &messages], None)? || wait(&ended, &[], Some(&GATHER))?;
-    }
-}
-
-/// Waits for any of them; says whether the engine has ended.
-fn wait(ended: &OwnedFd, sources: &[&Source], limit: Option<&Timespec>) -> io::Result<bool> {
-    let mut fds = vec![PollFd::new(ended, PollFlags::IN)];
-    fds.extend(
-        sources
-            .iter()
-            .filter_map(|s| Some(PollFd::new(s.0.as_ref()?, PollFlags::IN))),
-    );
-    match poll(&mut fds, limit) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(!fds[0].revents().is_empty()),
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// The reading end of a pipe, until it is closed.
-struct Source(Option<File>);
-
-impl Source {
-    fn new(fd: Option<OwnedFd>) -> io::Result<Self> {
-        if let Some(fd) = &fd {
-            ioctl_fionbio(fd.as_fd(), true)?;
-        }
-        Ok(Self(fd.map(File::from)))
-    }
-
-    /// Reads what is there, but no more than a pipe holds, so that each source gets its turn.
-    fn drain(&mut self, mut take: impl FnMut(&[u8])) {
-        let mut buffer = [0; 8192];
-        for _ in 0..16 {
-            let Some(file) = self.0.as_mut() else { return };
-            match file.read(&mut buffer) {
-                Ok(n) if n > 0 => take(&buffer[..n]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                _ => self.0 = None,
-            }
-        }
+        let sources = [&console, &messages];
+        over = wait(Some(&ended), &sources, metrics.as_ref(), None)? || wait(Some(&ended), &[], None, Some(&GATHER))?;
     }
 }
 
@@ -179,15 +144,19 @@ fn record(status: io::Result<ExitStatus>, mut last_words: Vec<String>) -> ExitRe
             (None, None)
         }
     };
-    let at_ms = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(0));
     ExitRecord {
         code,
         signal,
         last_words,
-        at_ms,
+        at_ms: now_ms(),
     }
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(0))
 }
 
 /// Whole or not at all.
@@ -208,7 +177,7 @@ fn write_record(path: &Path, record: &ExitRecord) -> io::Result<()> {
     written
 }
 
-fn report(report: &ShimReport) -> io::Result<()> {
+pub(crate) fn report(report: &ShimReport) -> io::Result<()> {
     let mut text = serde_json::to_vec(report)?;
     text.push(b'\n');
     let mut out = io::stdout().lock();

@@ -13,8 +13,8 @@ use crate::fds;
 /// This program, even when its file has been replaced meanwhile.
 pub(crate) const SELF: &str = "/proc/self/exe";
 
-/// First stage: cuts all ties and starts the monitor. `tag` names the machine in the process list.
-pub(crate) fn start(tag: Option<OsString>) -> Result<(), String> {
+/// First stage: cuts all ties and starts the stage that stays. `tag` names the machine in the process list.
+pub(crate) fn start(next: &str, tag: Option<OsString>) -> Result<(), String> {
     fds::close_inherited();
     // Fails only for a process group leader, which then is no session's member by accident but by its caller's choice.
     let _ = setsid();
@@ -22,7 +22,7 @@ pub(crate) fn start(tag: Option<OsString>) -> Result<(), String> {
     std::env::set_current_dir("/").map_err(|e| format!("cannot enter /: {e}"))?;
     Command::new(SELF)
         .arg0("banger-shim")
-        .arg("monitor")
+        .arg(next)
         .args(tag)
         .env_clear()
         .stdin(Stdio::inherit())
@@ -30,7 +30,7 @@ pub(crate) fn start(tag: Option<OsString>) -> Result<(), String> {
         .stderr(Stdio::null())
         .spawn()
         .map(drop)
-        .map_err(|e| format!("cannot start the monitor: {e}"))
+        .map_err(|e| format!("cannot start the {next}: {e}"))
 }
 
 /// Last stage: becomes the engine. Its own messages go where the engine's go.
