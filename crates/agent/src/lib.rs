@@ -18,6 +18,7 @@ pub mod freezer;
 pub mod handover;
 pub mod personalize;
 pub mod pid1;
+mod ports;
 mod power;
 pub mod rehearsal;
 mod renew;

@@ -20,7 +20,7 @@ use crate::agent::Agent;
 use crate::reply::{self, Body};
 use crate::session::attach;
 use crate::session::table::Sessions;
-use crate::{connect, files, system};
+use crate::{connect, files, ports, system};
 
 /// What the host may send on one stream before it is read.
 const STREAM_WINDOW: u32 = 1024 * 1024;
@@ -131,6 +131,10 @@ async fn dispatch(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Respo
             connect::serve(&agent, &query.need("target")?, request.into_body()).await
         }
         (Method::GET, ["v1", "stats"]) => Ok(reply::json(&system::stats()?)),
+        (Method::GET, ["v1", "ports"]) => {
+            agent.require_running()?;
+            Ok(reply::json(&ports::list().await?))
+        }
         (Method::POST, ["v1", "shutdown"]) => {
             let wanted = body(request).await?;
             system::shut_down(&agent, &wanted)?;

@@ -2,6 +2,7 @@
 //! parameter, so that each can be tested without a machine.
 //!
 //! * [`name`], [`id`], [`size`], [`reference`](mod@reference), [`argument`]: what users type,
+//! * [`forward`]: ports of the host that lead to a machine,
 //! * [`config`]: the configuration file,
 //! * [`host`]: which engine and acceleration a host gets,
 //! * [`spec`]: defaults, limits and the `spec:` line,
@@ -11,6 +12,7 @@
 
 pub mod argument;
 pub mod config;
+pub mod forward;
 pub mod host;
 pub mod id;
 pub mod name;

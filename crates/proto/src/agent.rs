@@ -17,6 +17,7 @@
 //! | `GET /v1/stat?path=P` | | [`Stat`] |
 //! | `POST /v1/connect?target=T` | raw bytes | raw bytes; `T` is `tcp:PORT` (guest loopback) or `sshd` (`sshd -i`) |
 //! | `GET /v1/stats` | | [`GuestStats`] |
+//! | `GET /v1/ports` | | list of [`Port`]: what listens for TCP |
 //! | `POST /v1/shutdown` | [`Shutdown`] | 202, then the guest goes down |
 //!
 //! Errors are [`crate::error::ErrorBody`] with a fitting status.
@@ -187,6 +188,21 @@ pub struct GuestStats {
     /// Load average over a minute, times 100.
     pub load1_centi: u64,
 }
+
+/// A TCP port that something in the guest listens on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// Port.
+    pub port: u16,
+    /// Address it listens on.
+    pub address: std::net::IpAddr,
+    /// Name of the process, where that was found.
+    #[serde(default)]
+    pub process: Option<String>,
+}
+
+/// Most ports that are told.
+pub const MAX_PORTS: usize = 1024;
 
 /// Request to go down.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
