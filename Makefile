@@ -9,7 +9,7 @@ export BANGER_COMMIT := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 # Where cargo puts the binaries: they are built for the host by its own name (see .cargo/config.toml).
 BIN = target/$(shell rustc -vV | sed -n 's/^host: //p')/release
 
-.PHONY: run build setup test lint fmt bench docs install uninstall clean
+.PHONY: run build setup test lab lint fmt bench docs install uninstall clean
 
 run: build  ## set up, build, and run a command in a machine with this checkout in it
 	@$(BIN)/banger $(ARGS)
@@ -22,6 +22,9 @@ build: setup
 
 test: build  ## set up and run every test, real machines included
 	$(CARGO) test --release --workspace
+
+lab: build  ## run the scenarios of system mode in a machine of their own (LAB='NAME…'); see docs/lab.md
+	$(CARGO) xtask lab run $(LAB)
 
 lint:  ## what has to be clean before a change goes in
 	$(CARGO) fmt --all --check

@@ -39,7 +39,7 @@ check() {
     need git 'reads the repositories that go into machines' git
     need qemu-system-x86 'runs the machines' qemu-system-x86_64 qemu-kvm
     need mmdebstrap 'bootstraps the default images' mmdebstrap
-    need e2fsprogs 'checks file systems in the tests' e2fsck
+    need e2fsprogs 'makes and checks file systems in the tests' e2fsck
     need openssh-client 'vm ssh, and the keys for it' ssh-keygen
     [ "$(id -u)" = 0 ] || need uidmap 'lets mmdebstrap work without root' newuidmap
     [ -z "$with_bench" ] || check_bench

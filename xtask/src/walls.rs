@@ -220,12 +220,11 @@ fn foreign(name: &str, text: &str) -> Vec<String> {
 /// A path begins here: not the middle of a longer one, and not one of the made-up users that examples and tests speak of.
 fn is_place(line: &str, at: usize, place: &str) -> bool {
     let before = line[..at].chars().next_back();
-    let user: String = line[at + place.len()..]
-        .chars()
-        .take_while(char::is_ascii_alphanumeric)
-        .collect();
+    let rest = &line[at + place.len()..];
+    let user: String = rest.chars().take_while(char::is_ascii_alphanumeric).collect();
     let middle = before.is_some_and(|c| c.is_alphanumeric() || "._-$}".contains(c));
-    !middle && !["user", "me", "u", "x", "someone", "alice", "bob", "you"].contains(&user.as_str())
+    let made_up = ["user", "me", "u", "x", "someone", "alice", "bob", "you", "dev"].contains(&user.as_str());
+    !middle && !made_up && !rest.starts_with('{')
 }
 
 #[cfg(test)]
