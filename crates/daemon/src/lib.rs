@@ -5,10 +5,11 @@
 //! that happens to it reaches a machine.
 //!
 //! * [`run`]: from the process's start to its end; [`paths`], [`log`], [`ready`], [`failpoint`],
-//! * [`services`]: what all parts share,
+//! * [`services`]: what all parts share; [`engines`]: the drivers by name; [`host`]: what machines need of root,
 //! * [`ops`]: operations with stages, progress and cancel,
 //! * [`stock`]: images and kernels by name, made on demand,
 //! * [`ssh`]: keys and known hosts,
+//! * [`reach`]: the way to a guest; [`forwards`]: ports of the host that lead there,
 //! * [`doctor`], [`stats`]: looking only,
 //! * [`memory`]: keeps the process small,
 //! * [`error`]: from the errors below to what clients see.
@@ -19,8 +20,11 @@ pub mod blocking;
 pub mod commit;
 pub mod db;
 pub mod doctor;
+pub mod engines;
 pub mod error;
 pub mod failpoint;
+pub mod host;
+pub mod forwards;
 pub mod idle;
 pub mod log;
 pub mod machine;
@@ -28,6 +32,7 @@ pub mod memory;
 pub mod ops;
 pub mod paths;
 pub mod provision;
+pub mod reach;
 pub mod ready;
 pub mod run;
 pub mod server;

@@ -7,13 +7,15 @@ use banger_core::id::MachineId;
 use banger_core::name::{self, MachineName};
 use banger_core::spec;
 use banger_core::state;
-use banger_proto::api::{CreateMachine, ForkMachine, MachineSpec, MachineState, WaitFor, Workspace};
+use banger_proto::api::{CreateMachine, ForkMachine, Forward, MachineSpec, MachineState, WaitFor, Workspace};
 use banger_proto::error::{ApiError, ErrorCode};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::db::{DbError, MachineRow};
+use crate::db::{DbError, MachineRow, Slots};
+use crate::engines;
 use crate::error::IntoApi;
+use crate::forwards::Reserved;
 use crate::machine::request::{self, Ask, ForkJob};
 use crate::machine::work::{self, Current, Manner};
 use crate::machine::{Machine, adopt, create, fork, start, task};
@@ -34,11 +36,13 @@ pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<
         .map_err(IntoApi::into_api)?;
     let spec = resolve(services, &request).await?;
     let idle = services.config.idle_suspend_after.0.as_millis().try_into().unwrap_or(0);
+    let ports = services.forwards.reserve(&request.forwards, None)?;
     let draft = Draft {
         spec,
         workspace: None,
         auto_remove: request.auto_remove,
         idle_suspend_after_ms: request.idle_suspend_after_ms.unwrap_or(idle),
+        forwards: ports.forwards(),
     };
     let row = insert(services, name, draft).await?;
     let creation = create::Creation {
@@ -50,12 +54,13 @@ pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<
         timeout: request.timeout_ms.map_or(start::TIMEOUT, Duration::from_millis),
         copy: None,
     };
-    Ok(begin(services, row, creation))
+    let serves = creation.start.then_some(ports);
+    Ok(begin(services, row, creation, serves.unwrap_or_default()))
 }
 
 /// The spec of a request, every default resolved and everything checked. What is to be built or fetched has no digest yet.
 pub async fn resolve(services: &Services, request: &CreateMachine) -> Result<MachineSpec, ApiError> {
-    let resolved = spec::resolve(request, &services.config, services.shape().await).map_err(IntoApi::into_api)?;
+    let resolved = spec::resolve(request, &services.config, services.place().await).map_err(IntoApi::into_api)?;
     let image_size = services.stock.check_image(&resolved.image).await?;
     services.stock.check_kernel(&resolved.kernel).await?;
     if let Some(size) = image_size
@@ -67,29 +72,30 @@ pub async fn resolve(services: &Services, request: &CreateMachine) -> Result<Mac
         }
         .into_api());
     }
-    let engine = services.engine().await?;
+    let engine = engines::resolve(services, &resolved.engine, &resolved.network).await?;
     Ok(MachineSpec {
         image: resolved.image,
         image_digest: String::new(),
         kernel: resolved.kernel,
         kernel_digest: String::new(),
-        engine: engine.capabilities().engine.to_owned(),
+        engine: engine.to_owned(),
         accel: services.host().await.accel.accel.as_str().to_owned(),
         vcpu: resolved.vcpu,
         memory_mib: resolved.memory_mib,
         disk_bytes: resolved.disk_bytes,
         network: resolved.network,
-        nat: true,
-        net_group: None,
+        nat: resolved.nat,
+        net_group: resolved.net_group,
     })
 }
 
 /// Begins the creation of a machine whose row is written.
-fn begin(services: &Arc<Services>, row: MachineRow, creation: create::Creation) -> (Op, Arc<Machine>) {
+fn begin(services: &Arc<Services>, row: MachineRow, creation: create::Creation, ports: Reserved) -> (Op, Arc<Machine>) {
     let op = services.ops.begin("machine.create", &row.name);
     let (asks, queue) = mpsc::channel(task::QUEUE);
     let m = Machine::new(services.clone(), row, asks);
     services.remember(m.clone());
+    services.forwards.open(&m, ports);
     let first = work::yields(&op, |superseded| {
         Box::pin(create::run(m.clone(), op.clone(), creation, superseded))
     });
@@ -131,6 +137,8 @@ pub async fn fork(
             workspace: row.workspace.clone(),
             auto_remove: false,
             idle_suspend_after_ms: row.idle_suspend_after_ms,
+            // Its source has them.
+            forwards: Vec::new(),
         };
         match insert(services, name, draft).await {
             Ok(row) => rows.push(row),
@@ -145,7 +153,7 @@ pub async fn fork(
     let op = services.ops.begin("machine.fork", &row.name);
     let begun: Vec<_> = rows
         .into_iter()
-        .map(|row| begin(services, row, creation.clone()))
+        .map(|row| begin(services, row, creation.clone(), Reserved::default()))
         .collect();
     let copies: Vec<Arc<Machine>> = begun.iter().map(|(_, m)| m.clone()).collect();
     let job = ForkJob {
@@ -226,6 +234,7 @@ struct Draft {
     workspace: Option<Workspace>,
     auto_remove: bool,
     idle_suspend_after_ms: u64,
+    forwards: Vec<Forward>,
 }
 
 /// Writes the row. A made-up name that was taken in the meantime is made up again.
@@ -255,10 +264,14 @@ async fn insert(services: &Services, name: Option<MachineName>, draft: Draft) ->
             auto_remove: draft.auto_remove,
             idle_suspend_after_ms: draft.idle_suspend_after_ms,
             slot: None,
-            forwards: Vec::new(),
+            forwards: draft.forwards.clone(),
         };
-        match services.db.insert_machine(row.clone()).await {
-            Ok(()) => return Ok(row),
+        let slots = services.hosting.last_slot().map(|last| Slots {
+            last,
+            lent: services.hosting.lent_slots(),
+        });
+        match services.db.insert_machine(row, slots).await {
+            Ok(row) => return Ok(row),
             Err(DbError::NameTaken(_)) if name.is_none() => {}
             Err(e) => return Err(e.into_api()),
         }
@@ -328,11 +341,11 @@ async fn sweep(services: &Arc<Services>) {
             continue;
         }
         let paths = services.paths.machine(&id);
-        let Ok(engine) = services.engine().await else { return };
-        match engine.find(&id, &paths, None).await {
+        match adopt::find(services, &id, &paths, None, None).await {
             banger_vmm::Liveness::Gone(_) => {
                 tracing::info!(machine = %id, "sockets of a machine that is no more: removed");
-                if let Err(e) = start::remove_dir(&paths.run) {
+                let released = services.hosting.release(&id).await;
+                if let Err(e) = start::remove_dir(&paths.run).and(released) {
                     tracing::warn!(machine = %id, error = %e.message, "not removed");
                 }
             }

@@ -251,6 +251,7 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     let services = Arc::new(Services::new(paths, config, db, ops, stock, libexec));
     // A row that can't be read is told to whoever starts the daemon.
     let known = provision::load(&services).await?;
+    crate::forwards::restore(&services);
     tokio::spawn(signals(services.clone()));
     tokio::spawn(crate::idle::watch(services.clone()));
     let reconciling = services.clone();

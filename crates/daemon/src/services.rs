@@ -2,20 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use banger_core::config::Config;
 use banger_core::id::MachineId;
-use banger_core::spec::Shape;
+use banger_core::spec::{Place, Shape};
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::Engine;
 use banger_vmm::host::{HostFacts, Roots};
-use banger_vmm::qemu::{Options, Qemu};
 use tokio::sync::{OnceCell, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::db::Db;
+use crate::engines::Engines;
 use crate::error::IntoApi;
+use crate::host::Host;
+use crate::forwards::Forwards;
 use crate::machine::Machine;
 use crate::ops::Ops;
 use crate::paths::Paths;
@@ -42,6 +44,10 @@ pub struct Services {
     pub templates: Templates,
     /// Keys and known hosts.
     pub ssh: Ssh,
+    /// Ports of this host that lead to machines.
+    pub forwards: Forwards,
+    /// What machines need of root.
+    pub hosting: Host,
     /// Directory of `banger-shim` and `banger-agent`.
     pub libexec: PathBuf,
     /// When the daemon started.
@@ -52,7 +58,7 @@ pub struct Services {
     pub ready: watch::Sender<bool>,
     machines: RwLock<BTreeMap<MachineId, Arc<Machine>>>,
     host: OnceCell<HostFacts>,
-    engine: OnceLock<Arc<dyn Engine>>,
+    engines: Engines,
 }
 
 impl std::fmt::Debug for Services {
@@ -65,7 +71,7 @@ impl std::fmt::Debug for Services {
 
 impl Services {
     /// Puts them together.
-    pub fn new(paths: Paths, config: Config, db: Db, ops: Arc<Ops>, stock: Stock, libexec: PathBuf) -> Self {
+    pub fn new(paths: Paths, config: Config, db: Db, ops: Arc<Ops>, stock: Stock, hosting: Host, libexec: PathBuf) -> Self {
         let ssh = Ssh::new(paths.ssh());
         let templates = Templates::new(paths.templates(), ops.clone());
         Self {
@@ -76,13 +82,14 @@ impl Services {
             stock,
             templates,
             ssh,
+            forwards: Forwards::default(),
             libexec,
             started_at: crate::time::now(),
             stopping: CancellationToken::new(),
             ready: watch::Sender::new(false),
             machines: RwLock::default(),
             host: OnceCell::new(),
-            engine: OnceLock::new(),
+            engines: Engines::default(),
         }
     }
 
@@ -108,18 +115,17 @@ impl Services {
         }
     }
 
-    /// The engine driver. One that is not installed is looked for again at every request.
-    pub async fn engine(&self) -> Result<Arc<dyn Engine>, ApiError> {
-        if let Some(engine) = self.engine.get() {
-            return Ok(engine.clone());
+    /// Where machines are made.
+    pub async fn place(&self) -> Place {
+        Place {
+            host: self.shape().await,
+            bridge: self.hosting.get().is_some(),
         }
-        let mut options = Options::new(self.libexec.join("banger-shim"));
-        options.binary = self.config.qemu_bin.as_ref().map(PathBuf::from);
-        let detected = tokio::task::spawn_blocking(move || Qemu::detect(options)).await;
-        let detected =
-            detected.map_err(|e| ApiError::new(ErrorCode::Unavailable, format!("the daemon is stopping: {e}")))?;
-        let engine: Arc<dyn Engine> = Arc::new(detected.map_err(IntoApi::into_api)?);
-        Ok(self.engine.get_or_init(|| engine).clone())
+    }
+
+    /// The engine driver of a name. One that is not installed is looked for again at every request.
+    pub async fn engine(&self, name: &str) -> Result<Arc<dyn Engine>, ApiError> {
+        self.engines.get(name, self).await
     }
 
     /// All machines, oldest first.

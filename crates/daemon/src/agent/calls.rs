@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use banger_proto::agent::{Freeze, GuestStats, Health, MAX_JSON, Personalize, Renew, Shutdown, Stat};
+use banger_proto::agent::{Freeze, GuestStats, Health, MAX_JSON, MAX_PORTS, Personalize, Port, Renew, Shutdown, Stat};
 use banger_proto::api::Session;
 use banger_proto::error::ErrorBody;
 use bytes::Bytes;
@@ -116,6 +116,14 @@ impl Link {
     pub async fn stats(&self, within: Duration) -> Result<GuestStats, LinkError> {
         self.call(Method::GET, "/v1/stats", empty(), Instant::now() + within, within)
             .await
+    }
+
+    /// What listens for TCP in the guest, sanitised.
+    pub async fn ports(&self, within: Duration) -> Result<Vec<Port>, LinkError> {
+        let ports: Vec<Port> = self
+            .call(Method::GET, "/v1/ports", empty(), Instant::now() + within, within)
+            .await?;
+        Ok(ports.into_iter().take(MAX_PORTS).map(sanitize::port).collect())
     }
 
     /// Asks the guest to go down.

@@ -1,4 +1,4 @@
-//! Relays between a client's WebSocket and the agent, one to one, with backpressure from end to end: nothing is read on one
+//! Relays between a client's WebSocket, or a connection to a forwarded port, and the agent, one to one, with backpressure from end to end: nothing is read on one
 //! side before the other side has taken what was read before. At most a frame is held in each direction beside the windows of
 //! the connection.
 
@@ -13,10 +13,12 @@ use futures_util::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::Method;
 use hyper::body::Incoming;
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
-use super::calls::{RECONNECT, refusal, request};
+use super::calls::{CALL, RECONNECT, refusal, request};
 use super::link::{Body, BodyError, Link, LinkError};
 use super::sanitize;
 
@@ -280,6 +282,121 @@ async fn raw_up(stream: &mut SplitStream<WebSocket>, up: Up) -> UpEnd {
             Some(Ok(Message::Close(_)) | Err(_)) | None => return UpEnd::Gone,
         }
     }
+}
+
+/// Bytes of a host's connection that are read at once.
+const READ: usize = 64 * 1024;
+/// How long a connection whose guest has said all may be without a byte of its client: whether the guest still listens is not known.
+const HALF_CLOSED: Duration = Duration::from_secs(60);
+
+/// Relays a connection to this host to a TCP port in the guest, each direction to its own end.
+pub async fn tcp(stream: &TcpStream, link: &Link, port: u16) -> Result<(), LinkError> {
+    let _permit = link.relay_permit()?;
+    let (up, pieces) = mpsc::channel(UP);
+    let request = request(Method::POST, &format!("/v1/connect?target=tcp:{port}"), body(pieces))?;
+    let answer = link.send(request, Instant::now() + RECONNECT, Some(CALL)).await?;
+    let mut body = refusal("the connection", answer).await?.into_body();
+    let guest_ended = CancellationToken::new();
+    let down = async {
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|source| LinkError::Broken {
+                doing: "relaying a connection".to_owned(),
+                source,
+            })?;
+            if let Ok(data) = frame.into_data()
+                && write_all(stream, &data).await.is_err()
+            {
+                // The client is gone.
+                return Ok(false);
+            }
+        }
+        let _ = rustix::net::shutdown(stream, rustix::net::Shutdown::Write);
+        guest_ended.cancel();
+        Ok::<bool, LinkError>(true)
+    };
+    let up = tcp_up(stream, up, &guest_ended);
+    tokio::pin!(down, up);
+    tokio::select! {
+        down = &mut down => if down? {
+            up.await;
+        },
+        orderly = &mut up => if orderly {
+            down.await?;
+        },
+    }
+    Ok(())
+}
+
+/// Reads to the end of the client's direction. False when the client is gone altogether.
+async fn tcp_up(stream: &TcpStream, up: Up, guest_ended: &CancellationToken) -> bool {
+    let mut buffer = BytesMut::new();
+    loop {
+        let readable = stream.readable();
+        let ready = if guest_ended.is_cancelled() {
+            match tokio::time::timeout(HALF_CLOSED, readable).await {
+                Ok(ready) => ready,
+                Err(_) => return false,
+            }
+        } else {
+            tokio::select! {
+                ready = readable => ready,
+                () = guest_ended.cancelled() => continue,
+            }
+        };
+        if ready.is_err() {
+            return false;
+        }
+        buffer.reserve(READ);
+        match stream.try_read_buf(&mut buffer) {
+            Ok(0) => return true,
+            Ok(_) => {
+                let piece = hyper::body::Frame::data(buffer.split().freeze());
+                if up.send(Ok(piece)).await.is_err() {
+                    // The guest takes no more; what it still sends goes on.
+                    return true;
+                }
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+async fn write_all(stream: &TcpStream, mut data: &[u8]) -> std::io::Result<()> {
+    while !data.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(data) {
+            Ok(n) => data = &data[n..],
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// Whether a TCP port of the guest answers as HTTP. Whatever it answers, no more than a few bytes of that are looked at.
+pub async fn is_http(link: &Link, port: u16) -> Result<bool, LinkError> {
+    const HEAD: &[u8] = b"HEAD / HTTP/1.0\r\nHost: localhost\r\nUser-Agent: banger\r\n\r\n";
+    const ANSWER: &[u8] = b"HTTP/";
+    let _permit = link.relay_permit()?;
+    let (up, pieces) = mpsc::channel(UP);
+    let request = request(Method::POST, &format!("/v1/connect?target=tcp:{port}"), body(pieces))?;
+    let answer = link.send(request, Instant::now() + RECONNECT, Some(CALL)).await?;
+    let mut body = refusal("the connection", answer).await?.into_body();
+    // The sender is kept: a server that sees the client's end may not answer.
+    let sent = up.send(Ok(hyper::body::Frame::data(Bytes::from_static(HEAD)))).await;
+    if sent.is_err() {
+        return Ok(false);
+    }
+    let mut seen = Vec::new();
+    while seen.len() < ANSWER.len()
+        && let Some(Ok(frame)) = body.frame().await
+    {
+        if let Ok(data) = frame.into_data() {
+            seen.extend_from_slice(&data[..data.len().min(ANSWER.len())]);
+        }
+    }
+    Ok(seen.starts_with(ANSWER))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Guest text, made fit to be stored and shown: bounded, one line, no control characters that a terminal would obey.
 
-use banger_proto::agent::Health;
+use banger_proto::agent::{Health, Port};
 use banger_proto::api::{GuestInfo, Session};
 use banger_proto::error::ApiError;
 
@@ -48,6 +48,15 @@ pub fn session(mut session: Session) -> Session {
     session.command.truncate(ARGUMENTS);
     session.command = session.command.iter().map(|a| text(a, SENTENCE)).collect();
     session
+}
+
+/// A port that something listens on.
+pub fn port(mut port: Port) -> Port {
+    port.process = port
+        .process
+        .map(|name| text(&name, WORD))
+        .filter(|name| !name.is_empty());
+    port
 }
 
 /// An error of the agent.

@@ -10,7 +10,7 @@ use axum::extract::{Path, Request, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use banger_proto::agent::Stat;
-use banger_proto::api::{FilesWritten, MachineState, Session, StartMachine};
+use banger_proto::api::{FilesWritten, Session};
 use banger_proto::error::{ApiError, ErrorBody, ErrorCode};
 use banger_proto::frame::MAX_PAYLOAD;
 use futures_util::StreamExt;
@@ -25,8 +25,9 @@ use super::extract::Params;
 use crate::agent::calls::{RECONNECT, empty, query_value, refusal, request};
 use crate::agent::{Link, LinkError, relay};
 use crate::error::{Failure, IntoApi};
-use crate::idle::{self, Use};
-use crate::machine::{Machine, request, task};
+use crate::idle::Use;
+use crate::machine::{Machine, task};
+use crate::reach::reach;
 
 type Answer<T> = Result<T, Failure>;
 
@@ -40,38 +41,7 @@ const WRITE_BEHIND: usize = 1024 * 1024;
 /// The link of a machine that runs, and the machine's use for as long as it is held. A machine that is suspended is woken.
 async fn link(app: &App, reference: &str) -> Result<(Use, Arc<Link>), ApiError> {
     app.reconciled().await?;
-    let m = app.find(reference)?;
-    // Before its state is looked at: whoever suspends what is idle sees the use, or is seen.
-    let used = idle::begin(&m);
-    let wait = match m.state() {
-        MachineState::Suspended | MachineState::Suspending => true,
-        // Until its engine is there nobody answers, and in one that is restored nothing runs yet.
-        MachineState::Starting => m.live().is_none() || m.paths.memory().exists(),
-        _ => false,
-    };
-    if wait {
-        wake(&m).await?;
-    }
-    task::check_agent(&m)?;
-    let Some(live) = m.live() else {
-        let why = m.row().cause.unwrap_or_else(|| "its engine is not up yet".to_owned());
-        return Err(ApiError::new(
-            ErrorCode::WrongState,
-            format!("machine `{}` cannot be talked to: {why}", m.name()),
-        ));
-    };
-    Ok((used, live.link))
-}
-
-/// Wakes a machine. Whoever comes second waits for the same.
-async fn wake(m: &Arc<Machine>) -> Result<(), ApiError> {
-    let op = request::ask(m, request::Request::Start(StartMachine::default())).await?;
-    let mut state = op.subscribe();
-    let ended = state.wait_for(|o| o.ended_at.is_some()).await;
-    match ended.map(|o| o.error.clone()) {
-        Ok(Some(e)) => Err(e),
-        _ => Ok(()),
-    }
+    reach(&app.find(reference)?).await
 }
 
 /// Sessions.

@@ -19,7 +19,7 @@ use super::App;
 use super::extract::{Body, Params};
 use crate::error::{Failure, IntoApi};
 use crate::machine::{Request, request, stop as stopping, task};
-use crate::{provision, stats};
+use crate::{forwards, provision, stats};
 
 type Answer<T> = Result<T, Failure>;
 
@@ -103,7 +103,14 @@ pub(super) async fn patch(
     if name.is_some() {
         task::check_change(&m, state::Request::Rename)?;
     }
+    let ports = match &patch.forwards {
+        Some(wanted) => Some(app.forwards.reserve(wanted, Some(&m.id))?),
+        None => None,
+    };
     m.change(|row| {
+        if let Some(ports) = &ports {
+            row.forwards = ports.forwards();
+        }
         if let Some(name) = &name {
             name.as_str().clone_into(&mut row.name);
         }
@@ -118,6 +125,11 @@ pub(super) async fn patch(
         Ok(())
     })
     .await?;
+    if let Some(ports) = ports
+        && forwards::serves(m.state())
+    {
+        app.forwards.open(&m, ports);
+    }
     if let Some(name) = name {
         tracing::info!(machine = %m.id, from = row.name, to = %name, "renamed");
         app.ssh.rename(&m.paths.state, &m.id, name.as_str()).await?;

@@ -5,6 +5,7 @@ mod extract;
 mod guest;
 mod logs;
 mod machines;
+mod network;
 mod operations;
 mod saved;
 mod stock;
@@ -68,6 +69,7 @@ fn all() -> OpenApiRouter<App> {
         .routes(routes!(guest::stat))
         .routes(routes!(guest::connect))
         .routes(routes!(guest::hold))
+        .routes(routes!(network::ports))
         .routes(routes!(stock::images, stock::build_image))
         .routes(routes!(stock::image, stock::delete_image))
         .routes(routes!(stock::kernels, stock::import_kernel))

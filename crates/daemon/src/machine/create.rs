@@ -14,8 +14,8 @@ use super::stages::Stages;
 use super::work::Ended;
 use super::{delete, disks, fork, start, stop};
 use crate::error::IntoApi;
-use crate::failpoint;
 use crate::ops::{Op, canceled};
+use crate::{failpoint, forwards};
 
 /// What a create does beyond its row.
 #[derive(Debug, Clone)]
@@ -65,6 +65,9 @@ pub async fn run(m: Arc<Machine>, op: Op, creation: Creation, superseded: Cancel
         })
     };
     let _ = m.services.ops.run(&op, work).await;
+    if !forwards::serves(m.state()) {
+        m.services.forwards.close(&m.id);
+    }
     ended
 }
 

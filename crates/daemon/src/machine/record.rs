@@ -113,7 +113,10 @@ impl Machine {
             boot: row.boot,
             auto_remove: row.auto_remove,
             idle_suspend_after_ms: row.idle_suspend_after_ms,
-            address: None,
+            address: (row.spec.network == "bridge")
+                .then(|| self.services.hosting.address(row.slot))
+                .flatten()
+                .map(|address| address.to_string()),
             forwards: row.forwards,
         }
     }
@@ -171,7 +174,16 @@ impl Machine {
             edit(row);
             Ok(())
         };
-        self.write(edit, how).await
+        self.write(edit, how).await?;
+        // The disks of a machine that is being made are there before its engine.
+        let down = matches!(
+            self.state(),
+            MachineState::Stopped | MachineState::Error | MachineState::Deleting
+        );
+        if down && event != Event::DisksReady {
+            self.services.forwards.close(&self.id);
+        }
+        Ok(())
     }
 
     /// The engine, while there is one.

@@ -55,6 +55,13 @@ pub struct Wanted {
 /// Brings the machine up. After a failure the machine is in state `starting`, or `running` if the guest was up already; the
 /// caller undoes what has to be undone. One that was suspended and has not run again is `suspended` as before.
 pub async fn bring_up(m: &Arc<Machine>, stages: &mut Stages, wanted: Wanted) -> Result<(), ApiError> {
+    match m.services.forwards.ensure(m) {
+        // Whoever wants something else of it is not to be kept from it.
+        Err(e) if m.state() == MachineState::Suspended => {
+            tracing::warn!(machine = %m.id, error = %e.message, "its ports are not forwarded");
+        }
+        ensured => ensured?,
+    }
     let report = if m.state() == MachineState::Suspended && !wanted.cold {
         suspend::wake(m, stages).await?
     } else {
