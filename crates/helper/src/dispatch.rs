@@ -102,13 +102,13 @@ pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) 
             check_rules(&net, &rules)?;
             let _machine = locks.machine(&machine);
             let _held = locks.network();
-            done(net::change(ctx, &net, &machine, &rules))
+            done(net::change(&net, &machine, &rules))
         }
         Request::TapDrop { net, machine, slot } => {
             check_slot(&net, slot)?;
             let _machine = locks.machine(&machine);
             let _held = locks.network();
-            done(net::drop(ctx, &net, &machine, slot))
+            done(net::drop(&net, &machine, slot))
         }
         Request::ResolverSet { net, port } => {
             if port == 0 {
@@ -210,7 +210,7 @@ fn remove(ctx: &Ctx, locks: &Locks, net: &Network, machine: &MachineId) -> Resul
     step("scope", engine::end_scope(ctx, machine));
     step("tap", {
         let _held = locks.network();
-        net::drop_all(ctx, net, machine)
+        net::drop_all(net, machine)
     });
     step("disks", disk::detach(ctx, machine));
     step("jail", engine::remove_jail(ctx, machine));

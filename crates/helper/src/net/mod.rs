@@ -1,44 +1,167 @@
 //! Bridge, taps and rules of machines, in the network namespace that the helper runs in.
+//!
+//! * [`netlink`]: the socket; [`links`]: interfaces over it; [`tun`]: what only `/dev/net/tun` can,
+//! * [`bridge`], [`taps`]: what is banger's among them, and nothing else,
+//! * [`rules`]: text and elements, pure; [`nft`]: reading and changing them,
+//! * [`foreign`]: what others' firewalls are told; [`resolver`]: the host's resolver.
+//!
+//! Nothing is remembered: whose an interface is says its alias, what may pass say the sets, and both are read anew by every call.
 
-use banger_system::helper::{Answer, EngineUser, HelperCode, HelperError, HostObject, TapRules};
+mod bridge;
+mod foreign;
+mod links;
+mod netlink;
+mod nft;
+mod resolver;
+mod rules;
+mod taps;
+mod tun;
+
+use std::collections::BTreeMap;
+
+use banger_system::helper::{Answer, EngineUser, HelperError, HostObject, ObjectKind, TapRules};
 use banger_system::id::MachineId;
-use banger_system::net::Network;
+use banger_system::names::{ALIAS_PREFIX, NFT_TABLE, of_alias};
+use banger_system::net::{Network, tap, tap_slot};
 
-use crate::ctx::{Ctx, error};
+use crate::ctx::{Ctx, failed};
+use crate::dispatch::collected;
+use links::{Link, Links};
+use nft::{Family, Tables};
 
-pub(crate) fn setup(_ctx: &Ctx, _net: &Network, _taps: &[TapRules]) -> Result<(), HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+/// The kernel did not say what is there.
+fn unread(e: std::io::Error) -> HelperError {
+    failed("look at the interfaces and rules", e)
 }
-pub(crate) fn remove(_ctx: &Ctx, _net: &Network) -> Result<(), HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+
+/// Bridge, forwarding and rules, as they have to be.
+pub(crate) fn setup(ctx: &Ctx, net: &Network, told: &[TapRules]) -> Result<(), HelperError> {
+    let mut links = Links::open().map_err(unread)?;
+    bridge::find(&mut links, net)?;
+    bridge::remove_others(&mut links, net)?;
+    // The rules are there before the bridge carries anything, and before the host forwards.
+    let all = links.all().map_err(unread)?;
+    let (there, idle) = taps::slots(&all, net);
+    let mut tables = Tables::open().map_err(unread)?;
+    let had = tables.elements(net).map_err(unread)?.unwrap_or_default();
+    nft::apply(&rules::tables(net, &rules::wanted(told, &there, &idle, &had)))?;
+    let bridge = bridge::ensure(ctx, &mut links, net)?;
+    taps::attach_all(&mut links, &all, bridge)?;
+    foreign::let_through(&mut tables, net)
 }
-pub(crate) fn warm(_ctx: &Ctx, _net: &Network, _slots: &[u32]) -> Result<(), HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+
+/// The opposite. Refused while a machine's tap is there.
+pub(crate) fn remove(_ctx: &Ctx, net: &Network) -> Result<(), HelperError> {
+    let mut links = Links::open().map_err(unread)?;
+    let bridge = bridge::find(&mut links, net)?;
+    let all = links.all().map_err(unread)?;
+    bridge::check_unused(&all, bridge.as_ref())?;
+    let (there, _) = taps::slots(&all, net);
+    let idle = all.into_iter().filter_map(|link| {
+        let slot = tap_slot(&link.name).filter(|slot| there.contains(slot))?;
+        Some((slot, link))
+    });
+    let idle: Vec<(u32, Link)> = idle.collect();
+    let mut failures = Vec::new();
+    let mut step = |result: Result<(), HelperError>| {
+        if let Err(e) = result {
+            failures.push(e.to_string());
+            failures.extend(e.details);
+        }
+    };
+    step(taps::delete(&mut links, net, &idle));
+    if let Some(link) = bridge {
+        let done = bridge::gone(links.delete(link.index));
+        step(done.map_err(|e| failed(format_args!("remove the bridge `{}`", link.name), e)));
+    }
+    let mut tables = Tables::open().map_err(unread)?;
+    step(nft::apply(&rules::remove()));
+    failures.extend(foreign::take_back(&mut tables, net));
+    collected("cannot remove all of the network".to_owned(), failures)
 }
+
+/// Makes idle taps.
+pub(crate) fn warm(ctx: &Ctx, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
+    taps::warm(ctx, net, slots)
+}
+
+/// Makes a slot's tap a machine's.
 pub(crate) fn take(
-    _ctx: &Ctx,
-    _net: &Network,
-    _machine: &MachineId,
-    _user: EngineUser,
-    _rules: &TapRules,
+    ctx: &Ctx,
+    net: &Network,
+    machine: &MachineId,
+    user: EngineUser,
+    rules: &TapRules,
 ) -> Result<Answer, HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+    let pooled = taps::take(ctx, net, machine, user, rules)?;
+    Ok(Answer::Tap {
+        name: tap(rules.slot),
+        pooled,
+    })
 }
-pub(crate) fn change(_ctx: &Ctx, _net: &Network, _machine: &MachineId, _rules: &TapRules) -> Result<(), HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+
+/// Changes the rules of a machine's tap.
+pub(crate) fn change(net: &Network, machine: &MachineId, rules: &TapRules) -> Result<(), HelperError> {
+    taps::change(net, machine, rules)
 }
-pub(crate) fn drop(_ctx: &Ctx, _net: &Network, _machine: &MachineId, _slot: u32) -> Result<(), HelperError> {
-    Ok(())
+
+/// Removes a machine's tap and its rules.
+pub(crate) fn drop(net: &Network, machine: &MachineId, slot: u32) -> Result<(), HelperError> {
+    taps::drop(net, machine, slot)
 }
-pub(crate) fn drop_all(_ctx: &Ctx, _net: &Network, _machine: &MachineId) -> Result<(), HelperError> {
-    Ok(())
+
+/// Removes all taps of a machine.
+pub(crate) fn drop_all(net: &Network, machine: &MachineId) -> Result<(), HelperError> {
+    taps::drop_all(net, machine)
 }
-pub(crate) fn resolver_set(_ctx: &Ctx, _net: &Network, _port: u16) -> Result<bool, HelperError> {
-    Ok(false)
+
+/// Has the host's resolver ask the daemon. False: there is none to tell.
+pub(crate) fn resolver_set(ctx: &Ctx, net: &Network, port: u16) -> Result<bool, HelperError> {
+    bridge::there(&mut Links::open().map_err(unread)?, net)?;
+    resolver::set(ctx, net, port)
 }
-pub(crate) fn resolver_clear(_ctx: &Ctx, _net: &Network) -> Result<(), HelperError> {
-    Ok(())
+
+/// The opposite. Without the bridge there is nothing left of it.
+pub(crate) fn resolver_clear(ctx: &Ctx, net: &Network) -> Result<(), HelperError> {
+    match bridge::find(&mut Links::open().map_err(unread)?, net)? {
+        Some(_) => resolver::clear(ctx, net),
+        None => Ok(()),
+    }
 }
-pub(crate) fn inventory(_net: &Network) -> Result<Vec<HostObject>, HelperError> {
-    Ok(Vec::new())
+
+/// Interfaces and rules that are banger's.
+pub(crate) fn inventory(net: &Network) -> Result<Vec<HostObject>, HelperError> {
+    let object = |kind, name: String, machine: Option<MachineId>| HostObject { kind, name, machine };
+    let mut objects = Vec::new();
+    let mut machines: BTreeMap<u32, MachineId> = BTreeMap::new();
+    for link in Links::open().and_then(|mut links| links.all()).map_err(unread)? {
+        if !link.alias.starts_with(ALIAS_PREFIX) {
+            continue;
+        }
+        let machine = of_alias(&link.alias);
+        if let (Some(slot), Some(machine)) = (tap_slot(&link.name), &machine) {
+            machines.insert(slot, machine.clone());
+        }
+        objects.push(object(ObjectKind::Interface, link.name, machine));
+    }
+    let mut tables = Tables::open().map_err(unread)?;
+    for (family, word) in [(Family::Bridge, "bridge"), (Family::Ip, "ip")] {
+        if tables.has_table(family, NFT_TABLE).map_err(unread)? {
+            objects.push(object(ObjectKind::Rule, format!("table {word} {NFT_TABLE}"), None));
+        }
+    }
+    let elements = tables.elements(net).map_err(unread)?.unwrap_or_default();
+    let mut rule = |set: &str, slot: u32, more: String| {
+        let name = format!("{set} {}{more}", tap(slot));
+        objects.push(object(ObjectKind::Rule, name, machines.get(&slot).cloned()));
+    };
+    elements.guests.iter().for_each(|slot| rule("guests", *slot, String::new()));
+    elements.nat.iter().for_each(|slot| rule("nat", *slot, String::new()));
+    for (a, b) in &elements.pairs {
+        rule("pairs", *a, format!(" {}", tap(*b)));
+    }
+    for comment in foreign::marked(&mut tables).map_err(unread)? {
+        objects.push(object(ObjectKind::Rule, comment, None));
+    }
+    Ok(objects)
 }

@@ -1,0 +1,251 @@
+//! Taps: made ahead, taken, changed, dropped. Only those whose name has a slot and whose alias is banger's are touched.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use banger_system::helper::{EngineUser, HelperCode, HelperError, TapRules};
+use banger_system::id::MachineId;
+use banger_system::names::{ALIAS_POOL, alias, of_alias};
+use banger_system::net::{Network, jail_uid, tap, tap_slot};
+
+use super::links::{Link, Links};
+use super::nft::{Tables, apply};
+use super::rules::{self, Elements};
+use super::tun::Tap;
+use super::{bridge, unread};
+use crate::ctx::{Ctx, error, failed};
+use crate::dispatch::collected;
+
+/// How many taps are made at the same time.
+const MAKERS: usize = 4;
+
+/// Whose a tap is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Whose {
+    Nobodys,
+    Machines(MachineId),
+}
+
+/// Whose a tap is; refused where it is not banger's.
+fn whose(link: &Link) -> Result<Whose, HelperError> {
+    if link.kind == "tun" && tap_slot(&link.name).is_some() {
+        if link.alias == ALIAS_POOL {
+            return Ok(Whose::Nobodys);
+        }
+        if let Some(machine) = of_alias(&link.alias) {
+            return Ok(Whose::Machines(machine));
+        }
+    }
+    Err(error(HelperCode::Denied, format!("the interface `{}` is not banger's", link.name)))
+}
+
+/// Slots of banger's taps: all, and those of nobody.
+pub(crate) fn slots(all: &[Link], net: &Network) -> (BTreeSet<u32>, BTreeSet<u32>) {
+    let ours = |link: &Link| {
+        let slot = tap_slot(&link.name).filter(|slot| net.check(*slot).is_ok())?;
+        Some((slot, whose(link).ok()?))
+    };
+    let found: Vec<(u32, Whose)> = all.iter().filter_map(ours).collect();
+    let idle = found.iter().filter(|(_, whose)| *whose == Whose::Nobodys);
+    (found.iter().map(|(slot, _)| *slot).collect(), idle.map(|(slot, _)| *slot).collect())
+}
+
+/// Has every tap of banger's be a port of the bridge and up, after somebody removed the bridge, say.
+pub(crate) fn attach_all(links: &mut Links, all: &[Link], bridge: u32) -> Result<(), HelperError> {
+    for link in all.iter().filter(|link| whose(link).is_ok()) {
+        if link.master != Some(bridge) || !link.up {
+            let done = links.put_up(link.index, &link.alias, Some(bridge));
+            bridge::gone(done).map_err(|e| failed(format_args!("attach `{}`", link.name), e))?;
+        }
+    }
+    Ok(())
+}
+
+/// What the sets hold; the tables have to be whole.
+fn elements(tables: &mut Tables, net: &Network) -> Result<Elements, HelperError> {
+    let whole = tables.own_rules().map_err(unread)? == rules::count(net);
+    let found = tables.elements(net).map_err(unread)?;
+    found.filter(|_| whole).ok_or_else(|| {
+        error(HelperCode::NotFound, "banger's rules are not there, or not all of them; network_setup makes them")
+    })
+}
+
+/// Has a slot's rules be these; nothing is started where they are already.
+fn let_pass(tables: &mut Tables, net: &Network, rules: &TapRules) -> Result<(), HelperError> {
+    let have = elements(tables, net)?;
+    if have.has(rules) {
+        return Ok(());
+    }
+    let mut want = have.clone();
+    want.set(rules);
+    apply(&rules::changes(net, &have, &want))
+}
+
+/// Has some slots have no rules. Where the tables are gone there is nothing to do.
+fn close(tables: &mut Tables, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
+    let Some(have) = tables.elements(net).map_err(unread)? else {
+        return Ok(());
+    };
+    let mut want = have.clone();
+    slots.iter().for_each(|slot| want.clear(*slot));
+    apply(&rules::changes(net, &have, &want))
+}
+
+/// Makes a tap. Until its last step it goes with this process.
+fn make(ctx: &Ctx, links: &mut Links, bridge: u32, slot: u32, alias: &str, uid: u32) -> io::Result<u32> {
+    let name = tap(slot);
+    let held = Tap::make(&name)?;
+    let link = links.named(&name)?.ok_or(io::ErrorKind::NotFound)?;
+    bridge::optional(bridge::sysctl(ctx, &format!("ipv6/conf/{name}/disable_ipv6"), "1"))?;
+    held.give(uid)?;
+    links.put_up(link.index, alias, Some(bridge))?;
+    links.set_isolated(link.index, true)?;
+    held.keep()?;
+    Ok(link.index)
+}
+
+/// Makes idle taps.
+pub(crate) fn warm(ctx: &Ctx, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
+    let mut links = Links::open().map_err(unread)?;
+    let bridge = bridge::there(&mut links, net)?.index;
+    let there: BTreeSet<String> = links.all().map_err(unread)?.into_iter().map(|link| link.name).collect();
+    let missing: BTreeSet<u32> = slots.iter().copied().filter(|slot| !there.contains(&tap(*slot))).collect();
+    let missing: Vec<u32> = missing.into_iter().collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let mut tables = Tables::open().map_err(unread)?;
+    let have = elements(&mut tables, net)?;
+    let share = missing.len().div_ceil(MAKERS);
+    let (made, failures) = std::thread::scope(|scope| {
+        let work = |slots: &[u32]| -> Vec<Result<u32, String>> {
+            let mut links = match Links::open() {
+                Ok(links) => links,
+                Err(e) => return vec![Err(e.to_string())],
+            };
+            let one = |slot: &u32| {
+                let made = make(ctx, &mut links, bridge, *slot, ALIAS_POOL, jail_uid(*slot));
+                made.map(|_| *slot).map_err(|e| format!("{}: {e}", tap(*slot)))
+            };
+            slots.iter().map(one).collect()
+        };
+        let threads: Vec<_> = missing.chunks(share).map(|slots| scope.spawn(move || work(slots))).collect();
+        let results: Vec<Result<u32, String>> =
+            threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect();
+        let made: Vec<u32> = results.iter().filter_map(|result| result.clone().ok()).collect();
+        (made, results.into_iter().filter_map(Result::err).collect::<Vec<_>>())
+    });
+    let mut want = have.clone();
+    made.iter().for_each(|slot| want.set(&rules::idle(*slot)));
+    let mut failures = failures;
+    failures.extend(apply(&rules::changes(net, &have, &want)).err().map(|e| e.to_string()));
+    collected("cannot make all idle taps".to_owned(), failures)
+}
+
+/// Makes a slot's tap a machine's. True: it had been made ahead.
+pub(crate) fn take(
+    ctx: &Ctx,
+    net: &Network,
+    machine: &MachineId,
+    user: EngineUser,
+    rules: &TapRules,
+) -> Result<bool, HelperError> {
+    let name = tap(rules.slot);
+    let cannot = |e: io::Error| failed(format_args!("take the tap `{name}`"), e);
+    let uid = match user {
+        EngineUser::Owner => ctx.record.owner.uid,
+        EngineUser::Jail(slot) => jail_uid(slot),
+    };
+    let mut links = Links::open().map_err(unread)?;
+    let mut tables = Tables::open().map_err(unread)?;
+    let bridge = bridge::there(&mut links, net)?.index;
+    let Some(link) = links.named(&name).map_err(unread)? else {
+        elements(&mut tables, net)?;
+        let index = make(ctx, &mut links, bridge, rules.slot, &alias(machine), uid).map_err(cannot)?;
+        let done = let_pass(&mut tables, net, rules)
+            .and_then(|()| links.set_isolated(index, rules.peers.is_empty()).map_err(cannot));
+        if let Err(e) = done {
+            let _ = links.delete(index);
+            return Err(e);
+        }
+        return Ok(false);
+    };
+    let pooled = match whose(&link)? {
+        Whose::Nobodys => true,
+        Whose::Machines(whose) if whose == *machine => false,
+        Whose::Machines(whose) => {
+            let text = format!("the tap `{name}` is the machine {whose}'s");
+            return Err(error(HelperCode::Conflict, text));
+        }
+    };
+    let_pass(&mut tables, net, rules)?;
+    if link.owner != Some(uid) {
+        Tap::open(&name).and_then(|held| held.give(uid)).map_err(cannot)?;
+    }
+    if !pooled || !rules.peers.is_empty() {
+        links.set_isolated(link.index, rules.peers.is_empty()).map_err(cannot)?;
+    }
+    if link.master == Some(bridge) && link.up {
+        links.set_alias(link.index, &alias(machine)).map_err(cannot)?;
+    } else {
+        links.put_up(link.index, &alias(machine), Some(bridge)).map_err(cannot)?;
+    }
+    Ok(pooled)
+}
+
+/// Changes the rules of a machine's tap.
+pub(crate) fn change(net: &Network, machine: &MachineId, rules: &TapRules) -> Result<(), HelperError> {
+    let name = tap(rules.slot);
+    let mut links = Links::open().map_err(unread)?;
+    bridge::there(&mut links, net)?;
+    let absent = || error(HelperCode::NotFound, format!("the machine {machine} has no tap `{name}`"));
+    let link = links.named(&name).map_err(unread)?.ok_or_else(absent)?;
+    if whose(&link)? != Whose::Machines(machine.clone()) {
+        return Err(absent());
+    }
+    let_pass(&mut Tables::open().map_err(unread)?, net, rules)?;
+    links
+        .set_isolated(link.index, rules.peers.is_empty())
+        .map_err(|e| failed(format_args!("change the tap `{name}`"), e))
+}
+
+/// Removes a machine's tap and its rules. One that is not there, or nobody's, is fine.
+pub(crate) fn drop(net: &Network, machine: &MachineId, slot: u32) -> Result<(), HelperError> {
+    let mut links = Links::open().map_err(unread)?;
+    match links.named(&tap(slot)).map_err(unread)? {
+        None => close(&mut Tables::open().map_err(unread)?, net, &[slot]),
+        Some(link) => match whose(&link)? {
+            Whose::Nobodys => Ok(()),
+            Whose::Machines(whose) if whose == *machine => delete(&mut links, net, &[(slot, link)]),
+            Whose::Machines(_) => {
+                let text = format!("the tap `{}` is not the machine {machine}'s", link.name);
+                Err(error(HelperCode::Denied, text))
+            }
+        },
+    }
+}
+
+/// Removes all taps of a machine and their rules.
+pub(crate) fn drop_all(net: &Network, machine: &MachineId) -> Result<(), HelperError> {
+    let mut links = Links::open().map_err(unread)?;
+    let all = links.all().map_err(unread)?;
+    let theirs = all.into_iter().filter_map(|link| {
+        let slot = tap_slot(&link.name)?;
+        (whose(&link).ok()? == Whose::Machines(machine.clone())).then_some((slot, link))
+    });
+    let theirs: Vec<(u32, Link)> = theirs.collect();
+    if theirs.is_empty() { Ok(()) } else { delete(&mut links, net, &theirs) }
+}
+
+/// Removes taps of banger's, and their rules. All steps are tried.
+pub(crate) fn delete(links: &mut Links, net: &Network, taps: &[(u32, Link)]) -> Result<(), HelperError> {
+    let mut failures = Vec::new();
+    for (_, link) in taps {
+        let done = bridge::gone(links.delete(link.index));
+        failures.extend(done.err().map(|e| format!("{}: {e}", link.name)));
+    }
+    let slots: Vec<u32> = taps.iter().map(|(slot, _)| *slot).collect();
+    let closed = Tables::open().map_err(unread).and_then(|mut tables| close(&mut tables, net, &slots));
+    failures.extend(closed.err().map(|e| format!("rules: {e}")));
+    collected("cannot remove taps and their rules".to_owned(), failures)
+}
