@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use banger_core::{name, reference, size, spec};
-use banger_proto::api::{CreateMachine, Machine, WaitFor};
+use banger_core::{forward, name, reference, size, spec};
+use banger_proto::api::{CreateMachine, Forward, Machine, WaitFor};
 use clap::{Args, ValueEnum};
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
@@ -38,15 +38,45 @@ pub(crate) struct SpecArgs {
     /// Engine: auto, qemu or firecracker
     #[arg(long, value_parser = engine)]
     pub(crate) engine: Option<String>,
-    /// Network: user (out through the host, nothing comes in) or none
+    /// Network: bridge (system mode: an address of its own), user (out through the host, nothing comes in) or none
     #[arg(long, value_parser = network)]
     pub(crate) network: Option<String>,
+    #[command(flatten)]
+    pub(crate) nat: NatArgs,
+    /// With a bridge: reach the other machines of this group, and be reached by them
+    #[arg(long, value_name = "NAME", value_parser = machine_name)]
+    pub(crate) net_group: Option<String>,
+    /// Port of this host that leads to one of the machine: 8080:80, 127.0.0.2:8080:80, or 80 on any free port; may be repeated
+    #[arg(short, long, value_name = "[IP:]HOST:GUEST", value_parser = publish)]
+    pub(crate) publish: Vec<Forward>,
     /// Suspend the machine when it was not used for this long, like 30m; 0 is never
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) idle_suspend_after: Option<Duration>,
     /// Boot, though there is a template to start from
     #[arg(long)]
     pub(crate) cold: bool,
+}
+
+/// Whether machines with a bridge reach what is outside.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub(crate) struct NatArgs {
+    /// With a bridge: reach what is outside through this host (the default)
+    #[arg(long, overrides_with = "no_nat")]
+    nat: bool,
+    /// With a bridge: reach nothing outside
+    #[arg(long, overrides_with = "nat")]
+    no_nat: bool,
+}
+
+impl NatArgs {
+    /// For the API: absent where nothing was said.
+    pub(crate) fn wanted(self) -> Option<bool> {
+        match (self.nat, self.no_nat) {
+            (true, _) => Some(true),
+            (_, true) => Some(false),
+            _ => None,
+        }
+    }
 }
 
 /// Options that decide when a start is done.
@@ -99,6 +129,9 @@ impl SpecArgs {
             disk_bytes: self.disk_size,
             engine: self.engine,
             network: self.network,
+            nat: self.nat.wanted(),
+            net_group: self.net_group,
+            forwards: self.publish,
             wait: wait.wait_for(),
             timeout_ms: wait.timeout_ms(),
             cold: self.cold,
@@ -158,6 +191,17 @@ fn engine(text: &str) -> Result<String, String> {
 pub(crate) fn network(text: &str) -> Result<String, String> {
     spec::check_network(text).map_err(|e| e.to_string())?;
     Ok(text.to_owned())
+}
+
+/// Reads a forwarded port.
+pub(crate) fn publish(text: &str) -> Result<Forward, String> {
+    forward::parse(text).map_err(|e| format!("{e}; {}", e.hint()))
+}
+
+/// The forwarded ports of a machine in one line.
+pub(crate) fn forwards(machine: &Machine) -> String {
+    let shown: Vec<String> = machine.forwards.iter().map(forward::show).collect();
+    shown.join(", ")
 }
 
 /// Reads a duration.
@@ -344,5 +388,25 @@ pub(crate) mod tests {
         assert!(disk("1M").is_err());
         assert!(vcpu("0").is_err());
         assert!(machine_name("Not_A_Name").is_err());
+    }
+
+    #[test]
+    fn the_last_word_on_nat_counts() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            nat: NatArgs,
+        }
+        use clap::Parser;
+        for (line, wanted) in [
+            ("x", None),
+            ("x --nat", Some(true)),
+            ("x --no-nat", Some(false)),
+            ("x --nat --no-nat", Some(false)),
+            ("x --no-nat --nat", Some(true)),
+        ] {
+            let line = Line::try_parse_from(line.split(' ')).unwrap_or_else(|e| panic!("{line}: {e}"));
+            assert_eq!(line.nat.wanted(), wanted);
+        }
     }
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::operation::{Leaving, follow};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{SpecArgs, WaitArgs};
+use crate::commands::vm::common::{SpecArgs, WaitArgs, forwards};
 use crate::completion;
 use crate::error::{Error, Kind, Result};
 use crate::signals::Signals;
@@ -19,7 +19,7 @@ use crate::signals::Signals;
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  banger vm create debian --name build --vcpu 2 --memory 2G\n  \
-                        name=$(banger vm create --quiet)"
+                        banger vm create --name web -p 8080:80\n  name=$(banger vm create --quiet)"
 )]
 pub(crate) struct CreateArgs {
     /// Image to start from; `debian` unless the configuration says otherwise
@@ -90,6 +90,9 @@ pub(crate) async fn create(
     let machine = machine.ok_or_else(|| Error::failed("the daemon accepted a machine without saying which"))?;
     accepted(&machine);
     context.printer.note(format!("spec: {}", spec::line(&machine.spec)));
+    if !machine.forwards.is_empty() {
+        context.printer.note(format!("ports: {}", forwards(&machine)));
+    }
     let mut activity = context.printer.activity("vm create");
     let followed = follow(client, operation, Leaving::Cancels, &mut activity, signals).await;
     drop(activity);

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::Client;
-use crate::commands::vm::common::machines;
+use crate::commands::vm::common::{forwards, machines};
 use crate::error::Result;
 use crate::table;
 
@@ -45,37 +45,36 @@ impl ListArgs {
     }
 }
 
-const HEADINGS: &[&str] = &[
-    "ID",
-    "NAME",
-    "STATE",
-    "IMAGE",
-    "VCPU",
-    "MEM",
-    "DISK",
-    "ENGINE",
-    "WORKSPACE",
-    "CREATED",
-];
-
 fn render(machines: &[Machine], now: Timestamp) -> String {
+    // What only some installations and machines have takes no room where none has it.
+    let addresses = machines.iter().any(|m| m.address.is_some());
+    let ports = machines.iter().any(|m| !m.forwards.is_empty());
+    let or_dash = |text: Option<String>| text.filter(|t| !t.is_empty()).unwrap_or_else(|| "-".to_owned());
+    let mut headings = vec!["ID", "NAME", "STATE", "IMAGE"];
+    headings.extend(addresses.then_some("IP"));
+    headings.extend(["VCPU", "MEM", "DISK", "ENGINE", "WORKSPACE"]);
+    headings.extend(ports.then_some("PORTS"));
+    headings.push("CREATED");
     let row = |m: &Machine| {
-        vec![
+        let mut cells = vec![
             table::short(&m.id),
             m.name.clone(),
             m.state.as_str().to_owned(),
             m.spec.image.clone(),
+        ];
+        cells.extend(addresses.then(|| or_dash(m.address.clone())));
+        cells.extend([
             m.spec.vcpu.to_string(),
             format!("{} MiB", m.spec.memory_mib),
             size::format(m.spec.disk_bytes),
             format!("{}/{}", m.spec.engine, m.spec.accel),
-            m.workspace
-                .as_ref()
-                .map_or_else(|| "-".to_owned(), |w| w.guest_path.clone()),
-            table::ago(&m.created_at, now),
-        ]
+            or_dash(m.workspace.as_ref().map(|w| w.guest_path.clone())),
+        ]);
+        cells.extend(ports.then(|| or_dash(Some(forwards(m)))));
+        cells.push(table::ago(&m.created_at, now));
+        cells
     };
-    table::render(HEADINGS, machines.iter().map(row))
+    table::render(&headings, machines.iter().map(row))
 }
 
 #[cfg(test)]
@@ -92,5 +91,14 @@ mod tests {
              0123456789ab  swift-otter  running  debian  2     1024 MiB  8G    qemu/tcg  -          5 minutes ago\n"
         );
         assert_eq!(render(&[], now).lines().count(), 1);
+        let mut bridged = machine("0123456789abcdef", "web");
+        bridged.address = Some("172.16.0.2".into());
+        bridged.forwards = vec![banger_core::forward::parse("8080:80").unwrap()];
+        assert_eq!(
+            render(&[bridged, machine("aaaa456789abcdef", "b")], now),
+            "ID            NAME  STATE    IMAGE   IP          VCPU  MEM       DISK  ENGINE    WORKSPACE  PORTS               CREATED\n\
+             0123456789ab  web   running  debian  172.16.0.2  2     1024 MiB  8G    qemu/tcg  -          127.0.0.1:8080->80  5 minutes ago\n\
+             aaaa456789ab  b     running  debian  -           2     1024 MiB  8G    qemu/tcg  -          -                   5 minutes ago\n"
+        );
     }
 }

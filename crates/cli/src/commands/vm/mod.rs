@@ -15,6 +15,7 @@ pub(crate) mod exec;
 pub(crate) mod fork;
 pub(crate) mod list;
 pub(crate) mod logs;
+pub(crate) mod ports;
 pub(crate) mod prune;
 pub(crate) mod rename;
 pub(crate) mod run;
@@ -69,6 +70,7 @@ enum VmCommand {
     Cp(cp::CpArgs),
     Logs(logs::LogsArgs),
     Stats(stats::StatsArgs),
+    Ports(ports::PortsArgs),
     Set(set::SetArgs),
     Rename(rename::RenameArgs),
     Wait(wait::WaitForArgs),
@@ -101,6 +103,7 @@ impl VmArgs {
             VmCommand::Cp(args) => args.run(context),
             VmCommand::Logs(args) => args.run(context),
             VmCommand::Stats(args) => args.run(context),
+            VmCommand::Ports(args) => args.run(context),
             VmCommand::Set(args) => args.run(context),
             VmCommand::Rename(args) => args.run(context),
             VmCommand::Wait(args) => args.run(context),

@@ -2,23 +2,24 @@
 
 use std::time::Duration;
 
-use banger_proto::api::{Machine, MachineState, PatchMachine};
+use banger_proto::api::{Forward, Machine, MachineState, PatchMachine};
 use clap::Args;
 
 use crate::cli::{Context, OutputArgs};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{Done, disk, duration, for_each, memory, milliseconds, vcpu};
+use crate::commands::vm::common::{
+    Done, NatArgs, disk, duration, for_each, forwards, memory, milliseconds, publish, vcpu,
+};
 use crate::completion;
 use crate::error::{Error, Result};
 
-/// Change what machines are made of, and when they are suspended
+/// Change what machines are made of, how they are reached, and when they are suspended
 ///
-/// Processors and memory change with the next start. The disk only grows, and only while the machine is stopped. A machine that is
-/// suspended for want of use is woken by the next one: exec, shell, ssh, cp.
+/// Processors and memory change with the next start, ports and NAT at once. The disk only grows, and only while the machine is
+/// stopped. A machine that is suspended for want of use is woken by the next one: exec, shell, ssh, cp, a connection to a port.
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Examples:\n  banger vm set build --vcpu 4 --memory 4G\n  banger vm set build --idle-suspend-after 30m"
-)]
+#[command(after_help = "Examples:\n  banger vm set build --vcpu 4 --memory 4G\n  \
+                        banger vm set build --idle-suspend-after 30m\n  banger vm set web -p 8080:80 -p 8443:443")]
 pub(crate) struct SetArgs {
     /// Machines by name, id or unambiguous prefix
     #[arg(required = true, value_name = "MACHINE", add = completion::machines())]
@@ -36,6 +37,14 @@ pub(crate) struct SetArgs {
     #[arg(long, value_name = "TIME", value_parser = duration)]
     idle_suspend_after: Option<Duration>,
     #[command(flatten)]
+    nat: NatArgs,
+    /// Port of this host that leads to one of the machine, like 8080:80; may be repeated. They take the place of those it has
+    #[arg(short, long, value_name = "[IP:]HOST:GUEST", value_parser = publish, conflicts_with = "no_publish")]
+    publish: Vec<Forward>,
+    /// No port of this host leads to the machine any more
+    #[arg(long)]
+    no_publish: bool,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -46,12 +55,14 @@ impl SetArgs {
             memory_mib: self.memory,
             disk_bytes: self.disk_size,
             idle_suspend_after_ms: self.idle_suspend_after.map(milliseconds),
+            nat: self.nat.wanted(),
+            forwards: (self.no_publish || !self.publish.is_empty()).then(|| self.publish.clone()),
             ..PatchMachine::default()
         };
         if patch == PatchMachine::default() {
-            return Err(
-                Error::usage("nothing to set").hint("give --vcpu, --memory, --disk-size or --idle-suspend-after")
-            );
+            return Err(Error::usage("nothing to set").hint(
+                "give --vcpu, --memory, --disk-size, --idle-suspend-after, --nat, --no-nat, --publish or --no-publish",
+            ));
         }
         context.block_on(async {
             let client = Client::new(&context.places)?;
@@ -64,6 +75,11 @@ impl SetArgs {
                         context
                             .printer
                             .note(format!("{} takes it up with its next start", changed.name));
+                    }
+                    if patch.forwards.is_some() && !changed.forwards.is_empty() {
+                        context
+                            .printer
+                            .note(format!("{} ports: {}", changed.name, forwards(&changed)));
                     }
                     Ok(Done::new(&changed, "changed"))
                 }

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::{Client, machine_path};
 use crate::commands::stock;
+use crate::commands::vm::common::forwards;
 use crate::completion;
 use crate::error::Result;
 use crate::table;
@@ -59,9 +60,12 @@ fn render(machine: &Machine, now: Timestamp) -> String {
         ("vcpu", spec.vcpu.to_string()),
         ("memory", format!("{} MiB", spec.memory_mib)),
         ("disk", size::format(spec.disk_bytes)),
-        ("network", spec.network.clone()),
+        ("network", network(machine)),
         ("created", stock::moment(&machine.created_at, now)),
     ]);
+    if !machine.forwards.is_empty() {
+        rows.push(("ports", forwards(machine)));
+    }
     let how = machine.boot.as_ref().map(how);
     match (&machine.started_at, &how) {
         (Some(at), Some(how)) => rows.push(("started", format!("{how}, {at} ({})", table::ago(at, now)))),
@@ -111,6 +115,18 @@ fn render(machine: &Machine, now: Timestamp) -> String {
     table::pairs(rows)
 }
 
+/// What it reaches, and as whom: `bridge, 172.16.0.2, no NAT, group db`.
+fn network(machine: &Machine) -> String {
+    let spec = &machine.spec;
+    let mut words = vec![spec.network.clone()];
+    words.extend(machine.address.clone());
+    if !spec.nat {
+        words.push("no NAT".to_owned());
+    }
+    words.extend(spec.net_group.as_ref().map(|group| format!("group {group}")));
+    words.join(", ")
+}
+
 /// How it started, and how long that took.
 fn how(boot: &BootReport) -> String {
     let took = table::span(boot.stages.iter().map(|s| s.ms).sum());
@@ -135,6 +151,25 @@ mod tests {
 
     use super::*;
     use crate::commands::vm::common::tests::machine;
+
+    #[test]
+    fn the_network_is_told() {
+        let mut shown = machine("0123456789abcdef", "web");
+        assert_eq!(network(&shown), "user");
+        shown.address = Some("172.16.0.2".into());
+        shown.spec.network = "bridge".into();
+        shown.spec.nat = false;
+        shown.spec.net_group = Some("db".into());
+        shown.forwards = vec![banger_core::forward::parse("8080:80").unwrap()];
+        assert_eq!(network(&shown), "bridge, 172.16.0.2, no NAT, group db");
+        let now = "2026-11-22T10:05:00Z".parse().unwrap();
+        let text = render(&shown, now);
+        assert!(
+            text.lines()
+                .any(|l| l.starts_with("ports ") && l.ends_with(" 127.0.0.1:8080->80")),
+            "{text}"
+        );
+    }
 
     #[test]
     fn every_way_to_start_is_told() {
