@@ -182,6 +182,12 @@ pub enum EngineError {
         /// For how long.
         after: Duration,
     },
+    /// Nobody in the guest takes calls on the guest channel: not yet, or not any more.
+    #[error("nobody in the guest listens on its channel")]
+    Silent {
+        /// Engine name.
+        engine: &'static str,
+    },
     /// The engine refused a command.
     #[error("{engine} refused `{command}`: {message}")]
     Refused {
@@ -239,7 +245,8 @@ pub trait Engine: Send + Sync {
         handles: Option<&'a Handles>,
     ) -> BoxFuture<'a, Liveness>;
 
-    /// Opens the guest channel.
+    /// Opens the guest channel. Where it tells whether somebody listens, nobody is [`EngineError::Silent`]: to be tried again for
+    /// as long as somebody is expected.
     fn connect_agent<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<UnixStream, EngineError>>;
 
     /// Waits until the engine process has ended. Comes back at once if it is gone.

@@ -196,7 +196,7 @@ pub fn processes(proc: &Path, uid: u32) -> io::Result<Vec<u32>> {
 }
 
 /// Reads a file, bounded. `None`: it is not there, or its process is gone.
-fn read_file(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
+pub(crate) fn read_file(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
     let mut text = Vec::new();
     match File::open(path).and_then(|f| f.take(limit).read_to_end(&mut text)) {
         Ok(_) => Ok(Some(text)),

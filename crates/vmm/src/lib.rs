@@ -20,6 +20,7 @@ pub mod host;
 pub mod identity;
 pub mod jail;
 mod memory;
+mod program;
 pub mod qemu;
 pub mod qmp;
 pub mod records;

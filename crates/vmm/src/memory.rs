@@ -92,6 +92,65 @@ pub(crate) fn check(proc: &Path, place: &Place, base: Option<&Path>) -> io::Resu
     Ok(())
 }
 
+/// Makes sure that a process maps all of this file privately, wherever: an engine that goes on from it.
+pub(crate) fn check_maps(proc: &Path, pid: u32, base: &Path) -> io::Result<()> {
+    let meta = fs::metadata(base)?;
+    let maps = fs::read_to_string(proc.join(pid.to_string()).join("maps"))?;
+    let of_base = |mapping: &Mapping| mapping.inode == meta.ino() && mapping.private;
+    let mapped: u64 = maps
+        .lines()
+        .filter_map(Mapping::parse)
+        .filter(of_base)
+        .map(|mapping| mapping.range.end - mapping.range.start)
+        .sum();
+    if mapped == 0 || mapped != meta.len() {
+        let why = "the machine was not started with this memory";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+    }
+    Ok(())
+}
+
+/// Gives back what a file keeps of zeros.
+pub(crate) fn punch_zeros(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let mut buffer = vec![0; 1 << 20];
+    for range in data(&file)? {
+        // Pages as the file has them, whatever the stretches are.
+        let mut at = range.start / PAGE * PAGE;
+        while at < range.end {
+            let count = file.read_at(&mut buffer, at)?;
+            if count == 0 {
+                break;
+            }
+            let pages = buffer.get(..count).unwrap_or_default().chunks(PAGE_USIZE);
+            let (mut run, mut here) = (None::<u64>, at);
+            for page in pages.map(Some).chain(std::iter::once(None)) {
+                let zero = page.is_some_and(|page| page.len() == PAGE_USIZE && is_zero(page));
+                match (zero, run) {
+                    (true, None) => run = Some(here),
+                    (false, Some(start)) => {
+                        punch(&file, start, here - start)?;
+                        run = None;
+                    }
+                    _ => {}
+                }
+                here += page.map_or(0, |page| page.len() as u64);
+            }
+            at += count as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Makes a hole of what is zero. Where the file system has none, that is how it stays.
+fn punch(file: &File, at: u64, length: u64) -> io::Result<()> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match fallocate(file, hole, at, length) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        other => Ok(other?),
+    }
+}
+
 /// A line of `/proc/PID/maps`.
 struct Mapping {
     range: Range<u64>,

@@ -1,23 +1,14 @@
 //! Which QEMU is there.
 
-use std::ffi::OsStr;
-use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
-
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::args::unsupported;
-use super::{BINARY, ENGINE, io_error};
+use super::{BINARY, ENGINE};
 use crate::engine::EngineError;
+use crate::program::{self, ask};
 
 /// The oldest version with everything that the driver uses.
 const OLDEST: (u32, u32) = (6, 0);
-/// How long a question may take.
-const ANSWER: Duration = Duration::from_secs(10);
-
 /// A QEMU.
 #[derive(Debug)]
 pub(super) struct Found {
@@ -29,18 +20,7 @@ pub(super) struct Found {
 
 /// Finds the binary and asks it.
 pub(super) fn detect(binary: Option<&Path>) -> Result<Found, EngineError> {
-    let missing = |name: String| EngineError::Missing {
-        engine: ENGINE,
-        binary: name,
-    };
-    let binary = match binary {
-        Some(path) if executable(path) => path.to_owned(),
-        Some(path) => return Err(missing(path.display().to_string())),
-        None => {
-            let path = std::env::var_os("PATH").unwrap_or_default();
-            look_up(&path, BINARY).ok_or_else(|| missing(BINARY.to_owned()))?
-        }
-    };
+    let binary = program::find(ENGINE, binary, BINARY)?;
     let said = ask(&binary, &["--version"])?;
     let version = version(&said).ok_or_else(|| unsupported(&format!("tell the version of {}", binary.display())))?;
     if numbers(&version).is_none_or(|v| v < OLDEST) {
@@ -53,69 +33,6 @@ pub(super) fn detect(binary: Option<&Path>) -> Result<Found, EngineError> {
         .lines()
         .any(|dir| Path::new(dir).join("qboot.rom").is_file());
     Ok(Found { binary, version, qboot })
-}
-
-/// The first program of a name.
-fn look_up(path: &OsStr, name: &str) -> Option<PathBuf> {
-    std::env::split_paths(path)
-        .filter(|dir| dir.is_absolute())
-        .map(|dir| dir.join(name))
-        .find(|p| executable(p))
-}
-
-fn executable(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
-}
-
-/// What a program prints, bounded in size and time.
-fn ask(binary: &Path, args: &[&str]) -> Result<String, EngineError> {
-    let failed = |e: std::io::Error| io_error(format!("run {}", binary.display()), e);
-    let mut child = Command::new(binary)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
-    let mut text = Vec::new();
-    let outcome = child.stdout.take().map_or(Ok(()), |out| read(out, &mut text));
-    if outcome.is_err() {
-        let _ = child.kill();
-    }
-    let status = child.wait().map_err(failed)?;
-    outcome.map_err(failed)?;
-    if !status.success() {
-        let mut words = Vec::new();
-        // It has ended: what it had to say lies in the pipe, unless a child of its own keeps that open.
-        let _ = child.stderr.take().map_or(Ok(()), |err| read(err, &mut words));
-        let words = String::from_utf8_lossy(&words);
-        let last = words.lines().rev().map(str::trim).find(|l| !l.is_empty());
-        let why = last.map_or_else(|| status.to_string(), |l| format!("{status}: {}", printable(l)));
-        return Err(failed(std::io::Error::other(why)));
-    }
-    Ok(String::from_utf8_lossy(&text).into_owned())
-}
-
-/// One line of a program, of bounded length and without control characters.
-fn printable(line: &str) -> String {
-    line.chars().filter(|c| !c.is_control()).take(300).collect()
-}
-
-fn read(mut out: impl Read + std::os::fd::AsFd, text: &mut Vec<u8>) -> std::io::Result<()> {
-    let deadline = std::time::Instant::now() + ANSWER;
-    let mut buffer = [0; 4096];
-    while text.len() < 64 << 10 {
-        let left = deadline.saturating_duration_since(std::time::Instant::now());
-        let left = Timespec::try_from(left).map_err(std::io::Error::other)?;
-        if poll(&mut [PollFd::new(&out, PollFlags::IN)], Some(&left))? == 0 {
-            return Err(std::io::ErrorKind::TimedOut.into());
-        }
-        match out.read(&mut buffer)? {
-            0 => return Ok(()),
-            n => text.extend_from_slice(&buffer[..n]),
-        }
-    }
-    Err(std::io::Error::other("it says too much"))
 }
 
 /// `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)` → `7.2.22`.
@@ -137,6 +54,7 @@ fn numbers(version: &str) -> Option<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 
@@ -187,14 +105,5 @@ mod tests {
         let good = script(dir.path(), "good", "echo QEMU emulator version 7.2.22");
         let found = detect(Some(&good)).unwrap();
         assert_eq!((found.version.as_str(), found.qboot), ("7.2.22", false));
-    }
-
-    #[test]
-    fn the_path_is_searched_in_order_and_without_relative_places() {
-        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        script(b.path(), BINARY, "");
-        let path = std::env::join_paths([Path::new("."), a.path(), b.path()]).unwrap();
-        assert_eq!(look_up(&path, BINARY), Some(b.path().join(BINARY)));
-        assert_eq!(look_up(OsStr::new(""), BINARY), None);
     }
 }
