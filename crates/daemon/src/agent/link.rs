@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::handshake::{self, HandshakeError, shake};
 
@@ -36,6 +36,9 @@ const MAX_FRAME: u32 = 256 * 1024;
 const MAX_HEADERS: u32 = 16 * 1024;
 /// How long the engine may take to accept a connection to the guest channel.
 const CONNECT: Duration = Duration::from_secs(5);
+
+/// How soon a guest that did not take the call is called again.
+const REDIAL: Duration = Duration::from_millis(25);
 
 /// Any error of a body.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -184,12 +187,7 @@ impl Link {
             old.driver.abort();
             drop(old);
         }
-        let stream = timeout(CONNECT.min(deadline.duration_since(began)), self.dial.dial())
-            .await
-            .map_err(|_| LinkError::Timeout {
-                what: "be connected: the engine accepted no connection".to_owned(),
-                after: CONNECT,
-            })??;
+        let stream = self.dialled(deadline).await?;
         let channel = shake(stream, nonce()?, deadline).await?;
         let connection = start(channel).await.map_err(|source| LinkError::Broken {
             doing: "connecting".to_owned(),
@@ -201,6 +199,24 @@ impl Link {
         Ok(send)
     }
 
+    /// Opens the channel. Where the engine tells that nobody in the guest takes the call, it is tried again: the guest may be
+    /// on its way.
+    async fn dialled(&self, deadline: Instant) -> Result<UnixStream, LinkError> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let dialled = timeout(CONNECT.min(left), self.dial.dial())
+                .await
+                .map_err(|_| LinkError::Timeout {
+                    what: "be connected: the engine accepted no connection".to_owned(),
+                    after: CONNECT,
+                })?;
+            match dialled {
+                Err(EngineError::Silent { .. }) if Instant::now() + REDIAL < deadline => sleep(REDIAL).await,
+                other => return Ok(other?),
+            }
+        }
+    }
+
     /// Drops the connection; the next request makes a new one.
     pub async fn disconnect(&self) {
         *self.connection.lock().await = None;
@@ -210,12 +226,7 @@ impl Link {
     pub async fn hang_up(&self, deadline: Instant) -> Result<(), LinkError> {
         let mut held = self.connection.lock().await;
         *held = None;
-        let mut stream = timeout_at(deadline, self.dial.dial())
-            .await
-            .map_err(|_| LinkError::Timeout {
-                what: "be connected: the engine accepted no connection".to_owned(),
-                after: CONNECT,
-            })??;
+        let mut stream = self.dialled(deadline).await?;
         handshake::call(&mut stream, nonce()?, deadline).await?;
         Ok(())
     }
