@@ -1,7 +1,9 @@
 //! The configuration file, `config.toml`. All keys are optional; an unknown key is an error with its place.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use banger_system::net::{DEFAULT_ADDRESS, DEFAULT_BRIDGE, Network};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
@@ -15,12 +17,16 @@ pub struct Config {
     pub log_level: LogLevel,
     /// Image of a machine for which none is named; `debian` when absent.
     pub default_image_name: Option<String>,
-    /// Engine: `auto` or `qemu`.
+    /// Engine: `auto`, `qemu` or `firecracker`.
     #[serde(deserialize_with = "engine")]
     pub engine: Option<String>,
     /// The QEMU binary, absolute; the first `qemu-system-*` on `PATH` when absent.
     #[serde(deserialize_with = "absolute")]
     pub qemu_bin: Option<String>,
+    /// The Firecracker binary of user mode, absolute; the first `firecracker` on `PATH` when absent. In system mode the record of the
+    /// installation says which.
+    #[serde(deserialize_with = "absolute")]
+    pub firecracker_bin: Option<String>,
     /// Sizes of a machine for which none are given.
     pub vm_defaults: VmDefaults,
     /// Templates, from which machines start.
@@ -32,6 +38,73 @@ pub struct Config {
     pub auto_stop_stale_after: Span,
     /// The daemon itself.
     pub daemon: DaemonConfig,
+    /// The network of system mode.
+    pub network: NetworkConfig,
+}
+
+/// `[network]`
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "RawNetworkConfig")]
+pub struct NetworkConfig {
+    /// Bridge and addresses.
+    pub net: Network,
+    /// Name servers of the guests; those of the host when absent.
+    pub dns: Option<Vec<Ipv4Addr>>,
+    /// Idle taps that are made ahead.
+    pub tap_pool: u32,
+    /// Port of the name server for `.vm` on 127.0.0.1.
+    pub dns_port: u16,
+}
+
+impl Default for NetworkConfig {
+    fn default() -> Self {
+        Self {
+            net: Network::default(),
+            dns: None,
+            tap_pool: 4,
+            dns_port: 42069,
+        }
+    }
+}
+
+/// `[network]` as it is written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawNetworkConfig {
+    bridge: Option<String>,
+    address: Option<String>,
+    dns: Option<Vec<Ipv4Addr>>,
+    tap_pool: Option<u32>,
+    dns_port: Option<u16>,
+}
+
+/// Most idle taps that are made ahead.
+const MAX_POOL: u32 = 64;
+
+impl TryFrom<RawNetworkConfig> for NetworkConfig {
+    type Error = String;
+
+    fn try_from(raw: RawNetworkConfig) -> Result<Self, String> {
+        let bridge = raw.bridge.as_deref().unwrap_or(DEFAULT_BRIDGE);
+        let net = match &raw.address {
+            Some(address) => Network::parse(bridge, address),
+            None => Network::new(bridge, DEFAULT_ADDRESS.0, DEFAULT_ADDRESS.1),
+        };
+        let default = Self::default();
+        let config = Self {
+            net: net.map_err(|e| e.to_string())?,
+            dns: raw.dns,
+            tap_pool: raw.tap_pool.unwrap_or(default.tap_pool),
+            dns_port: raw.dns_port.unwrap_or(default.dns_port),
+        };
+        if config.tap_pool > MAX_POOL {
+            return Err(format!("at most {MAX_POOL} idle taps are possible"));
+        }
+        if config.dns_port == 0 {
+            return Err("the name server needs a port".to_owned());
+        }
+        Ok(config)
+    }
 }
 
 /// `[templates]`
@@ -264,9 +337,12 @@ mod tests {
     fn every_key_is_read() {
         let config = Config::parse(
             "log_level = 'debug'\ndefault_image_name = 'debian-slim'\nengine = 'qemu'\nqemu_bin = '/opt/qemu'\n\
-             [vm_defaults]\nvcpu = 2\nmemory_mib = 1024\ndisk_size = '8G'\n[daemon]\nidle_exit = '1h30m'\n",
+             [vm_defaults]\nvcpu = 2\nmemory_mib = 1024\ndisk_size = '8G'\n[daemon]\nidle_exit = '1h30m'\n\
+             [network]\nbridge = 'br-fc-x'\naddress = '10.9.0.1/20'\ndns = ['9.9.9.9']\ntap_pool = 2\ndns_port = 5300\n",
         )
         .unwrap();
+        assert_eq!(config.network.net.cidr(), "10.9.0.0/20");
+        assert_eq!((config.network.tap_pool, config.network.dns_port), (2, 5300));
         assert_eq!(config.log_level, LogLevel::Debug);
         assert_eq!(
             config.vm_defaults,
@@ -288,6 +364,9 @@ mod tests {
             ("[vm_defaults]\nmemory_mib = 1\n", 2, "memory"),
             ("[daemon]\n\nidle_exit = 'soon'\n", 3, "duration"),
             ("engine = 'xen'\n", 1, "xen"),
+            ("[network]\nbridge = 'docker0'\n", 1, "docker0"),
+            ("[network]\naddress = '8.8.8.8/24'\n", 1, "8.8.8.8"),
+            ("[network]\ntap_pool = 1000\n", 1, "idle taps"),
             ("qemu_bin = 'qemu'\n", 1, "absolute"),
             ("log_level = \n", 1, ""),
         ] {

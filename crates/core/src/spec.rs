@@ -83,6 +83,40 @@ pub enum SpecError {
     /// Network.
     #[error("unknown network `{0}`; `user`, `bridge` and `none` are known")]
     Network(String),
+    /// A bridge without an installation.
+    #[error("the network `bridge` needs system mode")]
+    NoBridge,
+    /// What only a bridge can do.
+    #[error("{what} needs the network `bridge`, not `{network}`")]
+    OnlyBridge {
+        /// What was asked for.
+        what: &'static str,
+        /// The network.
+        network: String,
+    },
+    /// The name of a group.
+    #[error("`{0}` cannot be the name of a group of machines: 1 to 63 of a-z, 0-9 and -")]
+    NetGroup(String),
+}
+
+impl SpecError {
+    /// What the user can do.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::NoBridge => Some("install it: sudo banger system install"),
+            Self::OnlyBridge { .. } => Some("leave it out, or use --network bridge"),
+            _ => None,
+        }
+    }
+}
+
+/// Where machines are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Size of the host.
+    pub host: Shape,
+    /// There is a bridge: this is system mode.
+    pub bridge: bool,
 }
 
 /// Checks a number of virtual CPUs.
@@ -147,13 +181,42 @@ pub struct Resolved {
     pub memory_mib: u64,
     /// Root disk in bytes.
     pub disk_bytes: u64,
+    /// It reaches what is outside.
+    pub nat: bool,
+    /// Its group.
+    pub net_group: Option<String>,
+}
+
+/// Checks what a network is asked to do.
+pub fn check_reach(network: &str, nat: Option<bool>, group: Option<&str>) -> Result<(), SpecError> {
+    let only = |what| SpecError::OnlyBridge {
+        what,
+        network: network.to_owned(),
+    };
+    if let Some(group) = group {
+        let fits = group.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+        if !fits || !(1..=63).contains(&group.len()) {
+            return Err(SpecError::NetGroup(
+                group.chars().take(80).flat_map(char::escape_default).collect(),
+            ));
+        }
+        if network != "bridge" {
+            return Err(only("a group of machines"));
+        }
+    }
+    if nat == Some(false) && network != "bridge" {
+        return Err(only("a machine that does not reach what is outside"));
+    }
+    Ok(())
 }
 
 /// Resolves a request: what it says, else the configuration, else what fits the host. Everything is checked, also against the
 /// host, before anything is made.
-pub fn resolve(request: &CreateMachine, config: &Config, host: Shape) -> Result<Resolved, SpecError> {
+pub fn resolve(request: &CreateMachine, config: &Config, place: Place) -> Result<Resolved, SpecError> {
     let defaults = &config.vm_defaults;
+    let host = place.host;
     let fitting = fitting(host);
+    let network = if place.bridge { "bridge" } else { "user" };
     let resolved = Resolved {
         image: request
             .image
@@ -166,16 +229,22 @@ pub fn resolve(request: &CreateMachine, config: &Config, host: Shape) -> Result<
             .clone()
             .or_else(|| config.engine.clone())
             .unwrap_or_else(|| "auto".to_owned()),
-        network: request.network.clone().unwrap_or_else(|| "user".to_owned()),
+        network: request.network.clone().unwrap_or_else(|| network.to_owned()),
         vcpu: request.vcpu.or(defaults.vcpu).unwrap_or(fitting.cpus),
         memory_mib: request.memory_mib.or(defaults.memory_mib).unwrap_or(fitting.memory_mib),
         disk_bytes: request
             .disk_bytes
             .or(defaults.disk_size.map(|s| s.0))
             .unwrap_or(DEFAULT_DISK),
+        nat: request.nat.unwrap_or(true),
+        net_group: request.net_group.clone(),
     };
     check_engine(&resolved.engine)?;
     check_network(&resolved.network)?;
+    if resolved.network == "bridge" && !place.bridge {
+        return Err(SpecError::NoBridge);
+    }
+    check_reach(&resolved.network, request.nat, resolved.net_group.as_deref())?;
     check_sizes(resolved.vcpu, resolved.memory_mib, host)?;
     check_disk(resolved.disk_bytes)?;
     Ok(resolved)
@@ -234,6 +303,39 @@ mod tests {
         memory_mib: 64 * 1024,
     };
 
+    fn place(host: Shape, bridge: bool) -> Place {
+        Place { host, bridge }
+    }
+
+    #[test]
+    fn the_network_is_that_of_the_place() {
+        let with = |bridge: bool, change: fn(&mut CreateMachine)| {
+            let mut request = CreateMachine::default();
+            change(&mut request);
+            resolve(&request, &Config::default(), place(HOST, bridge))
+        };
+        assert_eq!(with(true, |_| {}).unwrap().network, "bridge");
+        assert_eq!(with(false, |_| {}).unwrap().network, "user");
+        assert_eq!(
+            with(false, |r| r.network = Some("bridge".into())),
+            Err(SpecError::NoBridge)
+        );
+        assert!(!with(true, |r| r.nat = Some(false)).unwrap().nat);
+        assert!(with(true, |r| r.net_group = Some("a-1".into())).is_ok());
+        assert!(matches!(
+            with(false, |r| r.nat = Some(false)),
+            Err(SpecError::OnlyBridge { .. })
+        ));
+        assert!(matches!(
+            with(false, |r| r.net_group = Some("a".into())),
+            Err(SpecError::OnlyBridge { .. })
+        ));
+        assert!(matches!(
+            with(true, |r| r.net_group = Some("a/b".into())),
+            Err(SpecError::NetGroup(_))
+        ));
+    }
+
     #[test]
     fn request_wins_over_configuration_over_host() {
         let config =
@@ -242,7 +344,7 @@ mod tests {
             vcpu: Some(5),
             ..CreateMachine::default()
         };
-        let resolved = resolve(&request, &config, HOST).unwrap();
+        let resolved = resolve(&request, &config, place(HOST, false)).unwrap();
         assert_eq!(
             (resolved.vcpu, resolved.memory_mib, resolved.disk_bytes),
             (5, 777, 8 * GIB)
@@ -251,7 +353,7 @@ mod tests {
             (resolved.image.as_str(), resolved.kernel.as_str()),
             ("debian-slim", "default")
         );
-        let plain = resolve(&CreateMachine::default(), &Config::default(), HOST).unwrap();
+        let plain = resolve(&CreateMachine::default(), &Config::default(), place(HOST, false)).unwrap();
         assert_eq!(
             (plain.vcpu, plain.memory_mib, plain.image.as_str()),
             (4, 8192, "debian")
@@ -263,7 +365,7 @@ mod tests {
         let with = |change: fn(&mut CreateMachine)| {
             let mut request = CreateMachine::default();
             change(&mut request);
-            resolve(&request, &Config::default(), HOST).unwrap_err()
+            resolve(&request, &Config::default(), place(HOST, false)).unwrap_err()
         };
         assert_eq!(with(|r| r.vcpu = Some(0)), SpecError::Vcpu(0));
         assert_eq!(
@@ -293,7 +395,7 @@ mod tests {
         #[test]
         fn defaults_are_always_acceptable(cpus in 1u32..512, memory_mib in MIN_MEMORY_MIB..MAX_MEMORY_MIB) {
             let host = Shape { cpus, memory_mib };
-            prop_assert!(resolve(&CreateMachine::default(), &Config::default(), host).is_ok());
+            prop_assert!(resolve(&CreateMachine::default(), &Config::default(), place(host, true)).is_ok());
         }
     }
 }

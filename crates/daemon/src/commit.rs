@@ -1,12 +1,15 @@
 //! Images made of machines' root disks.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use banger_core::plan::Disk;
 use banger_proto::api::{CommitMachine, MachineSpec};
-use banger_proto::error::{ApiError, ErrorCode};
+use banger_proto::error::ApiError;
 
+use crate::blocking::blocking;
+use crate::engines;
 use crate::error::IntoApi;
+use crate::machine::disks::RootDisk;
 use crate::machine::{Machine, Request, disks, request, snapshot, start};
 use crate::ops::Op;
 use crate::services::Services;
@@ -25,7 +28,7 @@ pub async fn begin(services: &Arc<Services>, m: &Arc<Machine>, request: CommitMa
         let work = async {
             let spec = &checkpoint.manifest.spec;
             let image = services.stock.image_file(spec).await?;
-            let disk = disks::frozen_root(&checkpoint.disks(), image)?;
+            let disk = disks::frozen_root(&checkpoint.disks(), image, spec.disk_bytes)?;
             let source = format!("machine {} snapshot {name}", m.name());
             keep(&services, &running, disk, spec, source, &request.image, request.force).await
         };
@@ -39,10 +42,7 @@ pub async fn machine(m: &Arc<Machine>, op: &Op, name: &str, force: bool) -> Resu
     let spec = m.row().spec;
     start::ensure_disks(m).await?;
     let image = m.services.stock.image_file(&spec).await?;
-    let root = disks::plan(&m.paths, image)?
-        .into_iter()
-        .next()
-        .ok_or_else(|| ApiError::new(ErrorCode::Internal, "the machine has no root disk"))?;
+    let root = disks::root(&m.paths.disks(), image, spec.disk_bytes)?;
     let source = format!("machine {}", m.name());
     keep(&m.services, op, root, &spec, source, name, force).await
 }
@@ -50,23 +50,33 @@ pub async fn machine(m: &Arc<Machine>, op: &Op, name: &str, force: bool) -> Resu
 async fn keep(
     services: &Services,
     op: &Op,
-    disk: Disk,
+    disk: RootDisk,
     spec: &MachineSpec,
     source: String,
     name: &str,
     force: bool,
 ) -> Result<(), ApiError> {
     op.stage("copy");
-    let engine = services.engine().await?;
     let draft = services.stock.draft()?;
     let target = draft.rootfs();
     let copied = tokio::select! {
         biased;
         () = op.canceled().cancelled() => Err(crate::ops::canceled()),
-        copied = engine.flatten(&disk, &target) => copied.map_err(IntoApi::into_api),
+        copied = flatten(services, disk, target) => copied,
     };
     copied?;
     op.stage("store");
     services.stock.check_new_image(name, force).await?;
     services.stock.keep_disk(draft, spec, source, name, op).await
+}
+
+/// All of a root disk in one file. Only an engine reads layers.
+async fn flatten(services: &Services, disk: RootDisk, target: PathBuf) -> Result<(), ApiError> {
+    match disk {
+        RootDisk::Chain(disk) => {
+            let engine = services.engine(engines::QEMU).await?;
+            engine.flatten(&disk, &target).await.map_err(IntoApi::into_api)
+        }
+        disk => blocking(move || disks::flatten(&disk, &target)).await,
+    }
 }

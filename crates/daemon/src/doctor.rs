@@ -10,7 +10,8 @@ use crate::services::Services;
 /// Room below which a warning is due.
 const LOW: u64 = 5 << 30;
 
-fn check(name: &str, level: CheckLevel, message: impl Into<String>, hint: Option<String>) -> Check {
+/// One line of it.
+pub fn check(name: &str, level: CheckLevel, message: impl Into<String>, hint: Option<String>) -> Check {
     Check {
         name: name.to_owned(),
         level,
@@ -24,6 +25,7 @@ pub async fn run(services: &Services) -> Vec<Check> {
     let mut checks = vec![architecture()];
     checks.push(engine(services).await);
     checks.extend(accel(services).await);
+    checks.extend(crate::host::checks::run(services).await);
     checks.push(database(services));
     checks.push(space(services));
     checks.extend(libexec(services));
@@ -48,10 +50,17 @@ fn architecture() -> Check {
 }
 
 async fn engine(services: &Services) -> Check {
-    match services.engine().await {
+    let network = if services.hosting.get().is_some() {
+        "bridge"
+    } else {
+        "user"
+    };
+    let choice = crate::engines::auto(services, network).await;
+    match services.engine(choice.engine).await {
         Ok(engine) => {
             let c = engine.capabilities();
-            check("engine", CheckLevel::Pass, format!("{} {}", c.engine, c.version), None)
+            let text = format!("{} {}: {}", c.engine, c.version, choice.why);
+            check("engine", CheckLevel::Pass, text, None)
         }
         Err(e) => check("engine", CheckLevel::Fail, e.message, e.hint),
     }

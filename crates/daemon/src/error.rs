@@ -112,6 +112,9 @@ impl IntoApi for EngineError {
         }
         let message = chain(&self);
         match self {
+            Self::Missing { engine, .. } if engine != crate::engines::QEMU => {
+                ApiError::new(ErrorCode::Unsupported, message).hint(format!("install it, or name the binary with `{engine}_bin` in the configuration"))
+            }
             Self::Missing { .. } => ApiError::new(ErrorCode::Unsupported, message)
                 .hint("install it (Debian: apt-get install qemu-system-x86), or name the binary with `qemu_bin` in the configuration"),
             Self::Unsupported { .. } => ApiError::new(ErrorCode::Unsupported, message),
@@ -155,6 +158,11 @@ impl IntoApi for DbError {
                     .hint("choose another name, or delete that one");
             }
             Self::Closed => ApiError::new(ErrorCode::Unavailable, "the daemon is stopping"),
+            Self::NoSlot(_) => {
+                return ApiError::new(ErrorCode::NoSpace, "every address of the machines' network is taken").hint(
+                    "delete machines that are not needed, or give [network] in the configuration a larger network",
+                );
+            }
             _ => ApiError::new(ErrorCode::Internal, message),
         };
         error.hint = hint;
@@ -164,7 +172,9 @@ impl IntoApi for DbError {
 
 impl IntoApi for SpecError {
     fn into_api(self) -> ApiError {
-        ApiError::new(ErrorCode::InvalidSpec, self.to_string())
+        let mut error = ApiError::new(ErrorCode::InvalidSpec, self.to_string());
+        error.hint = self.hint().map(str::to_owned);
+        error
     }
 }
 

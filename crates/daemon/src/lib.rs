@@ -10,21 +10,24 @@
 //! * [`stock`]: images and kernels by name, made on demand,
 //! * [`ssh`]: keys and known hosts,
 //! * [`reach`]: the way to a guest; [`forwards`]: ports of the host that lead there,
-//! * [`doctor`], [`stats`]: looking only,
+//! * [`dns`]: names of machines on the bridge,
+//! * [`doctor`], [`stats`]: looking only; [`audit`]: what is left on the host that nobody owns,
 //! * [`memory`]: keeps the process small,
 //! * [`error`]: from the errors below to what clients see.
 
 pub mod agent;
 pub mod api;
+pub mod audit;
 pub mod blocking;
 pub mod commit;
 pub mod db;
+pub mod dns;
 pub mod doctor;
 pub mod engines;
 pub mod error;
 pub mod failpoint;
-pub mod host;
 pub mod forwards;
+pub mod host;
 pub mod idle;
 pub mod log;
 pub mod machine;

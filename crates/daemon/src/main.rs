@@ -10,13 +10,19 @@ use banger_daemon::{ready, run, version};
 /// Worker threads: the daemon moves bytes and waits, it does not compute.
 const WORKERS: usize = 2;
 
-const USAGE: &str = "usage: bangerd [--ready-fd N]\n\nThe daemon of banger. `banger` starts it when none answers.\n";
+const USAGE: &str = "usage: bangerd [--ready-fd N]\n       bangerd --system\n\nThe daemon of banger. `banger` starts it when none answers; \
+in system mode systemd does.\n";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let mut mode = run::Mode::User;
     let ready_fd = match args.as_slice() {
         [] => None,
+        ["--system"] => {
+            mode = run::Mode::System;
+            None
+        }
         ["--version" | "-V"] => {
             let _ = writeln!(
                 std::io::stdout(),
@@ -42,12 +48,12 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    start(ready_fd)
+    start(mode, ready_fd)
 }
 
-fn start(ready_fd: Option<OwnedFd>) -> ExitCode {
+fn start(mode: run::Mode, ready_fd: Option<OwnedFd>) -> ExitCode {
     let mut told = ready_fd.map(File::from);
-    let outcome = run::prepare().and_then(|prepared| {
+    let outcome = run::prepare(mode).and_then(|prepared| {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         builder
             .worker_threads(WORKERS)
@@ -61,6 +67,7 @@ fn start(ready_fd: Option<OwnedFd>) -> ExitCode {
             if let Some(mut ready) = told.take() {
                 let _ = ready.write_all(b"ready\n");
             }
+            ready::notify();
         };
         let outcome = runtime.block_on(run::run(prepared, listening));
         // Threads that wait for a program or a file keep nobody waiting.

@@ -16,6 +16,15 @@ use crate::time;
 /// Operations that are remembered after they ended.
 const KEEP: usize = 100;
 
+tokio::task_local! {
+    static CURRENT: String;
+}
+
+/// The operation that this is part of, if it is part of one.
+pub fn current() -> Option<String> {
+    CURRENT.try_with(Clone::clone).ok()
+}
+
 /// One operation. Cheap to clone; all clones are the same operation.
 #[derive(Debug, Clone)]
 pub struct Op {
@@ -186,7 +195,7 @@ impl Ops {
             }
             result
         };
-        let mut result = work.instrument(span).await;
+        let mut result = CURRENT.scope(snapshot.id.clone(), work).instrument(span).await;
         ending.op.finish(match &result {
             Ok(_) => Ok(()),
             Err(e) => Err(e.clone()),

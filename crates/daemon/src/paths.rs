@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use banger_core::id::MachineId;
 use banger_core::plan::MachinePaths;
+use banger_system::install::Layout;
 use rustix::fs::{Mode, OFlags};
 
 /// Longest path that fits a Unix socket's address, its final zero left out.
@@ -78,20 +79,23 @@ impl Paths {
             Some(dir) => dir.join("banger"),
             None => PathBuf::from(format!("/tmp/banger-runtime-{uid}")),
         };
-        let length = runtime.as_os_str().len();
-        let max = SOCKET_PATH_MAX - SOCKET_TAIL;
-        if length > max {
-            return Err(PathError::TooLong {
-                path: runtime,
-                length,
-                max,
-            });
-        }
+        check_length(&runtime)?;
         Ok(Self {
             runtime,
             state: home("XDG_STATE_HOME", ".local/state", "state")?.join("banger"),
             config: home("XDG_CONFIG_HOME", ".config", "the configuration")?.join("banger/config.toml"),
         })
+    }
+
+    /// The directories of system mode.
+    pub fn system(layout: &Layout) -> Result<Self, PathError> {
+        let paths = Self {
+            runtime: layout.run(),
+            state: layout.state(),
+            config: layout.config(),
+        };
+        check_length(&paths.runtime)?;
+        Ok(paths)
     }
 
     /// The API socket.
@@ -172,6 +176,19 @@ impl Paths {
         }
         Ok(())
     }
+}
+
+fn check_length(runtime: &Path) -> Result<(), PathError> {
+    let length = runtime.as_os_str().len();
+    let max = SOCKET_PATH_MAX - SOCKET_TAIL;
+    if length > max {
+        return Err(PathError::TooLong {
+            path: runtime.to_owned(),
+            length,
+            max,
+        });
+    }
+    Ok(())
 }
 
 /// Makes a directory and those above it, with the process's umask.

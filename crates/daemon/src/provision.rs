@@ -16,6 +16,7 @@ use crate::db::{DbError, MachineRow, Slots};
 use crate::engines;
 use crate::error::IntoApi;
 use crate::forwards::Reserved;
+use crate::host::rules::Member;
 use crate::machine::request::{self, Ask, ForkJob};
 use crate::machine::work::{self, Current, Manner};
 use crate::machine::{Machine, adopt, create, fork, start, task};
@@ -299,6 +300,25 @@ pub async fn load(services: &Arc<Services>) -> Result<Vec<Known>, DbError> {
         (m, queue)
     });
     Ok(known.collect())
+}
+
+/// Tells of every machine that may have a tap, before anything is made.
+pub fn seat(services: &Services, known: &[Known]) {
+    let Some(system) = services.hosting.get() else { return };
+    for (m, _) in known {
+        let row = m.row();
+        if row.spec.network == "bridge"
+            && state::may_have_engine(row.state)
+            && let Some(slot) = row.slot
+        {
+            let member = Member {
+                slot,
+                nat: row.spec.nat,
+                group: row.spec.net_group,
+            };
+            system.has_tap(&row.id, member);
+        }
+    }
 }
 
 /// Brings rows and world together at the daemon's start. Machines are looked at side by side, so that one that does not answer

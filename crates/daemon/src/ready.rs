@@ -1,5 +1,5 @@
-//! The descriptor that whoever starts the daemon waits on. The only place of the crate that takes a bare number for a
-//! descriptor.
+//! Telling whoever starts the daemon that it serves: through a descriptor, or systemd's socket. The only place of the crate that takes a
+//! bare number for a descriptor.
 #![allow(unsafe_code)]
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
@@ -26,4 +26,25 @@ pub fn take(number: RawFd) -> Option<OwnedFd> {
         drop(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(number) });
     }
     Some(taken)
+}
+
+/// Tells systemd that the daemon serves, where systemd has started it and wants to know (`sd_notify(3)`).
+pub fn notify() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let bytes = std::os::unix::ffi::OsStrExt::as_bytes(name.as_os_str());
+    let address = match bytes.strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&name),
+    };
+    let told = address.and_then(|address| {
+        let socket = UnixDatagram::unbound()?;
+        socket.send_to_addr(b"READY=1\n", &address)
+    });
+    if let Err(e) = told {
+        tracing::warn!(error = %e, "systemd is not told that the daemon serves");
+    }
 }

@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use banger_core::config::{Config, ConfigError};
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use banger_system::install::{Layout, Record};
+use rustix::fs::{FlockOperation, Mode as Bits, OFlags};
 
 use crate::db::{Db, DbError};
 use crate::error::chain;
+use crate::host::Host;
 use crate::ops::Ops;
 use crate::paths::{PathError, Paths};
 use crate::services::Services;
@@ -70,6 +72,24 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// System mode without an installation, or with a broken record of it.
+    #[error("the record of the installation {} cannot be used: {why}", path.display())]
+    Record {
+        /// The record.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// It is somebody else's installation.
+    #[error("the installation in system mode belongs to {owner} (uid {uid}), not to uid {me}")]
+    NotOwner {
+        /// The owner's name.
+        owner: String,
+        /// The owner.
+        uid: u32,
+        /// Who asks.
+        me: u32,
+    },
     /// The failpoints.
     #[error("BANGER_FAILPOINT: {0}")]
     Failpoint(String),
@@ -81,6 +101,7 @@ impl StartError {
         match self {
             Self::Running(_) => EXIT_RUNNING,
             Self::Config { .. } | Self::ConfigFile { .. } | Self::Failpoint(_) => 2,
+            Self::Record { .. } | Self::NotOwner { .. } => 2,
             _ => 1,
         }
     }
@@ -93,6 +114,10 @@ impl StartError {
                 "use the XDG_RUNTIME_DIR of that daemon, or give this one a state of its own with XDG_STATE_HOME"
                     .to_owned(),
             ),
+            Self::Record { .. } => Some("install it anew: sudo banger system install".to_owned()),
+            Self::NotOwner { owner, .. } => Some(format!(
+                "it is started by systemd, as {owner}: systemctl status bangerd"
+            )),
             Self::Config { path, .. } => Some(format!(
                 "correct {}, or move it away to use the defaults",
                 path.display()
@@ -124,16 +149,60 @@ const STATE_LOCK: std::time::Duration = std::time::Duration::from_secs(1);
 pub struct Prepared {
     paths: Paths,
     config: Config,
+    hosting: Host,
     socket: std::os::unix::net::UnixListener,
     _locks: [OwnedFd; 2],
 }
 
+/// As which daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// That of the user who starts it.
+    User,
+    /// That of the installation.
+    System,
+}
+
+/// The directory below which everything of system mode is; `/` but in tests.
+pub fn layout() -> Layout {
+    let root = std::env::var_os("BANGER_ROOT").map(PathBuf::from);
+    root.filter(|root| root.is_absolute())
+        .map(Layout::below)
+        .unwrap_or_default()
+}
+
+/// The record of the installation, which must be this user's.
+fn installation(layout: Layout, uid: u32) -> Result<(Layout, Record), StartError> {
+    let path = layout.record();
+    let failed = |why: String| StartError::Record {
+        path: path.clone(),
+        why,
+    };
+    let text = read_text(&path).map_err(|e| failed(e.to_string()))?;
+    let record = Record::parse(&text).map_err(|e| failed(e.to_string()))?;
+    if record.owner.uid != uid {
+        return Err(StartError::NotOwner {
+            owner: record.owner.user,
+            uid: record.owner.uid,
+            me: uid,
+        });
+    }
+    Ok((layout, record))
+}
+
 /// Does everything that must be done before there are threads.
-pub fn prepare() -> Result<Prepared, StartError> {
+pub fn prepare(mode: Mode) -> Result<Prepared, StartError> {
     memory::limit();
-    rustix::process::umask(Mode::from_raw_mode(0o077));
+    rustix::process::umask(Bits::from_raw_mode(0o077));
     let uid = rustix::process::geteuid().as_raw();
-    let paths = Paths::from_env(|name| std::env::var_os(name), uid)?;
+    let installed = match mode {
+        Mode::User => None,
+        Mode::System => Some(installation(layout(), uid)?),
+    };
+    let paths = match &installed {
+        None => Paths::from_env(|name| std::env::var_os(name), uid)?,
+        Some((layout, _)) => Paths::system(layout)?,
+    };
     paths.prepare(uid)?;
     let runtime = lock(&paths.runtime_lock())?;
     let locks = [runtime, lock_state(&paths)?];
@@ -143,9 +212,14 @@ pub fn prepare() -> Result<Prepared, StartError> {
     failpoint::init(std::env::var("BANGER_FAILPOINT").ok().as_deref()).map_err(StartError::Failpoint)?;
     let socket =
         server::bind(&paths.socket()).map_err(|source| io_error("bind the socket", &paths.socket(), source))?;
+    let hosting = match installed {
+        None => Host::user(),
+        Some((layout, record)) => Host::system(layout, record, &config.network),
+    };
     Ok(Prepared {
         paths,
         config,
+        hosting,
         socket,
         _locks: locks,
     })
@@ -160,7 +234,7 @@ fn io_error(what: &str, path: &Path, source: io::Error) -> StartError {
 
 fn lock(path: &Path) -> Result<OwnedFd, StartError> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)
+    let file = rustix::fs::open(path, flags, Bits::RUSR | Bits::WUSR)
         .map_err(|e| io_error("open the lock", path, e.into()))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
@@ -194,20 +268,23 @@ fn lock_state(paths: &Paths) -> Result<OwnedFd, StartError> {
     }
 }
 
-fn read_config(path: &Path) -> Result<Config, StartError> {
+fn read_text(path: &Path) -> io::Result<String> {
     use std::io::Read;
+    let mut text = String::new();
+    File::open(path)?.take(MAX_CONFIG).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn read_config(path: &Path) -> Result<Config, StartError> {
     let failed = |source| StartError::ConfigFile {
         path: path.to_owned(),
         source,
     };
-    let mut text = String::new();
-    match File::open(path) {
-        Ok(file) => {
-            file.take(MAX_CONFIG).read_to_string(&mut text).map_err(failed)?;
-        }
+    let text = match read_text(path) {
+        Ok(text) => text,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Config::default()),
         Err(e) => return Err(failed(e)),
-    }
+    };
     Config::parse(&text).map_err(|source| StartError::Config {
         path: path.to_owned(),
         source,
@@ -238,22 +315,26 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     let Prepared {
         paths,
         config,
+        hosting,
         socket,
         _locks,
     } = prepared;
-    tracing::info!(version = version::VERSION, commit = version::COMMIT, state = %paths.state.display(), "daemon starts");
+    tracing::info!(version = version::VERSION, commit = version::COMMIT, mode = hosting.mode(), state = %paths.state.display(), "daemon starts");
     let db = Db::open(&paths.database())?;
     let ops = Arc::new(Ops::open(db.clone()).await?);
     let libexec = libexec();
     let stock = Stock::open(&paths, db.clone(), ops.clone(), &libexec)
         .map_err(|source| io_error("open the store", &paths.store(), source))?;
     let socket_path = paths.socket();
-    let services = Arc::new(Services::new(paths, config, db, ops, stock, libexec));
+    let services = Arc::new(Services::new(paths, config, db, ops, stock, hosting, libexec));
     // A row that can't be read is told to whoever starts the daemon.
     let known = provision::load(&services).await?;
     crate::forwards::restore(&services);
     tokio::spawn(signals(services.clone()));
     tokio::spawn(crate::idle::watch(services.clone()));
+    // Every machine that may run has its tap before the rules are made.
+    provision::seat(&services, &known);
+    tokio::spawn(crate::host::watch(services.clone()));
     let reconciling = services.clone();
     tokio::spawn(async move {
         reconciling.host().await;

@@ -14,11 +14,13 @@ use tokio::sync::{OnceCell, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::db::Db;
+use crate::dns::Dns;
 use crate::engines::Engines;
 use crate::error::IntoApi;
-use crate::host::Host;
 use crate::forwards::Forwards;
+use crate::host::Host;
 use crate::machine::Machine;
+use crate::machine::disks::{self, Form};
 use crate::ops::Ops;
 use crate::paths::Paths;
 use crate::ssh::Ssh;
@@ -46,6 +48,8 @@ pub struct Services {
     pub ssh: Ssh,
     /// Ports of this host that lead to machines.
     pub forwards: Forwards,
+    /// Names of machines on the bridge.
+    pub dns: Dns,
     /// What machines need of root.
     pub hosting: Host,
     /// Directory of `banger-shim` and `banger-agent`.
@@ -71,7 +75,15 @@ impl std::fmt::Debug for Services {
 
 impl Services {
     /// Puts them together.
-    pub fn new(paths: Paths, config: Config, db: Db, ops: Arc<Ops>, stock: Stock, hosting: Host, libexec: PathBuf) -> Self {
+    pub fn new(
+        paths: Paths,
+        config: Config,
+        db: Db,
+        ops: Arc<Ops>,
+        stock: Stock,
+        hosting: Host,
+        libexec: PathBuf,
+    ) -> Self {
         let ssh = Ssh::new(paths.ssh());
         let templates = Templates::new(paths.templates(), ops.clone());
         Self {
@@ -83,6 +95,8 @@ impl Services {
             templates,
             ssh,
             forwards: Forwards::default(),
+            dns: Dns::default(),
+            hosting,
             libexec,
             started_at: crate::time::now(),
             stopping: CancellationToken::new(),
@@ -126,6 +140,17 @@ impl Services {
     /// The engine driver of a name. One that is not installed is looked for again at every request.
     pub async fn engine(&self, name: &str) -> Result<Arc<dyn Engine>, ApiError> {
         self.engines.get(name, self).await
+    }
+
+    /// The form of the disks of a new machine of this engine.
+    pub async fn form(&self, engine: &str) -> Result<Form, ApiError> {
+        let reads_qcow2 = self.engine(engine).await?.capabilities().qcow2;
+        let hosting = &self.hosting;
+        Ok(disks::choose(
+            hosting.get().is_some(),
+            hosting.device_mapper(),
+            reads_qcow2,
+        ))
     }
 
     /// All machines, oldest first.

@@ -67,7 +67,7 @@ pub async fn read(m: &Machine) -> Result<MachineStats, ApiError> {
         cpu_ms: cpu,
         cpu_percent: percent,
         resident_bytes: resident_bytes(pid).unwrap_or(0),
-        disk_allocated_bytes: allocated(&m.paths.root_disk()) + allocated(&m.paths.work_disk()),
+        disk_allocated_bytes: crate::machine::disks::allocated(&m.paths.disks()).0,
         guest_memory_used_bytes: guest.as_ref().map(|g| g.memory_used_bytes),
         guest_uptime_ms: guest.as_ref().map(|g| g.uptime_ms),
     })

@@ -35,7 +35,7 @@ pub(super) async fn status(State(app): State<App>) -> Json<DaemonStatus> {
             .unwrap_or(u32::MAX),
         state_dir: app.paths.state.display().to_string(),
         socket: app.paths.socket().display().to_string(),
-        mode: "user".to_owned(),
+        mode: app.hosting.mode().to_owned(),
         log: app.paths.log().display().to_string(),
     })
 }

@@ -103,6 +103,7 @@ pub(super) async fn patch(
     if name.is_some() {
         task::check_change(&m, state::Request::Rename)?;
     }
+    spec::check_reach(&row.spec.network, patch.nat, None)?;
     let ports = match &patch.forwards {
         Some(wanted) => Some(app.forwards.reserve(wanted, Some(&m.id))?),
         None => None,
@@ -116,6 +117,9 @@ pub(super) async fn patch(
         }
         row.spec.vcpu = vcpu;
         row.spec.memory_mib = memory;
+        if let Some(nat) = patch.nat {
+            row.spec.nat = nat;
+        }
         if patch.workspace.is_some() {
             row.workspace = patch.workspace;
         }
@@ -129,6 +133,9 @@ pub(super) async fn patch(
         && forwards::serves(m.state())
     {
         app.forwards.open(&m, ports);
+    }
+    if let (Some(nat), Some(system)) = (patch.nat, app.hosting.get()) {
+        system.set_nat(&m.id, nat).await?;
     }
     if let Some(name) = name {
         tracing::info!(machine = %m.id, from = row.name, to = %name, "renamed");

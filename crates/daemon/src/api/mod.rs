@@ -1,5 +1,6 @@
 //! The API: HTTP/1.1 with JSON over the Unix socket. Routes and the OpenAPI document come from the same handlers.
 
+mod audit;
 mod daemon;
 mod extract;
 mod guest;
@@ -42,6 +43,8 @@ fn all() -> OpenApiRouter<App> {
         .routes(routes!(daemon::status))
         .routes(routes!(daemon::stop))
         .routes(routes!(daemon::doctor))
+        .routes(routes!(audit::look))
+        .routes(routes!(audit::fix))
         .routes(routes!(daemon::openapi))
         .routes(routes!(machines::list, machines::create))
         .routes(routes!(machines::show, machines::patch, machines::delete))

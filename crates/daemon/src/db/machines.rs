@@ -50,12 +50,21 @@ impl Db {
 
     /// Writes a new row. The name's unique index decides between two that come at once. Refused while there is no room to write
     /// down the machine's end.
-    pub async fn insert_machine(&self, row: MachineRow) -> Result<(), DbError> {
+    ///
+    /// With `slots` it gets the smallest slot that neither a row nor anybody else has. Comes back as it was written.
+    pub async fn insert_machine(&self, mut row: MachineRow, slots: Option<Slots>) -> Result<MachineRow, DbError> {
         if !self.keep_room() {
             return Err(DbError::Full);
         }
         // What a machine leaves on the host must not outlive the knowledge of it, not even when the host loses power.
-        self.call_lasting(move |c| insert(c, &row)).await
+        self.call_lasting(move |c| {
+            if let Some(slots) = &slots {
+                row.slot = Some(free_slot(c, slots)?);
+            }
+            insert(c, &row)?;
+            Ok(row)
+        })
+        .await
     }
 
     /// Writes an existing row anew.
@@ -81,6 +90,24 @@ impl Db {
         })
         .await
     }
+}
+
+/// The slots that a new machine can have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slots {
+    /// The last one.
+    pub last: u32,
+    /// Those that machines without a row have.
+    pub lent: Vec<u32>,
+}
+
+fn free_slot(c: &Connection, slots: &Slots) -> Result<u32, DbError> {
+    let mut statement = c.prepare_cached("SELECT slot FROM machines WHERE slot IS NOT NULL")?;
+    let rows = statement.query_map([], |row| row.get::<_, u32>(0))?;
+    let mut used = rows.collect::<Result<std::collections::BTreeSet<u32>, _>>()?;
+    used.extend(&slots.lent);
+    let free = crate::host::rules::free(&used, slots.last, 1).first().copied();
+    free.ok_or(DbError::NoSlot(slots.last))
 }
 
 fn all(c: &Connection) -> Result<Vec<MachineRow>, DbError> {
@@ -226,9 +253,36 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
+    async fn slots_are_given_once_and_again_when_they_are_free() {
+        let tmp = tempfile::tempdir().unwrap();
+        let db = Db::open(&tmp.path().join("banger.db")).unwrap();
+        let slots = |last| Some(Slots { last, lent: vec![1] });
+        let (a, b) = tokio::join!(
+            db.insert_machine(row(1, "a"), slots(9)),
+            db.insert_machine(row(2, "b"), slots(9))
+        );
+        let mut given = [a.unwrap().slot, b.unwrap().slot];
+        given.sort_unstable();
+        assert_eq!(given, [Some(0), Some(2)]);
+        let full = db.insert_machine(row(3, "c"), slots(2)).await;
+        assert!(matches!(full, Err(DbError::NoSlot(2))), "{full:?}");
+        for machine in db.machines().await.unwrap() {
+            if machine.slot == Some(0) {
+                db.delete_machine(machine.id).await.unwrap();
+            }
+        }
+        assert_eq!(db.insert_machine(row(3, "c"), slots(2)).await.unwrap().slot, Some(0));
+        // A machine of user mode has none.
+        assert_eq!(db.insert_machine(row(4, "d"), None).await.unwrap().slot, None);
+    }
+
+    #[tokio::test]
     async fn of_two_machines_with_one_name_one_is_written() {
         let (_tmp, db) = db().await;
-        let (one, two) = tokio::join!(db.insert_machine(row(1, "box")), db.insert_machine(row(2, "box")));
+        let (one, two) = tokio::join!(
+            db.insert_machine(row(1, "box"), None),
+            db.insert_machine(row(2, "box"), None)
+        );
         assert_eq!([one.is_ok(), two.is_ok()].iter().filter(|x| **x).count(), 1);
         let lost = one.err().or(two.err()).unwrap();
         assert!(matches!(lost, DbError::NameTaken(name) if name == "box"));
@@ -238,8 +292,8 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn a_rename_to_a_taken_name_changes_nothing() {
         let (_tmp, db) = db().await;
-        db.insert_machine(row(1, "a")).await.unwrap();
-        db.insert_machine(row(2, "b")).await.unwrap();
+        db.insert_machine(row(1, "a"), None).await.unwrap();
+        db.insert_machine(row(2, "b"), None).await.unwrap();
         let mut changed = row(2, "a");
         changed.cause = Some("x".to_owned());
         assert!(matches!(db.update_machine(changed).await, Err(DbError::NameTaken(_))));
@@ -293,7 +347,7 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn a_row_of_nonsense_is_an_error_with_its_place() {
         let (_tmp, db) = db().await;
-        db.insert_machine(row(1, "a")).await.unwrap();
+        db.insert_machine(row(1, "a"), None).await.unwrap();
         db.call(|c| Ok(c.execute("UPDATE machines SET spec = '{'", [])?))
             .await
             .unwrap();

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::{Connection, OpenFlags};
 use tokio::sync::{mpsc, oneshot};
 
-pub use machines::MachineRow;
+pub use machines::{MachineRow, Slots};
 pub use schema::VERSION;
 pub use stock::{NameTable, NamedObject};
 pub use templates::TemplateRow;
@@ -45,6 +45,9 @@ pub enum DbError {
     /// The name of a machine is taken.
     #[error("the name `{0}` is taken")]
     NameTaken(String),
+    /// Every slot is taken.
+    #[error("every slot up to {0} is taken")]
+    NoSlot(u32),
     /// There is not even room to write down that a machine is removed again.
     #[error("no space left for another machine")]
     Full,

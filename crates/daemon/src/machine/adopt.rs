@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use banger_core::id::MachineId;
+use banger_core::plan::MachinePaths;
 use banger_core::state::Event;
 use banger_proto::api::MachineState as State;
 use banger_proto::error::{ApiError, ErrorCode};
@@ -14,8 +16,10 @@ use super::record::Machine;
 use super::stages::Stages;
 use super::work::{Ended, Work};
 use super::{cause, create, delete, disks, handles, restore, save, snapshot, start, stop, suspend};
+use crate::engines;
 use crate::error::{IntoApi, chain};
 use crate::failpoint;
+use crate::services::Services;
 
 /// How long a start that the last daemon began may still take.
 const FINISH: Duration = Duration::from_secs(120);
@@ -75,11 +79,9 @@ pub async fn look(m: &Machine) -> Liveness {
         tracing::warn!(machine = %m.id, why, "handles.json cannot be read; looking for the engine without it");
         None
     });
-    let engine = match m.services.engine().await {
-        Ok(engine) => engine,
-        Err(e) => return Liveness::Unclear(e.message),
-    };
-    let found = tokio::time::timeout(LOOK, engine.find(&m.id, &m.paths, kept.as_ref())).await;
+    let spec = m.row().spec;
+    let find = find(&m.services, &m.id, &m.paths, kept.as_ref(), Some(&spec.engine));
+    let found = tokio::time::timeout(LOOK, find).await;
     let found = found.unwrap_or_else(|_| Liveness::Unclear(format!("the engine driver took longer than {LOOK:?}")));
     if let Liveness::Alive(handles) = &found
         && kept.as_ref() != Some(handles)
@@ -88,6 +90,33 @@ pub async fn look(m: &Machine) -> Liveness {
         tracing::warn!(machine = %m.id, error = %e.message, "handles not written");
     }
     found
+}
+
+/// Looks for a machine's engine with the driver that it has or may have: the one of its handles, else the one it was made for, else any.
+pub async fn find(
+    services: &Services,
+    id: &MachineId,
+    paths: &MachinePaths,
+    kept: Option<&Handles>,
+    made_for: Option<&str>,
+) -> Liveness {
+    let known = kept.map(|h| h.engine.as_str()).or(made_for);
+    let mut gone = Liveness::Gone("no process of this machine was found".to_owned());
+    for name in engines::ALL {
+        if known.is_some_and(|known| known != name) {
+            continue;
+        }
+        match services.engine(name).await {
+            Ok(engine) => match engine.find(id, paths, kept).await {
+                Liveness::Gone(why) => gone = Liveness::Gone(why),
+                found => return found,
+            },
+            // An engine that is not installed has no machines, unless it is known to have this one.
+            Err(e) if known.is_some() => return Liveness::Unclear(e.message),
+            Err(_) => {}
+        }
+    }
+    gone
 }
 
 /// Looks and decides, and does what is quick. The rest comes back as the first work of the machine's task.
@@ -134,7 +163,7 @@ pub async fn reconcile(m: &Arc<Machine>) -> Option<(Work, bool)> {
 }
 
 async fn attach(m: &Machine, handles: Handles) -> Option<Live> {
-    match m.services.engine().await {
+    match m.services.engine(&handles.engine).await {
         Ok(engine) => {
             let live = Live::new(&m.id, engine, handles);
             m.set_live(live.clone());

@@ -91,10 +91,10 @@ pub fn files(dir: &Path) -> Saved {
     }
 }
 
-/// What the engine saves now, and restores.
-pub async fn fits(services: &Services) -> Result<Fits, ApiError> {
+/// What an engine saves now, and restores.
+pub async fn fits(services: &Services, engine: &str) -> Result<Fits, ApiError> {
     let host = services.host().await;
-    let engine = services.engine().await?;
+    let engine = services.engine(engine).await?;
     let capabilities = engine.capabilities();
     Ok(Fits {
         engine: capabilities.engine.to_owned(),
@@ -117,7 +117,7 @@ impl Checkpoint {
         paused: Duration,
     ) -> Result<Self, ApiError> {
         let memory = if memory {
-            let fits = fits(services).await?;
+            let fits = fits(services, &spec.engine).await?;
             let boot_id = services.host().await.boot_id.clone();
             let Saved { memory, state } = files(dir);
             let (memory, state) = blocking(move || {
@@ -200,7 +200,7 @@ impl Checkpoint {
             let message = format!("{} holds no memory", self.dir.display());
             return Err(ApiError::new(ErrorCode::Unsupported, message));
         };
-        let here = fits(services).await?;
+        let here = fits(services, &self.manifest.spec.engine).await?;
         if memory.fits != here {
             let show = |f: &Fits| format!("{} {} (form {}, {}, {})", f.engine, f.version, f.form, f.accel, f.cpu);
             let message = format!(

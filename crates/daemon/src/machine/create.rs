@@ -105,10 +105,7 @@ async fn make(m: &Arc<Machine>, stages: &mut Stages, creation: &Creation) -> Res
     disks::make_dir(&m.paths.state)?;
     if !creation.start {
         stages.enter("disks");
-        services
-            .stock
-            .make_disks(&m.paths, &image.digest, spec.disk_bytes)
-            .await?;
+        services.stock.make_disks(services, &m.paths, &m.row().spec).await?;
     }
     failpoint::hit("create.disks").await?;
     stages.check()?;

@@ -99,6 +99,9 @@ impl Machine {
     pub fn show(&self) -> api::Machine {
         let view = self.view.borrow();
         let row = view.row.clone();
+        let on_bridge = row.spec.network == "bridge";
+        let address = on_bridge.then(|| self.services.hosting.address(row.slot)).flatten();
+        let address = address.map(|address| address.to_string());
         api::Machine {
             id: row.id.to_string(),
             name: row.name,
@@ -113,10 +116,7 @@ impl Machine {
             boot: row.boot,
             auto_remove: row.auto_remove,
             idle_suspend_after_ms: row.idle_suspend_after_ms,
-            address: (row.spec.network == "bridge")
-                .then(|| self.services.hosting.address(row.slot))
-                .flatten()
-                .map(|address| address.to_string()),
+            address,
             forwards: row.forwards,
         }
     }

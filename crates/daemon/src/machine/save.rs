@@ -8,10 +8,11 @@
 //! Nothing of the guest but its kernel and the agent runs between freeze and renew, so that nothing of it runs in a copy before the
 //! copy is itself.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use banger_core::plan::DiskRole;
 use banger_proto::agent::{Freeze, Renew};
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::{AfterSave, EngineError, SavePlan, Step, Steps};
@@ -20,6 +21,7 @@ use super::checkpoint;
 use super::disks;
 use super::live::Live;
 use super::record::Machine;
+use crate::blocking::blocking;
 use crate::error::IntoApi;
 use crate::failpoint;
 
@@ -97,7 +99,10 @@ async fn save(m: &Machine, live: &Live, take: Take<'_>, still: &Arc<Still>) -> R
     };
     let steps = Steps {
         hold_still: hold_still(live.clone(), take.memory.is_none(), take.then, still.clone()),
-        while_still: Box::pin(std::future::ready(Ok(()))),
+        while_still: match take.layer {
+            Some(layer) => copy_still(m, layer),
+            None => Box::pin(std::future::ready(Ok(()))),
+        },
     };
     let saved = live.engine.save(&live.handles, &plan, steps).await;
     // What the guest said is the better reason.
@@ -139,6 +144,27 @@ fn hold_still(live: Live, sync: bool, then: AfterSave, still: Arc<Still>) -> Ste
             let source = std::io::Error::other(e.message.clone());
             told.state().1 = Some(e);
             EngineError::Io { what, source }
+        })
+    })
+}
+
+/// Copies the disks where a layer is a copy.
+fn copy_still(m: &Machine, layer: &str) -> Step {
+    let (dir, layer) = (m.paths.disks(), layer.to_owned());
+    let nodes: Vec<PathBuf> = match m.services.hosting.get() {
+        Some(system) => [DiskRole::Root, DiskRole::Work]
+            .map(|role| system.layout.node(&m.id, role))
+            .into(),
+        None => Vec::new(),
+    };
+    Box::pin(async move {
+        let copied = blocking(move || disks::copy_still(&dir, &layer, &nodes)).await;
+        copied.map_err(|e| EngineError::Io {
+            what: "copy the disks".to_owned(),
+            source: match e.code {
+                ErrorCode::NoSpace => std::io::ErrorKind::StorageFull.into(),
+                _ => std::io::Error::other(e.message),
+            },
         })
     })
 }

@@ -13,7 +13,9 @@ use banger_core::state::Event;
 use banger_proto::agent::{GuestNetwork, Personalize};
 use banger_proto::api::{MachineSpec, MachineState, WaitFor};
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_vmm::console_tail;
+use banger_system::helper::EngineUser;
+use banger_system::net;
+use banger_vmm::{Handles, console_tail};
 use tokio::time::Instant;
 
 use super::live::Live;
@@ -23,7 +25,10 @@ use super::stages::Stages;
 use super::{cause, disks, handles, save, stop, suspend};
 use crate::agent::{LinkError, sanitize};
 use crate::blocking::blocking;
+use crate::engines;
 use crate::error::{self, IntoApi};
+use crate::host::rules::Member;
+use crate::host::{System, Wants};
 use crate::services::Services;
 use crate::{failpoint, time};
 
@@ -94,7 +99,7 @@ pub async fn bring_up(m: &Arc<Machine>, stages: &mut Stages, wanted: Wanted) -> 
 /// and then the machine is as fresh as before.
 async fn from_template(m: &Arc<Machine>, stages: &mut Stages) -> Result<Option<String>, ApiError> {
     let services = &m.services;
-    let able = services.engine().await?.capabilities().snapshot;
+    let able = services.engine(&m.row().spec.engine).await?.capabilities().snapshot;
     if !able || !services.config.templates.enabled {
         return Ok(None);
     }
@@ -179,19 +184,22 @@ pub async fn ensure_disks(m: &Machine) -> Result<(), ApiError> {
         return Ok(());
     }
     let spec = m.row().spec;
-    let stock = &m.services.stock;
-    stock.make_disks(&m.paths, &spec.image_digest, spec.disk_bytes).await
+    m.services.stock.make_disks(&m.services, &m.paths, &spec).await
 }
 
 /// Starts the engine of a machine that is `starting`, with saved memory or without.
 pub async fn launch_engine(m: &Arc<Machine>, stages: &Stages, resume: Option<Saved>) -> Result<(), ApiError> {
     fresh_run_dir(&m.paths.run)?;
     stop::remove_file(&m.paths.exit_record())?;
-    let engine = m.services.engine().await?;
-    let spec = m.row().spec;
+    let row = m.row();
+    let engine = m.services.engine(&row.spec.engine).await?;
     let plan = stages
-        .cancellable(boot_plan(&m.services, &m.id, &spec, &m.paths, resume))
+        .cancellable(boot_plan(&m.services, &m.id, row.slot, &row.spec, &m.paths, resume))
         .await?;
+    attach(&m.services, &plan, &row.spec)
+        .await
+        .map_err(|e| explain(m, stages, e))?;
+    failpoint::hit("start.attached").await?;
     // Not cut off in between: an engine that was half launched would have no owner.
     let launched = engine.launch(&plan).await;
     let launched = launched.map_err(|e| explain(m, stages, e.into_api()))?;
@@ -199,16 +207,109 @@ pub async fn launch_engine(m: &Arc<Machine>, stages: &Stages, resume: Option<Sav
     let live = Live::new(&m.id, engine, launched.clone());
     let written = handles::write(&m.paths.handles(), &launched);
     m.set_live(live);
+    tokio::spawn(scope(m.services.clone(), m.id.clone(), row.spec, launched));
     // Only now may anything fail: the engine has an owner who can end it.
     passed.and(written)?;
     failpoint::hit("start.handles").await?;
     stages.check()
 }
 
+/// Whether the engine runs in a jail: as a user of its own, started by the root helper.
+pub fn jailed(services: &Services, spec: &MachineSpec) -> bool {
+    services.hosting.get().is_some() && spec.engine == engines::FIRECRACKER
+}
+
+/// Makes what the machine of a plan needs of the host: its tap, its block devices. [`stop::clean_up`] removes it.
+pub async fn attach(services: &Services, plan: &BootPlan, spec: &MachineSpec) -> Result<(), ApiError> {
+    if services.hosting.get().is_none() {
+        return Ok(());
+    }
+    let jailed = jailed(services, spec);
+    let image = services.stock.image_file(spec).await?;
+    let on_tap = matches!(&plan.network, Some(network) if network.kind != NetworkKind::User);
+    let tap = plan.slot.filter(|_| on_tap).map(|slot| Member {
+        slot,
+        nat: spec.nat,
+        group: spec.net_group.clone(),
+    });
+    let user = match plan.slot {
+        Some(slot) if jailed => EngineUser::Jail(slot),
+        _ => EngineUser::Owner,
+    };
+    let (dir, bytes) = (plan.paths.disks(), spec.disk_bytes);
+    let mut linked = vec![plan.kernel.clone(), plan.initrd.clone()];
+    linked.extend(
+        plan.resume
+            .iter()
+            .flat_map(|saved| [saved.memory.clone(), saved.state.clone()]),
+    );
+    let devices = blocking(move || {
+        if jailed {
+            linked.iter().try_for_each(|path| readable(path))?;
+        }
+        disks::devices(&dir, image, bytes)
+    })
+    .await?;
+    let wants = Wants {
+        id: plan.id.clone(),
+        tap,
+        devices,
+        user,
+    };
+    services.hosting.attach(wants).await
+}
+
+/// Lets a file be read by an engine in its jail. The directories above keep it from everybody else.
+fn readable(path: &Path) -> Result<(), ApiError> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444))
+        .map_err(|e| error::io(format_args!("let {} be read", path.display()), e))
+}
+
+/// Moves an engine that the daemon has started out of the daemon's own unit.
+pub async fn scope(services: Arc<Services>, id: MachineId, spec: MachineSpec, handles: Handles) {
+    if !jailed(&services, &spec) {
+        services.hosting.scope(&id, &handles, spec.memory_mib).await;
+    }
+}
+
+/// The first interface of a machine.
+fn network_plan(
+    services: &Services,
+    id: &MachineId,
+    slot: Option<u32>,
+    spec: &MachineSpec,
+) -> Result<Option<NetworkPlan>, ApiError> {
+    let plan = match spec.network.as_str() {
+        "user" => NetworkPlan {
+            kind: NetworkKind::User,
+            mac: id.mac(),
+        },
+        "bridge" => {
+            let (system, slot) = bridge(services, slot)?;
+            NetworkPlan {
+                kind: NetworkKind::Tap(net::tap(slot)),
+                mac: system.mac(slot)?,
+            }
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(plan))
+}
+
+/// The bridge, and a machine's place at it.
+fn bridge(services: &Services, slot: Option<u32>) -> Result<(&Arc<System>, u32), ApiError> {
+    services.hosting.get().zip(slot).ok_or_else(|| {
+        ApiError::new(ErrorCode::Unsupported, "the network `bridge` needs system mode")
+            .hint("install it: sudo banger system install")
+    })
+}
+
 /// Everything that an engine needs for a machine.
 pub async fn boot_plan(
     services: &Services,
     id: &MachineId,
+    slot: Option<u32>,
     spec: &MachineSpec,
     paths: &MachinePaths,
     resume: Option<Saved>,
@@ -227,13 +328,12 @@ pub async fn boot_plan(
         memory_mib: spec.memory_mib,
         kernel: boot.kernel,
         initrd: boot.initrd,
-        cmdline: plan::cmdline(plan::Board::Microvm, accel, services.host().await.tsc_khz()),
-        disks: disks::plan(paths, image)?,
-        network: (spec.network == "user").then(|| NetworkPlan {
-            kind: NetworkKind::User,
-            mac: id.mac(),
-        }),
-        slot: None,
+        cmdline: plan::cmdline(plan::Board::of(&spec.engine), accel, services.host().await.tsc_khz()),
+        disks: disks::plan(paths, image, |role| {
+            services.hosting.get().map(|system| system.layout.node(id, role))
+        })?,
+        network: network_plan(services, id, slot, spec)?,
+        slot,
         resume,
         paths: paths.clone(),
     })
@@ -367,24 +467,41 @@ pub fn explain(m: &Machine, stages: &Stages, mut e: ApiError) -> ApiError {
 pub async fn identity(m: &Machine) -> Result<Personalize, ApiError> {
     let row = m.row();
     let ssh = m.services.ssh.of_machine(&m.paths.state, &m.id, &row.name).await;
-    personalize(&m.id, &row.name, &row.spec, ssh.authorized_keys, ssh.host_key)
+    let network = guest_network(&m.services, &m.id, row.slot, &row.spec)?;
+    personalize(&m.id, &row.name, network, ssh.authorized_keys, ssh.host_key)
 }
 
-/// The identity of a machine of this id, name and spec.
+/// What the guest of a machine with this spec is told of the network.
+pub fn guest_network(
+    services: &Services,
+    id: &MachineId,
+    slot: Option<u32>,
+    spec: &MachineSpec,
+) -> Result<Option<GuestNetwork>, ApiError> {
+    Ok(match spec.network.as_str() {
+        "user" => Some(GuestNetwork {
+            address: "10.0.2.15".to_owned(),
+            prefix: 24,
+            gateway: "10.0.2.2".to_owned(),
+            dns: vec!["10.0.2.3".to_owned()],
+            mac: Some(id.mac()),
+        }),
+        "bridge" => {
+            let (system, slot) = bridge(services, slot)?;
+            Some(system.guest_network(slot)?)
+        }
+        _ => None,
+    })
+}
+
+/// The identity of a machine of this id, name and network.
 pub fn personalize(
     id: &MachineId,
     name: &str,
-    spec: &MachineSpec,
+    network: Option<GuestNetwork>,
     authorized_keys: Vec<String>,
     ssh_host_key: Option<String>,
 ) -> Result<Personalize, ApiError> {
-    let network = (spec.network == "user").then(|| GuestNetwork {
-        address: "10.0.2.15".to_owned(),
-        prefix: 24,
-        gateway: "10.0.2.2".to_owned(),
-        dns: vec!["10.0.2.3".to_owned()],
-        mac: Some(id.mac()),
-    });
     Ok(Personalize {
         machine_id: id.to_string(),
         hostname: name.to_owned(),

@@ -130,7 +130,7 @@ async fn signal_engine(live: &Live, signal: i32) -> Result<(), ApiError> {
     }
 }
 
-/// Clears what an engine leaves behind: sockets, handles. Every step runs; the first error is told.
+/// Clears what an engine leaves behind: sockets, handles, what the host has of the machine. Every step runs; the first error is told.
 pub async fn clean_up(m: &Machine) -> Result<(), ApiError> {
     if let Some(live) = m.clear_live() {
         live.link.disconnect().await;
@@ -138,7 +138,9 @@ pub async fn clean_up(m: &Machine) -> Result<(), ApiError> {
     let removed = handles::remove(&m.paths.handles());
     // Nobody maps it any more.
     let unmapped = remove_file(&m.paths.memory());
-    remove_dir(&m.paths.run).and(removed).and(unmapped)
+    // By the id alone, whatever the handles said or say no more.
+    let released = m.services.hosting.release(&m.id).await;
+    remove_dir(&m.paths.run).and(removed).and(unmapped).and(released)
 }
 
 /// Removes a file; one that is not there is fine.

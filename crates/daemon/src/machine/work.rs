@@ -11,7 +11,8 @@ use tokio_util::sync::CancellationToken;
 use super::record::Machine;
 use super::request::{Ask, Request};
 use super::stages::Stages;
-use super::{create, delete, fork, snapshot, start, stop, suspend};
+use super::{create, delete, disks, fork, snapshot, start, stop, suspend};
+use crate::blocking::blocking;
 use crate::ops::Op;
 
 /// How a piece of work left the machine.
@@ -178,7 +179,8 @@ async fn grow(m: &Arc<Machine>, op: &Op, bytes: u64) -> Result<(), ApiError> {
     }
     op.stage("disk");
     start::ensure_disks(m).await?;
-    m.services.stock.grow_root(&m.paths, bytes).await?;
+    let dir = m.paths.disks();
+    blocking(move || disks::grow(&dir, bytes)).await?;
     m.change(|row| {
         row.spec.disk_bytes = bytes;
         Ok(())

@@ -172,10 +172,20 @@ impl Stock {
     }
 
     /// Makes a machine's disks.
-    pub async fn make_disks(&self, paths: &MachinePaths, image_digest: &str, root_bytes: u64) -> Result<(), ApiError> {
-        let image = self.shelf.image_file(image_digest).await?;
+    pub async fn make_disks(
+        &self,
+        services: &Services,
+        paths: &MachinePaths,
+        spec: &MachineSpec,
+    ) -> Result<(), ApiError> {
+        let new = disks::New {
+            form: services.form(&spec.engine).await?,
+            image: self.shelf.image_file(&spec.image_digest).await?,
+            root_bytes: spec.disk_bytes,
+            shared: services.paths.state.clone(),
+        };
         let dir = paths.disks();
-        blocking(move || disks::create(&dir, &image, root_bytes)).await
+        blocking(move || disks::create(&dir, &new)).await
     }
 
     /// Checks that an image may be stored under this name.
@@ -239,12 +249,6 @@ impl Stock {
             kernel_digest: kernel,
             ..spec.clone()
         })
-    }
-
-    /// Makes a root disk larger.
-    pub async fn grow_root(&self, paths: &MachinePaths, bytes: u64) -> Result<(), ApiError> {
-        let root = paths.root_disk();
-        blocking(move || banger_image::disk::grow_root(&root, bytes)).await
     }
 
     /// All images.

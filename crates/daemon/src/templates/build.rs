@@ -23,7 +23,7 @@ use crate::failpoint;
 use crate::machine::checkpoint::{self, Checkpoint};
 use crate::machine::live::Live;
 use crate::machine::start::{self, remove_dir};
-use crate::machine::{disks, handles, save, stop};
+use crate::machine::{adopt, disks, handles, save, stop};
 use crate::ops::{Op, canceled};
 use crate::services::Services;
 
@@ -40,6 +40,8 @@ const NAME: &str = "b";
 struct Builder {
     services: Arc<Services>,
     id: MachineId,
+    /// Its place in the network of system mode, lent for as long as it is needed.
+    slot: Option<u32>,
     spec: MachineSpec,
     staging: PathBuf,
     paths: MachinePaths,
@@ -54,7 +56,14 @@ pub async fn build(services: &Arc<Services>, id: &str, spec: &MachineSpec, op: &
         .paths
         .templates()
         .join(format!("{}{id}-{machine}", super::STAGING));
+    let rows = services.machines().into_iter().filter_map(|m| m.row().slot);
+    let slot = match services.hosting.get() {
+        Some(system) => Some(system.lend(&machine, rows)?),
+        None => None,
+    };
+    super::lock(&services.templates.building).insert(machine.clone());
     let builder = Builder {
+        slot,
         paths: paths(services, &staging, &machine),
         services: services.clone(),
         id: machine,
@@ -84,6 +93,7 @@ pub async fn build(services: &Arc<Services>, id: &str, spec: &MachineSpec, op: &
         if let Err(e) = cleared.and(removed) {
             tracing::error!(machine = %builder.id, error = %e.message, "what made a template is not wholly cleared");
         }
+        super::lock(&builder.services.templates.building).remove(&builder.id);
         done
     });
     work.await
@@ -105,15 +115,18 @@ impl Builder {
         failpoint::hit("template.row").await?;
         self.services
             .stock
-            .make_disks(&self.paths, &self.spec.image_digest, self.spec.disk_bytes)
+            .make_disks(&self.services, &self.paths, &self.spec)
             .await?;
         start::fresh_run_dir(&self.paths.run)?;
-        let engine = self.services.engine().await?;
-        let plan = start::boot_plan(&self.services, &self.id, &self.spec, &self.paths, None).await?;
+        let engine = self.services.engine(&self.spec.engine).await?;
+        let plan = start::boot_plan(&self.services, &self.id, self.slot, &self.spec, &self.paths, None).await?;
         op.stage("template boot");
+        start::attach(&self.services, &plan, &self.spec).await?;
         let launched = engine.launch(&plan).await.map_err(IntoApi::into_api)?;
         let live = live.insert(Live::new(&self.id, engine, launched.clone()));
         handles::write(&self.paths.handles(), &launched)?;
+        let spec = self.spec.clone();
+        tokio::spawn(start::scope(self.services.clone(), self.id.clone(), spec, launched));
         failpoint::hit("template.launched").await?;
         let booted = tokio::select! {
             biased;
@@ -156,6 +169,7 @@ impl Builder {
         failpoint::hit("template.saved").await?;
         // It has written out its disks when it stopped.
         stop::kill_now(live).await?;
+        self.services.hosting.release(&self.id).await?;
         let (dir, frozen, layer) = (self.paths.disks(), target.join("disks"), save::layer_name()?);
         let layers = blocking(move || {
             disks::freeze_at_rest(&dir, &layer)?;
@@ -172,7 +186,8 @@ impl Builder {
     async fn boot(&self, live: &Live) -> Result<(), ApiError> {
         let link = &live.link;
         link.connect(Instant::now() + BOOT).await.map_err(IntoApi::into_api)?;
-        let nobody = start::personalize(&self.id, NAME, &self.spec, Vec::new(), None)?;
+        let network = start::guest_network(&self.services, &self.id, self.slot, &self.spec)?;
+        let nobody = start::personalize(&self.id, NAME, network, Vec::new(), None)?;
         let health = link
             .personalize(&nobody, PERSONALIZE)
             .await
@@ -201,7 +216,11 @@ impl Builder {
             }
             None => Ok(()),
         };
-        ended.and(remove_dir(&self.paths.run))
+        let released = self.services.hosting.release(&self.id).await;
+        if let Some(system) = self.services.hosting.get() {
+            system.take_back(&self.id);
+        }
+        ended.and(remove_dir(&self.paths.run)).and(released)
     }
 }
 
@@ -226,12 +245,15 @@ pub async fn sweep(services: &Arc<Services>, staging: &Path, rest: &str) {
 
 /// Ends the engine of a builder that was lost sight of.
 async fn lost(services: &Arc<Services>, id: &MachineId, paths: &MachinePaths) -> Result<(), ApiError> {
-    let engine = services.engine().await?;
     let kept = handles::read(&paths.handles()).unwrap_or_default();
-    match engine.find(id, paths, kept.as_ref()).await {
+    match adopt::find(services, id, paths, kept.as_ref(), None).await {
         Liveness::Gone(_) => {}
-        Liveness::Alive(found) => stop::kill_now(&Live::new(id, engine, found)).await?,
+        Liveness::Alive(found) => {
+            let engine = services.engine(&found.engine).await?;
+            stop::kill_now(&Live::new(id, engine, found)).await?;
+        }
         Liveness::Unclear(why) => return Err(ApiError::new(ErrorCode::Engine, why)),
     }
-    remove_dir(&paths.run)
+    let released = services.hosting.release(id).await;
+    remove_dir(&paths.run).and(released)
 }

@@ -11,12 +11,13 @@
 
 pub mod build;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use banger_core::host::Accel;
+use banger_core::id::MachineId;
 use banger_core::plan;
 use banger_image::Digest;
 use banger_proto::api::{MachineSpec, Pruned, Template};
@@ -27,13 +28,14 @@ use crate::blocking::blocking;
 use crate::db::TemplateRow;
 use crate::error::IntoApi;
 use crate::machine::checkpoint::{self, Checkpoint, Fits};
+use crate::machine::disks::Form;
 use crate::machine::start::remove_dir;
 use crate::ops::{Op, Ops};
 use crate::services::Services;
 use crate::stock::flight::Flights;
 
 /// The way templates are made. Another one makes other templates.
-const FORM: u32 = 1;
+const FORM: u32 = 2;
 /// How long no template is made of what could not be made one of.
 const REFUSED: Duration = Duration::from_secs(600);
 /// Begins the name of one that is being made.
@@ -45,6 +47,7 @@ pub struct Templates {
     flights: Arc<Flights<Arc<Checkpoint>>>,
     known: Mutex<HashMap<String, Arc<Checkpoint>>>,
     refused: Mutex<HashMap<String, Instant>>,
+    building: Mutex<BTreeSet<MachineId>>,
 }
 
 impl std::fmt::Debug for Templates {
@@ -68,6 +71,7 @@ struct Key {
     memory_mib: u64,
     disk_bytes: u64,
     network: String,
+    disks: Form,
 }
 
 impl Key {
@@ -86,7 +90,7 @@ pub async fn id(services: &Services, spec: &MachineSpec) -> Result<String, ApiEr
     };
     let key = Key {
         form: FORM,
-        fits: checkpoint::fits(services).await?,
+        fits: checkpoint::fits(services, &spec.engine).await?,
         image: spec.image_digest.clone(),
         kernel: spec.kernel_digest.clone(),
         initramfs: boot
@@ -94,11 +98,12 @@ pub async fn id(services: &Services, spec: &MachineSpec) -> Result<String, ApiEr
             .file_name()
             .map(|name| name.to_string_lossy().into_owned())
             .unwrap_or_default(),
-        line: plan::cmdline(plan::Board::Microvm, accel, services.host().await.tsc_khz()),
+        line: plan::cmdline(plan::Board::of(&spec.engine), accel, services.host().await.tsc_khz()),
         vcpu: spec.vcpu,
         memory_mib: spec.memory_mib,
         disk_bytes: spec.disk_bytes,
         network: spec.network.clone(),
+        disks: services.form(&spec.engine).await?,
     };
     Ok(key.id())
 }
@@ -111,7 +116,13 @@ impl Templates {
             flights: Arc::new(Flights::new(ops)),
             known: Mutex::default(),
             refused: Mutex::default(),
+            building: Mutex::default(),
         }
+    }
+
+    /// Whether a template is being made of this machine, which has no row.
+    pub fn is_building(&self, machine: &MachineId) -> bool {
+        lock(&self.building).contains(machine)
     }
 
     fn place(&self, id: &str) -> PathBuf {
@@ -399,6 +410,7 @@ mod tests {
             memory_mib: 512,
             disk_bytes: 8 << 30,
             network: "user".to_owned(),
+            disks: Form::Layers,
         }
     }
 

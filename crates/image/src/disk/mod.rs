@@ -85,6 +85,29 @@ pub fn create_root(image: &Path, target: &Path, size_bytes: u64) -> Result<()> {
     })
 }
 
+/// Makes `target` a raw disk of `size_bytes` with the content of `image`, whose file system fills it: a copy, by reference where the file
+/// system shares blocks. On failure there is no target.
+pub fn create_whole(image: &Path, target: &Path, size_bytes: u64) -> Result<()> {
+    let file = File::open(image).on("open the image", image)?;
+    let (smallest, patches) = growth(&file, image, size_bytes)?;
+    if size_bytes < smallest {
+        return Err(Error::DiskSize {
+            size_bytes,
+            why: format!("the image needs {} MiB", smallest.div_ceil(1 << 20)),
+        });
+    }
+    clone_file(image, target)?;
+    let grown = OpenOptions::new().write(true).open(target).and_then(|disk| {
+        disk.set_len(size_bytes / 512 * 512)?;
+        patches
+            .iter()
+            .try_for_each(|patch| disk.write_all_at(&patch.bytes, patch.offset))
+    });
+    grown.on("write", target).inspect_err(|_| {
+        let _ = fs::remove_file(target);
+    })
+}
+
 /// The smallest disk that holds the image, and what makes its file system fill one of `size_bytes`. A file system that a machine has
 /// used (an image made of its disk) is left as it is: the guest lets it grow when it mounts it.
 fn growth(file: &File, image: &Path, size_bytes: u64) -> Result<(u64, Vec<grow::Patch>)> {

@@ -1,16 +1,10 @@
-//! The disks of a machine as files: what it writes to, and the layers below it that it shares with others.
+//! Disks in layers: qcow2 files over frozen qcow2 files over a base.
 //!
 //! ```text
 //!  machines/<id>/disks/            what it is                             shared with
 //!    root.qcow2, work.qcow2        written by the engine                  nobody
 //!    <layer>.root.qcow2, …         frozen, read-only                      snapshots, copies, templates: by hard link
-//!    base.work.ext4                the empty work disk below all layers   the same
-//!    disks.json                    the layers, topmost first
-//!    freeze.json                   a layer that is being frozen
 //! ```
-//!
-//! A file is gone when nobody links it any more; there are no counts to keep. Below the root disk's layers is the image in the
-//! store.
 //!
 //! **Freezing** makes what was written until now a layer and goes on in fresh files:
 //!
@@ -23,44 +17,24 @@
 //! going on is right also where no engine ever wrote to them.
 
 use std::fs;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use banger_core::plan::{Disk, DiskFormat, DiskRole, MachinePaths};
 use banger_image::disk;
 use banger_proto::error::ApiError;
 use banger_vmm::FreshLayer;
-use serde::{Deserialize, Serialize};
 
-use super::handles::write_atomically;
+use super::{
+    INTENT, Layers, ROLES, WORK_BASE, WORK_DISK, begin_intent, link, link_base, make_dir, new_list, no_layer,
+    read_list, remove, write_list,
+};
 use crate::error::{self, IntoApi};
 
-/// Size of a new work disk. Sparse: it takes what is written to it.
-const WORK_DISK: u64 = 8 << 30;
 /// Most layers of a machine. Each one costs a look more at a block that was never written.
 pub const MAX_LAYERS: usize = 48;
-/// Largest file of this module that is read.
-const MAX_JSON: u64 = 64 << 10;
 
-const LIST: &str = "disks.json";
-const INTENT: &str = "freeze.json";
-const WORK_BASE: &str = "base.work.ext4";
-const ROLES: [DiskRole; 2] = [DiskRole::Root, DiskRole::Work];
-
-/// `disks.json`
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Layers {
-    /// Identifiers of the frozen layers, the topmost first.
-    pub layers: Vec<String>,
-}
-
-/// `freeze.json`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Intent {
-    layer: String,
-}
-
-fn active(role: DiskRole) -> String {
+pub(super) fn active(role: DiskRole) -> String {
     format!("{}.qcow2", role.serial())
 }
 
@@ -73,7 +47,7 @@ fn next(layer: &str, role: DiskRole) -> String {
 }
 
 /// Makes the disks of a new machine over an image, in a directory that is not there yet.
-pub fn create(dir: &Path, image: &Path, root_bytes: u64) -> Result<(), ApiError> {
+pub(super) fn create(dir: &Path, image: &Path, root_bytes: u64) -> Result<(), ApiError> {
     make_dir(dir)?;
     disk::create_root(image, &dir.join(active(DiskRole::Root)), root_bytes).map_err(IntoApi::into_api)?;
     let base = dir.join(WORK_BASE);
@@ -83,34 +57,30 @@ pub fn create(dir: &Path, image: &Path, root_bytes: u64) -> Result<(), ApiError>
 }
 
 /// Makes disks over the frozen ones in `from`, in a directory that is not there yet.
-pub fn create_over(dir: &Path, from: &Path) -> Result<(), ApiError> {
-    let list = read_list(from)?;
+pub(super) fn create_over(dir: &Path, from: &Path, list: &Layers) -> Result<(), ApiError> {
     let top = list
         .layers
         .first()
         .ok_or_else(|| error::io(format_args!("use {}", from.display()), no_layer()))?;
     make_dir(dir)?;
-    link_frozen(from, dir, &list)?;
+    link_frozen(from, dir, list)?;
     for role in ROLES {
         let below = dir.join(frozen(top, role));
         disk::create_layer(&below, DiskFormat::Qcow2, &dir.join(active(role))).map_err(IntoApi::into_api)?;
     }
-    new_list(dir, &list)
+    new_list(dir, list)
 }
 
 /// Keeps the frozen layers of `from` in `dir`, which is not there yet, without anything to write to.
-pub fn export(from: &Path, dir: &Path) -> Result<(), ApiError> {
-    let list = read_list(from)?;
+pub(super) fn export(from: &Path, dir: &Path, list: &Layers) -> Result<(), ApiError> {
     make_dir(dir)?;
-    link_frozen(from, dir, &list)?;
-    write_list(dir, &list)
+    link_frozen(from, dir, list)?;
+    write_list(dir, list)
 }
 
 /// The disks as an engine is given them.
-pub fn plan(paths: &MachinePaths, image: PathBuf) -> Result<Vec<Disk>, ApiError> {
-    let dir = paths.disks();
-    let list = read_list(&dir)?;
-    Ok(chains(&dir, &list, image)
+pub(super) fn plan(dir: &Path, list: &Layers, image: PathBuf) -> Vec<Disk> {
+    chains(dir, list, image)
         .map(|(role, layers, base)| Disk {
             serial: role,
             path: dir.join(active(role)),
@@ -118,13 +88,12 @@ pub fn plan(paths: &MachinePaths, image: PathBuf) -> Result<Vec<Disk>, ApiError>
             layers,
             base: Some(base),
         })
-        .collect())
+        .collect()
 }
 
 /// The root disk as it was frozen last in `dir`.
-pub fn frozen_root(dir: &Path, image: PathBuf) -> Result<Disk, ApiError> {
-    let list = read_list(dir)?;
-    let (_, mut layers, base) = chains(dir, &list, image)
+pub(super) fn frozen_root(dir: &Path, list: &Layers, image: PathBuf) -> Result<Disk, ApiError> {
+    let (_, mut layers, base) = chains(dir, list, image)
         .next()
         .ok_or_else(|| error::io(format_args!("use {}", dir.display()), no_layer()))?;
     if layers.is_empty() {
@@ -152,18 +121,13 @@ fn chains<'a>(
 }
 
 /// Begins to freeze: after this an engine may be told to write to the fresh files.
-pub fn begin_freeze(dir: &Path, layer: &str) -> Result<Vec<FreshLayer>, ApiError> {
-    let list = read_list(dir)?;
+pub(super) fn begin_freeze(dir: &Path, list: &Layers, layer: &str) -> Result<Vec<FreshLayer>, ApiError> {
     if list.layers.len() >= MAX_LAYERS {
         let message = format!("the machine has {MAX_LAYERS} layers of disks already");
         return Err(ApiError::new(banger_proto::error::ErrorCode::Conflict, message)
             .hint("make an image of it and go on from that: banger vm commit"));
     }
-    let intent = serde_json::to_vec(&Intent {
-        layer: layer.to_owned(),
-    })
-    .unwrap_or_default();
-    write_atomically(&dir.join(INTENT), &intent).map_err(|e| error::io(format_args!("write {}", dir.display()), e))?;
+    begin_intent(dir, layer)?;
     let mut fresh = Vec::new();
     for role in ROLES {
         let (now, kept) = (dir.join(active(role)), dir.join(frozen(layer, role)));
@@ -178,7 +142,7 @@ pub fn begin_freeze(dir: &Path, layer: &str) -> Result<Vec<FreshLayer>, ApiError
 }
 
 /// Ends a freeze: the fresh files are the disks now.
-pub fn end_freeze(dir: &Path, layer: &str) -> Result<(), ApiError> {
+pub(super) fn end_freeze(dir: &Path, layer: &str) -> Result<(), ApiError> {
     for role in ROLES {
         let from = dir.join(next(layer, role));
         match fs::rename(&from, dir.join(active(role))) {
@@ -196,7 +160,7 @@ pub fn end_freeze(dir: &Path, layer: &str) -> Result<(), ApiError> {
 }
 
 /// Takes a freeze back that no engine has followed.
-pub fn undo_freeze(dir: &Path, layer: &str) -> Result<(), ApiError> {
+pub(super) fn undo_freeze(dir: &Path, layer: &str) -> Result<(), ApiError> {
     for role in ROLES {
         remove(&dir.join(next(layer, role)))?;
         remove(&dir.join(frozen(layer, role)))?;
@@ -204,42 +168,27 @@ pub fn undo_freeze(dir: &Path, layer: &str) -> Result<(), ApiError> {
     remove(&dir.join(INTENT))
 }
 
-/// Freezes the disks of a machine that no engine uses.
-pub fn freeze_at_rest(dir: &Path, layer: &str) -> Result<(), ApiError> {
-    match begin_freeze(dir, layer) {
-        Ok(_) => end_freeze(dir, layer),
-        Err(e) => {
-            let _ = undo_freeze(dir, layer);
-            Err(e)
-        }
-    }
-}
-
 /// How far a freeze has come that was cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Found {
+pub(super) struct Found {
     /// For root and work: the fresh file is there under its first name.
-    pub fresh: [bool; 2],
+    pub(super) fresh: [bool; 2],
     /// The root disk is another file than its frozen layer.
-    pub moved: bool,
+    pub(super) moved: bool,
     /// Whether the engine writes to the fresh files; `None` without an engine.
-    pub followed: Option<bool>,
+    pub(super) followed: Option<bool>,
 }
 
 /// Whether a freeze that was cut off is gone on with (`true`) or undone.
 ///
 /// It may be undone only while the engine has not followed. Without an engine nobody can say whether it had; then it is gone on
 /// with as soon as an engine could have been told, which is when both fresh files were there.
-pub fn goes_on(found: Found) -> bool {
+pub(super) fn goes_on(found: Found) -> bool {
     found.moved || found.followed.unwrap_or(found.fresh == [true, true])
 }
 
 /// Brings a freeze to an end that was cut off. `written` are the files that the engine writes to, if there is one.
-pub fn settle(dir: &Path, written: Option<&[PathBuf]>) -> Result<(), ApiError> {
-    let Some(intent) = read_json::<Intent>(&dir.join(INTENT))? else {
-        return Ok(());
-    };
-    let layer = &intent.layer;
+pub(super) fn settle(dir: &Path, layer: &str, written: Option<&[PathBuf]>) -> Result<(), ApiError> {
     let inode = |path: PathBuf| fs::metadata(path).map(|m| m.ino()).ok();
     let (now, kept) = (
         inode(dir.join(active(DiskRole::Root))),
@@ -261,20 +210,17 @@ pub fn settle(dir: &Path, written: Option<&[PathBuf]>) -> Result<(), ApiError> {
 }
 
 /// Disks as versions before layers had them are brought into their place, while no engine uses them.
-pub fn upgrade(paths: &MachinePaths) -> Result<(), ApiError> {
+pub(super) fn upgrade(paths: &MachinePaths) -> Result<(), ApiError> {
     let dir = paths.disks();
     let (old_root, old_work) = (paths.state.join("root.qcow2"), paths.state.join("work.ext4"));
     if dir.exists() || !old_root.exists() {
         return Ok(());
     }
     let staging = paths.state.join("disks.new");
-    super::start::remove_dir(&staging)?;
+    crate::machine::start::remove_dir(&staging)?;
     make_dir(&staging)?;
-    let link = |from: &Path, to: PathBuf| {
-        fs::hard_link(from, &to).map_err(|e| error::io(format_args!("link {}", from.display()), e))
-    };
-    link(&old_root, staging.join(active(DiskRole::Root)))?;
-    link(&old_work, staging.join(WORK_BASE))?;
+    link(&old_root, &staging.join(active(DiskRole::Root)))?;
+    link(&old_work, &staging.join(WORK_BASE))?;
     let work = staging.join(active(DiskRole::Work));
     disk::create_layer(&staging.join(WORK_BASE), DiskFormat::Raw, &work).map_err(IntoApi::into_api)?;
     write_list(&staging, &Layers::default())?;
@@ -283,93 +229,19 @@ pub fn upgrade(paths: &MachinePaths) -> Result<(), ApiError> {
     remove(&old_work)
 }
 
-/// Bytes on the host: of what the machine writes to, and of the frozen layers below.
-pub fn allocated(dir: &Path) -> (u64, u64) {
-    let (mut own, mut shared) = (0, 0);
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        let bytes = entry.metadata().map_or(0, |m| m.blocks() * 512);
-        if ROLES.iter().any(|role| entry.file_name() == *active(*role)) {
-            own += bytes;
-        } else {
-            shared += bytes;
-        }
-    }
-    (own, shared)
-}
-
-/// The layers of `dir`.
-pub fn read_list(dir: &Path) -> Result<Layers, ApiError> {
-    let path = dir.join(LIST);
-    read_json(&path)?.ok_or_else(|| {
-        error::io(
-            format_args!("read {}", path.display()),
-            std::io::ErrorKind::NotFound.into(),
-        )
-    })
-}
-
-/// Writes the list of disks that are new. Should the host lose power now, the machine is as new as they are, and lost with them.
-fn new_list(dir: &Path, list: &Layers) -> Result<(), ApiError> {
-    let path = dir.join(LIST);
-    let text = serde_json::to_vec(list).unwrap_or_default();
-    fs::write(&path, text).map_err(|e| error::io(format_args!("write {}", path.display()), e))
-}
-
-fn write_list(dir: &Path, list: &Layers) -> Result<(), ApiError> {
-    let path = dir.join(LIST);
-    let text = serde_json::to_vec(list).unwrap_or_default();
-    write_atomically(&path, &text).map_err(|e| error::io(format_args!("write {}", path.display()), e))
-}
-
 fn link_frozen(from: &Path, to: &Path, list: &Layers) -> Result<(), ApiError> {
-    let layers = list
-        .layers
-        .iter()
-        .flat_map(|layer| ROLES.map(|role| frozen(layer, role)));
-    for name in layers.chain([WORK_BASE.to_owned()]) {
-        fs::hard_link(from.join(&name), to.join(&name))
-            .map_err(|e| error::io(format_args!("link {}", from.join(&name).display()), e))?;
-    }
-    Ok(())
-}
-
-/// Reads a file of JSON; `None` where there is none.
-pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, ApiError> {
-    use std::io::Read;
-    let failed = |e| error::io(format_args!("read {}", path.display()), e);
-    let file = match fs::File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(failed(e)),
-    };
-    let mut text = String::new();
-    file.take(MAX_JSON).read_to_string(&mut text).map_err(failed)?;
-    serde_json::from_str(&text).map(Some).map_err(|e| failed(e.into()))
-}
-
-fn no_layer() -> std::io::Error {
-    std::io::Error::other("it has no frozen layer")
-}
-
-/// Makes a directory that is this user's alone.
-pub fn make_dir(path: &Path) -> Result<(), ApiError> {
-    fs::DirBuilder::new()
-        .mode(0o700)
-        .create(path)
-        .map_err(|e| error::io(format_args!("make {}", path.display()), e))
-}
-
-fn remove(path: &Path) -> Result<(), ApiError> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(error::io(format_args!("remove {}", path.display()), e))
+    for layer in &list.layers {
+        for role in ROLES {
+            let name = frozen(layer, role);
+            link(&from.join(&name), &to.join(&name))?;
         }
-        _ => Ok(()),
     }
+    link_base(from, to)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::{begin_freeze, create_over, freeze_at_rest, plan, settle, undo_freeze};
     use super::*;
 
     const LAYER: &str = "00112233aabbccdd";
@@ -413,7 +285,7 @@ mod tests {
         };
         fs::create_dir(&paths.state).unwrap();
         fs::rename(&copy, paths.disks()).unwrap();
-        let plan = plan(&paths, image.clone()).unwrap();
+        let plan = plan(&paths, image.clone(), |_| None).unwrap();
         assert_eq!(plan[0].base.as_deref(), Some(image.as_path()));
         for disk in &plan {
             assert_eq!(disk.layers.len(), 1);
@@ -464,6 +336,7 @@ mod tests {
                         &dir,
                         &Layers {
                             layers: vec![LAYER.to_owned()],
+                            ..Layers::default()
                         },
                     )
                     .unwrap();
@@ -500,6 +373,6 @@ mod tests {
         upgrade(&paths).unwrap();
         upgrade(&paths).unwrap();
         assert_eq!(names(&paths.state), ["disks"]);
-        assert!(plan(&paths, image).unwrap().iter().all(|d| d.path.exists()));
+        assert!(plan(&paths, image, |_| None).unwrap().iter().all(|d| d.path.exists()));
     }
 }

@@ -1,0 +1,342 @@
+//! What `doctor` says of system mode. Looks only.
+
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use banger_proto::api::{Check, CheckLevel};
+use banger_system::units::{self, Unit};
+
+use super::System;
+use crate::doctor::check;
+use crate::engines::{self, FIRECRACKER};
+use crate::services::Services;
+
+/// How long the helper may take to answer.
+const PING: Duration = Duration::from_secs(2);
+/// Descriptors that a daemon with many machines needs.
+const DESCRIPTORS: u64 = 4096;
+/// Modules that machines need, the place that shows that one is there, and what for.
+const MODULES: [(&str, &str, &str); 3] = [
+    ("tun", "/dev/net/tun", "taps"),
+    (
+        "dm-snapshot",
+        "/dev/mapper/control",
+        "disks that share their image (else whole copies or qcow2)",
+    ),
+    ("loop", "/dev/loop-control", "the same"),
+];
+
+/// All checks of the mode.
+pub async fn run(services: &Services) -> Vec<Check> {
+    let Some(system) = services.hosting.get() else {
+        let text = "user: network, disks and engine without root";
+        let hint = "for a bridge, NAT, names and Firecracker's jail: sudo banger system install";
+        return vec![
+            check("mode", CheckLevel::Pass, text, Some(hint.to_owned())),
+            kvm(),
+            storage(services).await,
+        ];
+    };
+    let owner = &system.record.owner;
+    let text = format!("system: {} (uid {})", owner.user, owner.uid);
+    let mut checks = vec![check("mode", CheckLevel::Pass, text, None)];
+    checks.push(helper(system).await);
+    checks.extend(unit_files(system));
+    checks.extend(firecracker(services, system).await);
+    checks.push(kvm());
+    checks.extend(MODULES.map(module));
+    checks.push(storage(services).await);
+    checks.push(limits());
+    checks.extend(network(system));
+    checks.push(names(services, system));
+    checks
+}
+
+async fn helper(system: &Arc<System>) -> Check {
+    let socket = system.client.socket();
+    let hint = || Some("look at it: systemctl status bangerd-root".to_owned());
+    let looked = match std::fs::symlink_metadata(socket) {
+        Ok(meta) => meta,
+        Err(e) => {
+            let text = format!("{}: {e}", socket.display());
+            return check("helper", CheckLevel::Fail, text, hint());
+        }
+    };
+    let owner = system.record.owner.uid;
+    if !looked.file_type().is_socket() || looked.mode() & 0o777 != 0o600 || looked.uid() != owner {
+        let text = format!(
+            "{} has mode {:03o} and belongs to uid {}; a socket of uid {owner} with mode 600 is expected",
+            socket.display(),
+            looked.mode() & 0o777,
+            looked.uid()
+        );
+        return check(
+            "helper",
+            CheckLevel::Fail,
+            text,
+            Some("sudo banger system restart".to_owned()),
+        );
+    }
+    match system.ping(PING).await {
+        Ok((version, pid)) if version == crate::version::VERSION => {
+            check("helper", CheckLevel::Pass, format!("{version}, process {pid}"), None)
+        }
+        Ok((version, _)) => {
+            let text = format!("it is {version}, the daemon is {}", crate::version::VERSION);
+            check(
+                "helper",
+                CheckLevel::Warn,
+                text,
+                Some("sudo banger system restart".to_owned()),
+            )
+        }
+        Err(e) => check("helper", CheckLevel::Fail, e.message, e.hint),
+    }
+}
+
+/// The units as they are installed, against what they have to say.
+fn unit_files(system: &System) -> Vec<Check> {
+    let one = |unit: Unit| {
+        let path = unit.path(&system.layout);
+        let hint = || Some("sudo banger system install".to_owned());
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            return check(
+                unit.name(),
+                CheckLevel::Fail,
+                format!("{} is not there", path.display()),
+                hint(),
+            );
+        };
+        let lacking = units::lacking(unit, &text);
+        if lacking.is_empty() {
+            return check(unit.name(), CheckLevel::Pass, path.display().to_string(), None);
+        }
+        let text = format!("{} lacks {}", path.display(), lacking.join(", "));
+        check(unit.name(), CheckLevel::Warn, text, hint())
+    };
+    Unit::ALL.into_iter().map(one).collect()
+}
+
+async fn firecracker(services: &Services, system: &System) -> Vec<Check> {
+    let programs = &system.record.firecracker;
+    let mut checks: Vec<Check> = [("firecracker", &programs.firecracker), ("jailer", &programs.jailer)]
+        .into_iter()
+        .map(|(name, path)| program(name, path))
+        .collect();
+    if checks.iter().all(|c| c.level == CheckLevel::Pass) {
+        checks.push(match services.engine(FIRECRACKER).await {
+            Ok(engine) => {
+                let text = format!("version {}", engine.capabilities().version);
+                check("firecracker version", CheckLevel::Pass, text, None)
+            }
+            Err(e) => check("firecracker version", CheckLevel::Warn, e.message, e.hint),
+        });
+    }
+    let choice = engines::auto(services, "bridge").await;
+    checks.push(check(
+        "auto",
+        CheckLevel::Pass,
+        format!("{} for new machines: {}", choice.engine, choice.why),
+        None,
+    ));
+    checks
+}
+
+/// A program that root starts must be one that only root can change.
+fn program(name: &str, path: &Path) -> Check {
+    let fail = |why: String| {
+        let hint = format!(
+            "install it as root, mode 755, or name another in install.toml ({})",
+            path.display()
+        );
+        check(name, CheckLevel::Warn, why, Some(hint))
+    };
+    match std::fs::symlink_metadata(path) {
+        Err(e) => fail(format!("{}: {e}", path.display())),
+        Ok(meta) if !meta.is_file() => fail(format!("{} is not a regular file", path.display())),
+        Ok(meta) if meta.uid() != 0 || meta.mode() & 0o022 != 0 => fail(format!(
+            "{} belongs to uid {} with mode {:03o}: others than root can change it",
+            path.display(),
+            meta.uid(),
+            meta.mode() & 0o777
+        )),
+        Ok(meta) if meta.mode() & 0o111 == 0 => fail(format!("{} is not executable", path.display())),
+        Ok(_) => check(name, CheckLevel::Pass, path.display().to_string(), None),
+    }
+}
+
+fn kvm() -> Check {
+    match std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => check("/dev/kvm", CheckLevel::Pass, "it opens", None),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => check(
+            "/dev/kvm",
+            CheckLevel::Warn,
+            "it is not there: machines are emulated",
+            None,
+        ),
+        Err(e) => {
+            let hint = format!("put this user into the group {}", units::KVM_GROUP);
+            check(
+                "/dev/kvm",
+                CheckLevel::Warn,
+                format!("it does not open: {e}"),
+                Some(hint),
+            )
+        }
+    }
+}
+
+fn module((name, place, purpose): (&str, &str, &str)) -> Check {
+    if Path::new(place).exists() {
+        return check(name, CheckLevel::Pass, format!("{place} is there"), None);
+    }
+    let text = format!("{place} is not there; it is needed for {purpose}");
+    check(name, CheckLevel::Warn, text, Some(format!("modprobe {name}")))
+}
+
+async fn storage(services: &Services) -> Check {
+    let network = if services.hosting.get().is_some() {
+        "bridge"
+    } else {
+        "user"
+    };
+    let engine = engines::auto(services, network).await.engine;
+    match services.form(engine).await {
+        Ok(form) => {
+            let shares = shares_blocks(&services.paths.state);
+            let copies = if shares {
+                "copies share blocks (reflink)"
+            } else {
+                "copies are sparse"
+            };
+            let text = format!("{} with {engine}; {copies}", form.as_str());
+            check("storage", CheckLevel::Pass, text, None)
+        }
+        Err(e) => check("storage", CheckLevel::Warn, e.message, e.hint),
+    }
+}
+
+/// Whether a file system copies by reference: by its kind, since nothing is written here.
+fn shares_blocks(dir: &Path) -> bool {
+    const BTRFS: i64 = 0x9123_683e;
+    const XFS: i64 = 0x5846_5342;
+    const BCACHEFS: i64 = 0xca45_1a4e;
+    rustix::fs::statfs(dir).is_ok_and(|fs| [BTRFS, XFS, BCACHEFS].contains(&fs.f_type))
+}
+
+fn limits() -> Check {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    match limit.current {
+        Some(open) if open < DESCRIPTORS => {
+            let text = format!("{open} open files; many machines need {DESCRIPTORS}");
+            check(
+                "limits",
+                CheckLevel::Warn,
+                text,
+                Some("LimitNOFILE= in bangerd.service".to_owned()),
+            )
+        }
+        Some(open) => check("limits", CheckLevel::Pass, format!("{open} open files"), None),
+        None => check("limits", CheckLevel::Pass, "any number of open files", None),
+    }
+}
+
+fn network(system: &System) -> Vec<Check> {
+    let bridge = system.net.bridge();
+    let place = PathBuf::from("/sys/class/net").join(bridge);
+    let mut checks = Vec::new();
+    let text = format!("{bridge}, {} in {}", system.net.gateway(), system.net.cidr());
+    checks.push(if place.join("bridge").is_dir() {
+        check("bridge", CheckLevel::Pass, text, None)
+    } else {
+        let hint = "the daemon makes it again within seconds; look at its log: banger daemon logs";
+        check(
+            "bridge",
+            CheckLevel::Fail,
+            format!("{text}: it is not there"),
+            Some(hint.to_owned()),
+        )
+    });
+    let forward = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap_or_default();
+    checks.push(if forward.trim() == "1" {
+        check("forwarding", CheckLevel::Pass, "net.ipv4.ip_forward is 1", None)
+    } else {
+        check(
+            "forwarding",
+            CheckLevel::Fail,
+            "net.ipv4.ip_forward is not 1: machines reach nothing outside",
+            None,
+        )
+    });
+    let dns = system.dns();
+    checks.push(if dns.is_empty() {
+        let hint = "name some: dns = [\"…\"] under [network] in the configuration";
+        check(
+            "name servers",
+            CheckLevel::Warn,
+            "the host has none that a guest could reach",
+            Some(hint.to_owned()),
+        )
+    } else {
+        let dns: Vec<String> = dns.iter().map(ToString::to_string).collect();
+        check(
+            "name servers",
+            CheckLevel::Pass,
+            format!("guests ask {}", dns.join(", ")),
+            None,
+        )
+    });
+    checks
+}
+
+/// Whether names below `.vm` are answered: somebody has the port, and that should be this daemon.
+fn names(services: &Services, system: &System) -> Check {
+    let port = services.config.network.dns_port;
+    let taken = UdpSocket::bind(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)).is_err();
+    if !taken {
+        let text = format!("nobody serves 127.0.0.1:{port}: NAME.vm is not known");
+        return check(
+            "names",
+            CheckLevel::Fail,
+            text,
+            Some("banger daemon restart".to_owned()),
+        );
+    }
+    let resolved = system.layout.root().join("run/systemd/resolve").is_dir();
+    let text = format!("*.vm at 127.0.0.1:{port}");
+    if resolved {
+        return check("names", CheckLevel::Pass, format!("{text}, by systemd-resolved"), None);
+    }
+    let hint = format!(
+        "have the host's resolver ask 127.0.0.1, port {port}, for names that end in .vm; dnsmasq: server=/vm/127.0.0.1#{port}"
+    );
+    check(
+        "names",
+        CheckLevel::Warn,
+        format!("{text}; systemd-resolved does not run"),
+        Some(hint),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_program_of_roots_is_roots_alone() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("firecracker");
+        assert_eq!(program("f", &path).level, CheckLevel::Warn);
+        std::fs::write(&path, "x").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o757)).unwrap();
+        assert!(program("f", &path).message.contains("757"));
+        let link = tmp.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(program("f", &link).message.contains("regular"));
+    }
+}

@@ -1,0 +1,118 @@
+//! What is looked after while the daemon runs: that the network is as it has to be, that idle taps are there, that no machine's
+//! changes of disk have run out of space.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use banger_proto::api::MachineState;
+use banger_proto::error::ApiError;
+use banger_system::helper::DiskStatus;
+use tokio::time::Instant;
+
+use super::System;
+use crate::machine::Machine;
+use crate::services::Services;
+
+/// How often everything is looked at.
+const OFTEN: Duration = Duration::from_secs(10);
+
+/// Looks after the host until the daemon stops.
+pub async fn watch(services: Arc<Services>) {
+    let Some(system) = services.hosting.get().cloned() else {
+        return;
+    };
+    let mut told = None;
+    loop {
+        tell_once(&mut told, system.setup().await);
+        // Between two such looks only the taps that were taken are made up for: whoever takes one finds the rules whole, or says so.
+        let next = Instant::now() + OFTEN;
+        disks(&services, &system).await;
+        loop {
+            tell_once(&mut told, system.warm(used(&services)).await);
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => break,
+                () = system.due.notified() => {}
+                () = services.stopping.cancelled() => return,
+            }
+        }
+    }
+}
+
+/// Slots that somebody has.
+fn used(services: &Services) -> BTreeSet<u32> {
+    let rows = services.machines().into_iter().filter_map(|m| m.row().slot);
+    rows.chain(services.hosting.lent_slots()).collect()
+}
+
+/// The same failure is told once.
+fn tell_once(told: &mut Option<String>, done: Result<(), ApiError>) {
+    match done {
+        Ok(()) => *told = None,
+        Err(e) if told.as_ref() == Some(&e.message) => {}
+        Err(e) => {
+            tracing::error!(error = %e.message, details = ?e.details, "the network of the machines is not as it has to be");
+            *told = Some(e.message);
+        }
+    }
+}
+
+async fn disks(services: &Services, system: &System) {
+    for m in services.machines() {
+        let runs = matches!(m.state(), MachineState::Running | MachineState::Paused);
+        if !runs || !crate::machine::disks::on_devices(&m.paths.disks()) {
+            continue;
+        }
+        match system.disks_status(&m.id).await {
+            Ok(disks) => tell(&m, &disks).await,
+            Err(e) => tracing::debug!(machine = %m.id, error = %e.message, "its disks are not known"),
+        }
+    }
+}
+
+async fn tell(m: &Machine, disks: &[DiskStatus]) {
+    let Some(cause) = cause(disks) else { return };
+    if m.row().cause.as_ref() == Some(&cause) {
+        return;
+    }
+    tracing::error!(machine = %m.id, cause, "a machine's disk has failed");
+    let told = m.change(|row| {
+        row.cause = Some(cause);
+        Ok(())
+    });
+    if let Err(e) = told.await {
+        tracing::warn!(machine = %m.id, error = %e.message, "cause not written");
+    }
+}
+
+/// What is wrong with a machine's disks, in words.
+fn cause(disks: &[DiskStatus]) -> Option<String> {
+    let broken: Vec<&str> = disks.iter().filter(|d| d.invalid).map(|d| d.role.as_str()).collect();
+    (!broken.is_empty()).then(|| {
+        format!(
+            "its changes could not be written to the host's disk (no space?): the {} disk fails; its snapshots are untouched",
+            broken.join(" and the ")
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use banger_core::plan::DiskRole;
+
+    use super::*;
+
+    #[test]
+    fn only_what_is_broken_is_told() {
+        let disk = |role, invalid| DiskStatus {
+            role,
+            used: 1,
+            total: 2,
+            invalid,
+        };
+        assert_eq!(cause(&[disk(DiskRole::Root, false), disk(DiskRole::Work, false)]), None);
+        assert_eq!(cause(&[]), None);
+        let one = cause(&[disk(DiskRole::Root, false), disk(DiskRole::Work, true)]).unwrap();
+        assert!(one.contains("the work disk") && !one.contains("root"));
+    }
+}
