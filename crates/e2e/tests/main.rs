@@ -29,6 +29,7 @@ mod isolation;
 mod job;
 mod lifecycle;
 mod output;
+mod ports;
 mod remove;
 mod search;
 mod sessions;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         suspend::trials(),
         snapshots::trials(),
         forks::trials(),
+        ports::trials(),
         ssh::trials(),
         job::trials(),
         lifecycle::trials(),
