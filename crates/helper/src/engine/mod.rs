@@ -1,15 +1,58 @@
-//! Jailed engines.
+//! Jailed engines, and scopes.
+//!
+//! * [`program`]: firecracker and jailer are root's alone,
+//! * [`jail`]: the directory, before and after; [`dir`], [`tree`], [`mounts`]: how root moves in directories,
+//! * [`spawn`]: the jailer is started, and reaped,
+//! * [`find`]: which process is a machine's engine,
+//! * [`collect`]: what it has saved leaves the jail,
+//! * [`cgroup`], [`scope`] (by way of [`dbus`]): what it may use.
+//!
+//! **Where an engine lives.** Where systemd runs, each is in a scope of its own (`banger.slice/banger-machine-<id>.scope`), so that
+//! nothing that happens to a unit of banger's concerns it: not its restart, not its limits, and not a unit that was changed by hand and
+//! lost its `KillMode`. The scope is made right after the start, before there is a guest. Elsewhere the jailer makes a control group,
+//! where there are any.
+
+mod cgroup;
+mod collect;
+mod dbus;
+pub(crate) mod dir;
+mod find;
+mod jail;
+mod mounts;
+mod program;
+mod scope;
+mod spawn;
+#[cfg(test)]
+pub(crate) mod tests;
+mod tree;
 
 use std::os::fd::OwnedFd;
+use std::process::Child;
+use std::time::{Duration, Instant};
 
-use banger_system::helper::{DiskRole, HelperCode, HelperError, HostObject, JailFile, Signal};
+use banger_system::helper::{DiskRole, HelperCode, HelperError, HostObject, JailFile, ObjectKind, Signal};
 use banger_system::id::MachineId;
+use banger_system::names;
+use banger_system::net::jail_uid;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, OFlags, inotify};
 
-use crate::ctx::{Ctx, error};
+use crate::ctx::{Ctx, error, failed};
+use cgroup::Limits;
+use dir::Dir;
+use find::{Facts, Missing};
+
+/// How long an engine may take until its API socket is there.
+const START: Duration = Duration::from_secs(10);
+/// How long a killed one may take to be gone.
+const END: Duration = Duration::from_secs(10);
+/// Most processes that are killed for one machine: there is one, unless somebody broke out.
+const KILLS: usize = 64;
+/// What an engine of the owner's is called: `banger-` and the beginning of the machine's id.
+const OWNERS: &str = "banger-";
 
 /// What is launched.
 #[derive(Debug)]
-#[allow(dead_code)]
 pub(crate) struct Launch {
     /// The machine.
     pub(crate) machine: MachineId,
@@ -26,52 +69,315 @@ pub(crate) struct Launch {
 }
 
 /// Starts a jailed engine: pid and start time. The first descriptor is where its output goes.
-pub(crate) fn launch(_ctx: &Ctx, _launch: &Launch, _fds: Vec<OwnedFd>) -> Result<(u32, u64), HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+pub(crate) fn launch(ctx: &Ctx, launch: &Launch, fds: Vec<OwnedFd>) -> Result<(u32, u64), HelperError> {
+    let mut fds = fds.into_iter();
+    let output = fds
+        .next()
+        .ok_or_else(|| error(HelperCode::BadRequest, "an engine's output has to go somewhere"))?;
+    check_output(&output)?;
+    if let Ok(engine) = find::engine(ctx, &launch.machine) {
+        return Err(error(
+            HelperCode::Conflict,
+            format!(
+                "machine {} has an engine already: process {}",
+                launch.machine, engine.pid
+            ),
+        ));
+    }
+    let programs = &ctx.record.firecracker;
+    program::check(&programs.firecracker)?;
+    program::check(&programs.jailer)?;
+    if programs.firecracker.file_name() != Some(names::FIRECRACKER.as_ref()) {
+        let text = format!(
+            "{} has to be called `firecracker`: the jailer names the jail after it",
+            programs.firecracker.display()
+        );
+        return Err(error(HelperCode::Unsupported, text));
+    }
+    let started = started(ctx, launch, &output, fds.collect());
+    if started.is_err() {
+        // What it has left behind says nothing that the error does not.
+        let _ = end(ctx, &launch.machine);
+        let _ = remove_jail(ctx, &launch.machine);
+    }
+    started
+}
+
+/// The output is a pipe, open for writing.
+fn check_output(fd: &OwnedFd) -> Result<(), HelperError> {
+    let denied = |why: &str| {
+        Err(error(
+            HelperCode::Denied,
+            format!("the engine's output is refused: {why}"),
+        ))
+    };
+    let stat = rustix::fs::fstat(fd).map_err(|e| failed("look at the engine's output", e))?;
+    let flags = rustix::fs::fcntl_getfl(fd).map_err(|e| failed("look at the engine's output", e))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo {
+        return denied("it is not a pipe");
+    }
+    if flags.contains(OFlags::PATH) || flags & OFlags::ACCMODE != OFlags::WRONLY {
+        return denied("it is not open for writing alone");
+    }
+    Ok(())
+}
+
+fn started(ctx: &Ctx, launch: &Launch, output: &OwnedFd, files: Vec<OwnedFd>) -> Result<(u32, u64), HelperError> {
+    let root = jail::prepare(ctx, launch, files)?;
+    let systemd = scope::available();
+    let limits = Limits::jailed(launch.vcpu, launch.memory_mib);
+    let cgroup = if systemd {
+        Vec::new()
+    } else {
+        cgroup::arguments(ctx, limits)
+    };
+    let watch = watch(&root)?;
+    let jailer = &ctx.record.firecracker.jailer;
+    let mut child = spawn::start(jailer, &arguments(ctx, launch, cgroup), output)
+        .map_err(|e| failed(format!("start {}", jailer.display()), e))?;
+    let pid = child.id();
+    let ready = scoped(systemd, launch, pid, limits)
+        .and_then(|()| wait(&root, &watch, &mut child))
+        .and_then(|()| jail::let_in(ctx, &root))
+        .and_then(|()| jail::open(ctx, &root));
+    let facts = Facts::read(&ctx.proc, pid);
+    match (ready, facts) {
+        (Ok(()), Some(facts)) => {
+            spawn::adopt(child);
+            Ok((pid, facts.start_time))
+        }
+        (ready, _) => {
+            // It is this process's child and not reaped yet, so the number is still its own.
+            let _ = child.kill();
+            let _ = child.wait();
+            if systemd {
+                let _ = scope::end(&launch.machine);
+            }
+            ready?;
+            Err(error(HelperCode::Failed, "the engine ended as soon as it was ready"))
+        }
+    }
+}
+
+fn scoped(systemd: bool, launch: &Launch, pid: u32, limits: Limits) -> Result<(), HelperError> {
+    if systemd {
+        scope::start(&launch.machine, pid, limits)?;
+    }
+    Ok(())
+}
+
+/// The jailer's arguments.
+fn arguments(ctx: &Ctx, launch: &Launch, cgroup: Vec<String>) -> Vec<String> {
+    let uid = jail_uid(launch.slot).to_string();
+    let text = |path: &std::path::Path| path.display().to_string();
+    let mut all = vec!["--id".to_owned(), launch.machine.to_string()];
+    all.extend(["--exec-file".to_owned(), text(&ctx.record.firecracker.firecracker)]);
+    all.extend(["--uid".to_owned(), uid.clone(), "--gid".to_owned(), uid]);
+    all.extend(["--chroot-base-dir".to_owned(), text(&ctx.layout.jails())]);
+    all.extend(cgroup);
+    // What follows is the engine's. Its default is to log every request; what is worth a word is kept.
+    let engine = ["--", "--api-sock", &format!("/{}", names::jail::API), "--level", "Warn"];
+    all.extend(engine.map(str::to_owned));
+    all
+}
+
+/// Is told of what appears in the jail.
+fn watch(root: &Dir) -> Result<OwnedFd, HelperError> {
+    let what = |e| failed(format!("watch {}", root.path().display()), e);
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).map_err(what)?;
+    let events = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO | inotify::WatchFlags::ONLYDIR;
+    inotify::add_watch(&watch, root.path(), events).map_err(what)?;
+    Ok(watch)
+}
+
+/// Waits until the API socket is there, or the engine is not.
+fn wait(root: &Dir, watch: &OwnedFd, child: &mut Child) -> Result<(), HelperError> {
+    let deadline = Instant::now() + START;
+    let pidfd = find::hold(child.id()).ok_or_else(|| error(HelperCode::Failed, "the engine is gone already"))?;
+    loop {
+        let stat = root.stat_of(names::jail::API)?;
+        if stat.is_some_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket) {
+            return Ok(());
+        }
+        if let Ok(Some(status)) = child.try_wait() {
+            let text = format!("the engine ended before its API socket was there ({status}); its output says why");
+            return Err(error(HelperCode::Failed, text));
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let text = format!("the engine's API socket was not there within {} s", START.as_secs());
+            return Err(error(HelperCode::Failed, text));
+        }
+        wait_for(&[watch, &pidfd], left);
+        let mut events = [0u8; 4096];
+        let _ = rustix::io::read(watch, &mut events);
+    }
+}
+
+/// Waits until one of some descriptors has something to say, or time is over.
+fn wait_for(fds: &[&OwnedFd], time: Duration) {
+    let mut fds: Vec<PollFd<'_>> = fds.iter().map(|fd| PollFd::new(*fd, PollFlags::IN)).collect();
+    let time = Timespec::try_from(time).ok();
+    // Interrupted or not: the caller looks at what it waits for, and at the time.
+    let _ = poll(&mut fds, time.as_ref());
+}
+
+fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Sends a signal to a machine's jailed engine.
-pub(crate) fn signal(_ctx: &Ctx, _machine: &MachineId, _signal: Signal) -> Result<(), HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+pub(crate) fn signal(ctx: &Ctx, machine: &MachineId, signal: Signal) -> Result<(), HelperError> {
+    use rustix::process::Signal as Number;
+    let number = match signal {
+        Signal::Term => Number::TERM,
+        Signal::Kill => Number::KILL,
+        Signal::Int => Number::INT,
+        Signal::Hup => Number::HUP,
+        Signal::Quit => Number::QUIT,
+        Signal::Usr1 => Number::USR1,
+        Signal::Usr2 => Number::USR2,
+        Signal::Abrt => Number::ABORT,
+    };
+    match find::engine(ctx, machine) {
+        Ok(engine) => send(&engine.pidfd, engine.pid, number),
+        Err(_) => Ok(()),
+    }
+}
+
+fn send(pidfd: &OwnedFd, pid: u32, number: rustix::process::Signal) -> Result<(), HelperError> {
+    match rustix::process::pidfd_send_signal(pidfd, number) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(e) => Err(failed(format!("signal process {pid}"), e)),
+    }
 }
 
 /// Opens a jail's sockets to the owner.
-pub(crate) fn open(_ctx: &Ctx, _machine: &MachineId) -> Result<(), HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+pub(crate) fn open(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+    let none = |why: Missing| error(HelperCode::NotFound, format!("machine {machine} has no engine: {why}"));
+    find::engine(ctx, machine).map_err(none)?;
+    let root = find::root(ctx, machine).ok_or_else(|| none(Missing::NoJail))?;
+    jail::open(ctx, &root)
 }
 
 /// Moves saved state out of a jail.
-pub(crate) fn collect(_ctx: &Ctx, _machine: &MachineId, _fds: Vec<OwnedFd>) -> Result<(), HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+pub(crate) fn collect(ctx: &Ctx, machine: &MachineId, fds: Vec<OwnedFd>) -> Result<(), HelperError> {
+    let into = fds.into_iter().next();
+    let into = into.ok_or_else(|| error(HelperCode::BadRequest, "a directory is needed"))?;
+    collect::collect(ctx, machine, into)
 }
 
 /// Puts an engine of the daemon's into a scope.
 pub(crate) fn scope(
-    _ctx: &Ctx,
-    _machine: &MachineId,
-    _pid: u32,
-    _start_time: u64,
-    _memory_mib: u64,
+    ctx: &Ctx,
+    machine: &MachineId,
+    pid: u32,
+    start_time: u64,
+    memory_mib: u64,
 ) -> Result<Option<String>, HelperError> {
-    Err(error(HelperCode::Unsupported, "not here yet"))
+    let gone = || error(HelperCode::NotFound, format!("process {pid} is gone"));
+    let pidfd = find::hold(pid).ok_or_else(gone)?;
+    let facts = Facts::read(&ctx.proc, pid).ok_or_else(gone)?;
+    check_owners(&facts, ctx.record.owner.uid, machine, start_time)
+        .map_err(|why| error(HelperCode::Denied, format!("process {pid} is refused: {why}")))?;
+    if !scope::available() {
+        return Ok(None);
+    }
+    let unit = scope::start(machine, pid, Limits::owners(memory_mib))?;
+    // Had its number become another process's in the meantime, that one would be in the scope now.
+    if has_ended(&pidfd) {
+        scope::end(machine)?;
+        return Err(gone());
+    }
+    Ok(Some(unit))
+}
+
+/// Whether a process is an engine of the owner's, for this machine.
+fn check_owners(facts: &Facts, owner: u32, machine: &MachineId, start_time: u64) -> Result<(), &'static str> {
+    if facts.start_time != start_time {
+        Err("it did not start at that time")
+    } else if facts.uids != [owner; 4] {
+        Err("it is not the owner's")
+    } else if facts.comm != format!("{OWNERS}{}", machine.short()) {
+        Err("it is not this machine's engine")
+    } else {
+        Ok(())
+    }
 }
 
 /// Kills a machine's jailed engine and waits until it is gone. None there is fine.
-pub(crate) fn end(_ctx: &Ctx, _machine: &MachineId) -> Result<(), HelperError> {
-    Ok(())
+pub(crate) fn end(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+    let deadline = Instant::now() + END;
+    for _ in 0..KILLS {
+        let (pid, pidfd) = match find::engine(ctx, machine) {
+            Ok(engine) => (engine.pid, engine.pidfd),
+            // On its way to becoming one. Its arguments are root's word, so the number is enough.
+            Err(_) => match find::jailer(&ctx.proc, machine).and_then(|pid| Some((pid, find::hold(pid)?))) {
+                Some(jailer) => jailer,
+                None => return Ok(()),
+            },
+        };
+        send(&pidfd, pid, rustix::process::Signal::KILL)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        wait_for(&[&pidfd], left);
+        if Instant::now() >= deadline {
+            let text = format!(
+                "the engine (process {pid}) is still there {} s after it was killed",
+                END.as_secs()
+            );
+            return Err(error(HelperCode::Failed, text));
+        }
+    }
+    Err(error(
+        HelperCode::Failed,
+        format!("machine {machine} still has an engine after {KILLS} were killed"),
+    ))
 }
 
 /// Removes a machine's scope with what runs in it. None there is fine.
-pub(crate) fn end_scope(_ctx: &Ctx, _machine: &MachineId) -> Result<(), HelperError> {
-    Ok(())
+pub(crate) fn end_scope(_ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+    if scope::available() {
+        scope::end(machine)
+    } else {
+        Ok(())
+    }
 }
 
-/// Removes a machine's jail: mounts, directory, control group. None there is fine.
-pub(crate) fn remove_jail(_ctx: &Ctx, _machine: &MachineId) -> Result<(), HelperError> {
-    Ok(())
+/// Removes a machine's jail: directory and control group. None there is fine.
+pub(crate) fn remove_jail(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+    let mut failures = jail::remove(ctx, machine).err().unwrap_or_default();
+    if !scope::available() {
+        failures.extend(cgroup::remove(ctx, machine).err());
+    }
+    crate::dispatch::collected(format!("cannot remove the whole jail of machine {machine}"), failures)
 }
 
 /// Processes, jails, mounts, control groups and scopes that are banger's.
-pub(crate) fn inventory(_ctx: &Ctx) -> Result<Vec<HostObject>, HelperError> {
-    Ok(Vec::new())
+pub(crate) fn inventory(ctx: &Ctx) -> Result<Vec<HostObject>, HelperError> {
+    let object = |kind, name: String, machine| HostObject { kind, name, machine };
+    let mut objects = Vec::new();
+    for (pid, machine) in find::all(&ctx.proc) {
+        objects.push(object(
+            ObjectKind::Process,
+            format!("{} {pid}", names::FIRECRACKER),
+            Some(machine),
+        ));
+    }
+    for (path, machine) in cgroup::all(ctx) {
+        objects.push(object(ObjectKind::Cgroup, path.display().to_string(), Some(machine)));
+    }
+    let jails = ctx.layout.jails();
+    for machine in jail::all(ctx)? {
+        let path = jails.join(names::FIRECRACKER).join(machine.as_str());
+        objects.push(object(ObjectKind::Jail, path.display().to_string(), Some(machine)));
+    }
+    for path in jail::mounted(ctx, &jails.join(names::FIRECRACKER)) {
+        let machine = path
+            .strip_prefix(jails.join(names::FIRECRACKER))
+            .ok()
+            .and_then(|rest| MachineId::parse(rest.iter().next()?.to_str()?).ok());
+        objects.push(object(ObjectKind::Mount, path.display().to_string(), machine));
+    }
+    Ok(objects)
 }
