@@ -177,6 +177,11 @@ impl Forwards {
         Ok(())
     }
 
+    /// Whether there is any listener.
+    pub fn serve_any(&self) -> bool {
+        !self.machines().is_empty()
+    }
+
     /// Ends a machine's listeners, and the connections through them.
     pub fn close(&self, id: &MachineId) {
         let closed = self.machines().remove(id);

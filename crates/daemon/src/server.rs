@@ -183,14 +183,15 @@ pub async fn serve(socket: std::os::unix::net::UnixListener, services: Arc<Servi
 }
 
 /// Ends the daemon when for a while there was no client and no operation. Machines run on; the next client starts the next
-/// daemon. A machine that is to be removed with its holder keeps the daemon, which has to do it.
+/// daemon. What it has to do itself keeps it: removing a machine with its holder, listening at forwarded ports.
 async fn exit_when_idle(services: Arc<Services>, clients: Arc<Clients>, idle_exit: Duration) {
     let look = (idle_exit / 4).clamp(Duration::from_millis(50), Duration::from_secs(10));
     let mut busy = Instant::now();
     loop {
         tokio::time::sleep(look).await;
         let waits_for_holder = services.machines().iter().any(|m| m.row().auto_remove);
-        if clients.count() > 0 || services.ops.running() > 0 || waits_for_holder || !*services.ready.borrow() {
+        let needed = waits_for_holder || services.forwards.serve_any();
+        if clients.count() > 0 || services.ops.running() > 0 || needed || !*services.ready.borrow() {
             busy = Instant::now();
         } else if busy.elapsed() >= idle_exit {
             tracing::info!(?idle_exit, "idle: the daemon ends, machines run on");

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use banger_testkit::env::CONFIG;
 use banger_testkit::{TestEnv, processes};
 use serde_json::Value;
 
@@ -39,7 +40,11 @@ perl /root/serve.pl >/dev/null 2>&1 </dev/null"#;
 /// A machine `m` with these options whose servers run.
 #[track_caller]
 fn serving(test: &str, options: &[&str]) -> TestEnv {
-    let env = TestEnv::new(test);
+    serving_in(TestEnv::new(test), options)
+}
+
+#[track_caller]
+fn serving_in(env: TestEnv, options: &[&str]) -> TestEnv {
     let made = env
         .banger(["vm", "create", "--name", "m", "--image", "debian-slim"])
         .args(options)
@@ -197,13 +202,16 @@ fn they_come_and_go_with_the_machine() {
 }
 
 fn a_connection_wakes_the_machine() {
-    let env = serving("forward-wake", &["-p", "80"]);
+    let env = TestEnv::new("forward-wake");
+    env.config(&format!("{CONFIG}\n[daemon]\nidle_exit = \"1s\"\n"));
+    let env = serving_in(env, &["-p", "80"]);
     let port = reached(&env, 80);
     env.ok("vm suspend m");
-    assert!(env.machinery().is_empty());
-    // Also when another daemon is there by then.
+    // Also when another daemon is there by then. It stays for whoever connects, though it has nothing else to do.
     env.kill_daemon();
     env.ok("vm list");
+    assert!(env.machinery().is_empty());
+    std::thread::sleep(Duration::from_secs(3));
     assert_eq!(env.machine_state("m"), "suspended");
     serves(port);
     assert_eq!(env.machine_state("m"), "running");
