@@ -40,6 +40,8 @@ check() {
     need qemu-system-x86 'runs the machines' qemu-system-x86_64 qemu-kvm
     need mmdebstrap 'bootstraps the default images' mmdebstrap
     need e2fsprogs 'makes and checks file systems in the tests' e2fsck
+    need nftables 'rules of system mode, and their tests' nft
+    need iproute2 'network namespaces of the tests' ip
     need openssh-client 'vm ssh, and the keys for it' ssh-keygen
     [ "$(id -u)" = 0 ] || need uidmap 'lets mmdebstrap work without root' newuidmap
     [ -z "$with_bench" ] || check_bench
@@ -50,7 +52,6 @@ check_bench() {
     need podman 'a container engine, to compare a start with' podman
     need crun 'its runtime' crun
     need iptables 'its default network' iptables
-    need iproute2 'prepares the network namespace it is measured in' ip
 }
 
 report=$(check 2>&1 >/dev/null)

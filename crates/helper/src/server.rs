@@ -63,11 +63,7 @@ pub(crate) fn listen(path: &Path, record: &banger_system::install::Record) -> Re
         return Err(ServeError::Directory(shown));
     };
     let flags = OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    if !parent.exists() {
-        std::fs::create_dir_all(parent)
-            .and_then(|()| std::fs::set_permissions(parent, std::os::unix::fs::PermissionsExt::from_mode(0o711)))
-            .map_err(|e| ServeError::Failed(format!("make `{}`", parent.display()), e))?;
-    }
+    make_directory(parent)?;
     let directory = rustix::fs::open(parent, flags | OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())
         .map_err(cannot(format!("open `{}`", parent.display())))?;
     if !auth::roots_own(&directory, FileType::Directory) {
@@ -98,6 +94,18 @@ pub(crate) fn listen(path: &Path, record: &banger_system::install::Record) -> Re
         .map_err(cannot("give the socket to the owner"))?;
     rustix::fs::renameat(&directory, temporary, &directory, name).map_err(cannot(format!("make `{shown}`")))?;
     Ok(Served { listener, _lock: lock })
+}
+
+/// Makes the socket's directory where systemd has not: passable for all, and what is missing above it readable.
+fn make_directory(path: &Path) -> Result<(), ServeError> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|dir| !dir.exists()).collect();
+    for (above, dir) in missing.iter().enumerate().rev() {
+        let mode = if above == 0 { 0o711 } else { 0o755 };
+        std::fs::create_dir(dir)
+            .and_then(|()| std::fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(mode)))
+            .map_err(|e| ServeError::Failed(format!("make `{}`", dir.display()), e))?;
+    }
+    Ok(())
 }
 
 /// One connection, as others see it.
@@ -269,8 +277,11 @@ fn carry_out(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) -> Result<
     caught.unwrap_or_else(|_| Err(error(HelperCode::Failed, "the helper has a fault; its log has it")))
 }
 
-/// One frame and its descriptors; none at the end of the connection.
-fn receive(stream: &UnixStream) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>, HelperError> {
+/// The bytes of a call, and its descriptors.
+type Frame = (Vec<u8>, Vec<OwnedFd>);
+
+/// One frame; none at the end of the connection.
+fn receive(stream: &UnixStream) -> Result<Option<Frame>, HelperError> {
     let lost = |e: std::io::Error| error(HelperCode::BadRequest, format!("the call did not arrive: {e}"));
     let mut head = [0u8; 4];
     stream.set_read_timeout(None).map_err(lost)?;

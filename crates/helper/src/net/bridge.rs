@@ -12,7 +12,9 @@ use crate::ctx::{Ctx, error, failed};
 
 /// The bridge, if it is there. It must be banger's: what it is and its alias say so, or, where the alias was not reached, its MAC.
 pub(crate) fn find(links: &mut Links, net: &Network) -> Result<Option<Link>, HelperError> {
-    let found = links.named(net.bridge()).map_err(|e| failed("look at the interfaces", e))?;
+    let found = links
+        .named(net.bridge())
+        .map_err(|e| failed("look at the interfaces", e))?;
     let Some(link) = found else { return Ok(None) };
     let ours = link.alias == ALIAS_BRIDGE || (link.alias.is_empty() && link.mac == mac(net));
     if link.kind == "bridge" && ours {
@@ -44,9 +46,16 @@ pub(crate) fn ensure(ctx: &Ctx, links: &mut Links, net: &Network) -> Result<u32,
     // Machines have no IPv6 and may not make the host believe that they do.
     optional(sysctl(ctx, &format!("ipv6/conf/{name}/disable_ipv6"), "1")).map_err(cannot)?;
     links.put_up(link.index, ALIAS_BRIDGE, None).map_err(cannot)?;
-    links.set_address(link.index, net.gateway(), net.prefix()).map_err(cannot)?;
+    links
+        .set_address(link.index, net.gateway(), net.prefix())
+        .map_err(cannot)?;
     // What comes from it comes from its network; nobody is told of shorter ways past the rules; it speaks for no other address.
-    for (setting, value) in [("rp_filter", "1"), ("send_redirects", "0"), ("accept_redirects", "0"), ("arp_ignore", "1")] {
+    for (setting, value) in [
+        ("rp_filter", "1"),
+        ("send_redirects", "0"),
+        ("accept_redirects", "0"),
+        ("arp_ignore", "1"),
+    ] {
         sysctl(ctx, &format!("ipv4/conf/{name}/{setting}"), value).map_err(cannot)?;
     }
     sysctl(ctx, "ipv4/ip_forward", "1").map_err(|e| failed("have the host forward packets", e))?;

@@ -40,7 +40,9 @@ pub(crate) fn let_through(tables: &mut Tables, net: &Network) -> Result<(), Help
 /// Takes it back. Each step that fails is told.
 pub(crate) fn take_back(tables: &mut Tables, net: &Network) -> Vec<String> {
     let mut failures = Vec::new();
-    let marked = tables.commented(Family::Ip, TABLE, CHAIN).map_err(|e| failed("read Docker's rules", e));
+    let marked = tables
+        .commented(Family::Ip, TABLE, CHAIN)
+        .map_err(|e| failed("read Docker's rules", e));
     let done = marked.and_then(|marked| nft::apply(&docker(None, &marked)));
     failures.extend(done.err().map(|e| e.to_string()));
     if tables.has_table(Family::Inet, "firewalld").unwrap_or(false) {
@@ -116,7 +118,10 @@ mod tests {
         let there = marked(&[(3, "somebody's"), (7, "banger from br-fc"), (8, "banger to br-fc")]);
         assert_eq!(docker(Some(&net), &there), "");
         let twice = marked(&[(7, "banger from br-fc"), (8, "banger to br-fc"), (9, "banger to br-fc")]);
-        assert_eq!(docker(Some(&net), &twice), "delete rule ip filter DOCKER-USER handle 9\n");
+        assert_eq!(
+            docker(Some(&net), &twice),
+            "delete rule ip filter DOCKER-USER handle 9\n"
+        );
     }
 
     #[test]

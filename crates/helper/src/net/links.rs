@@ -11,6 +11,9 @@ const AF_BRIDGE: u8 = libc::AF_BRIDGE as u8;
 /// Of a bridge: spanning tree, snooping for multicast.
 const BRIDGE_STP: u16 = 5;
 const BRIDGE_SNOOPING: u16 = 23;
+/// Of a bridge's port: it takes the senders of frames for its own; it gets frames for those whom nobody knows.
+const PORT_LEARNING: u16 = 8;
+const PORT_FLOOD: u16 = 9;
 /// Of a bridge's port: it exchanges no frames with others that have this.
 const PORT_ISOLATED: u16 = 33;
 /// Of a tap: whose it is.
@@ -93,15 +96,27 @@ impl Links {
 
     /// Whether a bridge's port exchanges no frames with others of its kind, whatever the rules are.
     pub(crate) fn set_isolated(&mut self, index: u32, isolated: bool) -> io::Result<()> {
-        let port = attributes(&[(PORT_ISOLATED, &[u8::from(isolated)])]);
+        self.set_port(index, &[(PORT_ISOLATED, &[u8::from(isolated)])])
+    }
+
+    /// Has a bridge's port be the only one that frames for a MAC go to, and get no frames for MACs that are nobody's.
+    pub(crate) fn pin(&mut self, index: u32, mac: &[u8]) -> io::Result<()> {
+        self.set_port(index, &[(PORT_LEARNING, &[0]), (PORT_FLOOD, &[0])])?;
+        let flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+        self.0
+            .act(&Message::new(libc::RTM_NEWNEIGH, flags, &static_entry(index)).put(libc::NDA_LLADDR, mac))
+    }
+
+    fn set_port(&mut self, index: u32, options: &[(u16, &[u8])]) -> io::Result<()> {
         let message = Message::new(libc::RTM_SETLINK, 0, &interface(AF_BRIDGE, index, 0, 0))
-            .put(libc::IFLA_PROTINFO | NESTED, &port);
+            .put(libc::IFLA_PROTINFO | NESTED, &attributes(options));
         self.0.act(&message)
     }
 
     /// Removes an interface.
     pub(crate) fn delete(&mut self, index: u32) -> io::Result<()> {
-        self.0.act(&Message::new(libc::RTM_DELLINK, 0, &interface(AF_UNSPEC, index, 0, 0)))
+        self.0
+            .act(&Message::new(libc::RTM_DELLINK, 0, &interface(AF_UNSPEC, index, 0, 0)))
     }
 
     /// Has an interface have this address and no other of IPv4.
@@ -146,6 +161,16 @@ fn interface(family: u8, index: u32, flags: u32, change: u32) -> [u8; 16] {
 fn on_interface(index: u32, prefix: u8) -> [u8; 8] {
     let [a, b, c, d] = index.to_ne_bytes();
     [AF_INET, prefix, 0, 0, a, b, c, d]
+}
+
+/// `struct ndmsg` of an entry of the bridge that does not age.
+fn static_entry(index: u32) -> [u8; 12] {
+    let mut bytes = [0; 12];
+    bytes[0] = AF_BRIDGE;
+    bytes[4..8].copy_from_slice(&index.to_ne_bytes());
+    bytes[8..10].copy_from_slice(&(libc::NUD_NOARP | libc::NUD_REACHABLE).to_ne_bytes());
+    bytes[10] = libc::NTF_MASTER;
+    bytes
 }
 
 fn parse(body: &[u8]) -> Option<Link> {

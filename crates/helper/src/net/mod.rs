@@ -46,7 +46,7 @@ pub(crate) fn setup(ctx: &Ctx, net: &Network, told: &[TapRules]) -> Result<(), H
     let had = tables.elements(net).map_err(unread)?.unwrap_or_default();
     nft::apply(&rules::tables(net, &rules::wanted(told, &there, &idle, &had)))?;
     let bridge = bridge::ensure(ctx, &mut links, net)?;
-    taps::attach_all(&mut links, &all, bridge)?;
+    taps::attach_all(&mut links, net, &all, bridge)?;
     foreign::let_through(&mut tables, net)
 }
 
@@ -155,7 +155,10 @@ pub(crate) fn inventory(net: &Network) -> Result<Vec<HostObject>, HelperError> {
         let name = format!("{set} {}{more}", tap(slot));
         objects.push(object(ObjectKind::Rule, name, machines.get(&slot).cloned()));
     };
-    elements.guests.iter().for_each(|slot| rule("guests", *slot, String::new()));
+    elements
+        .guests
+        .iter()
+        .for_each(|slot| rule("guests", *slot, String::new()));
     elements.nat.iter().for_each(|slot| rule("nat", *slot, String::new()));
     for (a, b) in &elements.pairs {
         rule("pairs", *a, format!(" {}", tap(*b)));

@@ -7,7 +7,7 @@ use banger_system::helper::HelperError;
 use banger_system::names::NFT_TABLE;
 use banger_system::net::Network;
 
-use super::netlink::{Message, Socket, absent, attributes, each, find, text};
+use super::netlink::{Message, Socket, absent, each, find, text};
 use super::rules::{self, Elements};
 
 /// Where `nft` is.
@@ -28,7 +28,6 @@ const GET_TABLE: u16 = SUBSYSTEM | 1;
 const GET_CHAIN: u16 = SUBSYSTEM | 4;
 const GET_RULE: u16 = SUBSYSTEM | 7;
 const GET_ELEMENT: u16 = SUBSYSTEM | 13;
-const NESTED: u16 = 0x8000;
 /// Of table, chain, rule and element: the table's name.
 const TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
@@ -67,13 +66,17 @@ impl Tables {
 
     /// Whether there is a chain.
     pub(crate) fn has_chain(&mut self, family: Family, table: &str, chain: &str) -> io::Result<bool> {
-        let message = Message::new(GET_CHAIN, 0, &fixed(family)).text(TABLE, table).text(CHAIN_NAME, chain);
+        let message = Message::new(GET_CHAIN, 0, &fixed(family))
+            .text(TABLE, table)
+            .text(CHAIN_NAME, chain);
         Ok(self.0.get(&message)?.is_some())
     }
 
     /// Rules of a chain that carry a comment.
     pub(crate) fn commented(&mut self, family: Family, table: &str, chain: &str) -> io::Result<Vec<Commented>> {
-        let message = Message::new(GET_RULE, 0, &fixed(family)).text(TABLE, table).text(RULE_CHAIN, chain);
+        let message = Message::new(GET_RULE, 0, &fixed(family))
+            .text(TABLE, table)
+            .text(RULE_CHAIN, chain);
         let found = match self.0.dump(&message) {
             Err(e) if absent(&e) => Vec::new(),
             other => other?,
@@ -112,7 +115,9 @@ impl Tables {
 
     /// The keys of one of banger's sets.
     fn keys(&mut self, family: Family, set: &str) -> io::Result<Option<Vec<Vec<u8>>>> {
-        let message = Message::new(GET_ELEMENT, 0, &fixed(family)).text(TABLE, NFT_TABLE).text(SET_NAME, set);
+        let message = Message::new(GET_ELEMENT, 0, &fixed(family))
+            .text(TABLE, NFT_TABLE)
+            .text(SET_NAME, set);
         match self.0.dump(&message) {
             Err(e) if absent(&e) => Ok(None),
             Err(e) => Err(e),
@@ -156,24 +161,28 @@ fn comment(mut data: &[u8]) -> Option<String> {
 }
 
 fn keys(body: &[u8]) -> Vec<Vec<u8>> {
-    let list = body.get(4..).and_then(|attributes| find(attributes, SET_ELEMENTS)).unwrap_or(&[]);
+    let list = body
+        .get(4..)
+        .and_then(|attributes| find(attributes, SET_ELEMENTS))
+        .unwrap_or(&[]);
     each(list)
         .filter(|(kind, _)| *kind == LIST_ELEMENT)
         .filter_map(|(_, element)| Some(find(find(element, ELEMENT_KEY)?, DATA_VALUE)?.to_vec()))
         .collect()
 }
 
-/// For the tests of this file.
-#[cfg(test)]
-fn element(key: &[u8]) -> Vec<u8> {
-    let value = attributes(&[(DATA_VALUE, key)]);
-    let key = attributes(&[(ELEMENT_KEY | NESTED, &value)]);
-    attributes(&[(LIST_ELEMENT | NESTED, &key)])
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::netlink::attributes;
     use super::*;
+
+    const NESTED: u16 = 0x8000;
+
+    fn element(key: &[u8]) -> Vec<u8> {
+        let value = attributes(&[(DATA_VALUE, key)]);
+        let key = attributes(&[(ELEMENT_KEY | NESTED, &value)]);
+        attributes(&[(LIST_ELEMENT | NESTED, &key)])
+    }
 
     #[test]
     fn keys_and_comments_are_read() {

@@ -62,11 +62,6 @@ impl Elements {
         changed.set(rules);
         changed == *self
     }
-
-    /// Whether the slot has peers.
-    pub(crate) fn has_peers(&self, slot: u32) -> bool {
-        self.pairs.range((slot, 0)..=(slot, u32::MAX)).next().is_some()
-    }
 }
 
 /// What an idle tap has: address translation, no peers.
@@ -103,7 +98,9 @@ pub(crate) fn wanted(told: &[TapRules], there: &BTreeSet<u32>, idle_taps: &BTree
         None if idle_taps.contains(&a) => Some(false),
         None => None,
     };
-    let told_pairs = told.iter().flat_map(|rules| rules.peers.iter().map(|peer| (rules.slot, *peer)));
+    let told_pairs = told
+        .iter()
+        .flat_map(|rules| rules.peers.iter().map(|peer| (rules.slot, *peer)));
     let candidates: BTreeSet<(u32, u32)> = told_pairs.chain(had.pairs.iter().copied()).collect();
     for (a, b) in candidates {
         if a == b || !there.contains(&a) || !there.contains(&b) {
@@ -174,7 +171,9 @@ table ip {t} {{
 /// How many rules both tables have.
 pub(crate) fn count(net: &Network) -> usize {
     let text = tables(net, &Elements::default());
-    text.lines().filter(|line| line.starts_with("  ") && !line.starts_with("  type ")).count()
+    text.lines()
+        .filter(|line| line.starts_with("  ") && !line.starts_with("  type "))
+        .count()
 }
 
 /// Text that removes both tables, whether they are there or not.
@@ -193,7 +192,13 @@ pub(crate) fn changes(net: &Network, have: &Elements, want: &Elements) -> String
         let guests = to.guests.difference(&from.guests).filter_map(|slot| guest(net, *slot));
         statement(&mut text, verb, "bridge", "guests", guests.collect());
         let nat = to.nat.difference(&from.nat).filter_map(|slot| net.address(*slot).ok());
-        statement(&mut text, verb, "ip", "nat", nat.map(|address| address.to_string()).collect());
+        statement(
+            &mut text,
+            verb,
+            "ip",
+            "nat",
+            nat.map(|address| address.to_string()).collect(),
+        );
         let pairs = to.pairs.difference(&from.pairs);
         let pairs = pairs.map(|(a, b)| format!("\"{}\" . \"{}\"", tap(*a), tap(*b)));
         statement(&mut text, verb, "bridge", "pairs", pairs.collect());
@@ -210,8 +215,22 @@ fn guest(net: &Network, slot: u32) -> Option<String> {
 
 fn statement(text: &mut String, verb: &str, family: &str, set: &str, elements: Vec<String>) {
     if !elements.is_empty() {
-        let _ = writeln!(text, "{verb} element {family} {NFT_TABLE} {set} {{ {} }}", elements.join(", "));
+        let _ = writeln!(
+            text,
+            "{verb} element {family} {NFT_TABLE} {set} {{ {} }}",
+            elements.join(", ")
+        );
     }
+}
+
+/// The MAC of a slot, as bytes.
+pub(crate) fn mac(net: &Network, slot: u32) -> Option<[u8; 6]> {
+    let text = net.mac(slot).ok()?;
+    let mut bytes = [0; 6];
+    for (to, from) in bytes.iter_mut().zip(text.split(':')) {
+        *to = u8::from_str_radix(from, 16).ok()?;
+    }
+    Some(bytes)
 }
 
 /// The key of a slot in `guests`.
@@ -219,8 +238,7 @@ pub(crate) fn guest_key(net: &Network, slot: u32) -> Option<[u8; GUEST_KEY]> {
     let address = net.address(slot).ok()?.octets();
     let mut key = [0; GUEST_KEY];
     key[..NAME].copy_from_slice(&name_key(&tap(slot)));
-    key[NAME..NAME + 2].copy_from_slice(&[0x02, 0xfc]);
-    key[NAME + 2..NAME + 6].copy_from_slice(&address);
+    key[NAME..NAME + 6].copy_from_slice(&mac(net, slot)?);
     key[NAME + 8..].copy_from_slice(&address);
     Some(key)
 }
@@ -250,7 +268,9 @@ pub(crate) fn slot_of(net: &Network, address: Ipv4Addr) -> Option<u32> {
     let distance = u32::from(address).checked_sub(u32::from(net.address(0).ok()?))?;
     // The bridge's own address may lie between.
     let near = [distance.checked_sub(1), Some(distance)];
-    near.into_iter().flatten().find(|slot| net.address(*slot) == Ok(address))
+    near.into_iter()
+        .flatten()
+        .find(|slot| net.address(*slot) == Ok(address))
 }
 
 fn name_key(name: &str) -> [u8; NAME] {

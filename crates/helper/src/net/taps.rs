@@ -36,7 +36,10 @@ fn whose(link: &Link) -> Result<Whose, HelperError> {
             return Ok(Whose::Machines(machine));
         }
     }
-    Err(error(HelperCode::Denied, format!("the interface `{}` is not banger's", link.name)))
+    Err(error(
+        HelperCode::Denied,
+        format!("the interface `{}` is not banger's", link.name),
+    ))
 }
 
 /// Slots of banger's taps: all, and those of nobody.
@@ -47,14 +50,20 @@ pub(crate) fn slots(all: &[Link], net: &Network) -> (BTreeSet<u32>, BTreeSet<u32
     };
     let found: Vec<(u32, Whose)> = all.iter().filter_map(ours).collect();
     let idle = found.iter().filter(|(_, whose)| *whose == Whose::Nobodys);
-    (found.iter().map(|(slot, _)| *slot).collect(), idle.map(|(slot, _)| *slot).collect())
+    (
+        found.iter().map(|(slot, _)| *slot).collect(),
+        idle.map(|(slot, _)| *slot).collect(),
+    )
 }
 
 /// Has every tap of banger's be a port of the bridge and up, after somebody removed the bridge, say.
-pub(crate) fn attach_all(links: &mut Links, all: &[Link], bridge: u32) -> Result<(), HelperError> {
+pub(crate) fn attach_all(links: &mut Links, net: &Network, all: &[Link], bridge: u32) -> Result<(), HelperError> {
     for link in all.iter().filter(|link| whose(link).is_ok()) {
+        let Some(slot) = tap_slot(&link.name).filter(|slot| net.check(*slot).is_ok()) else {
+            continue;
+        };
         if link.master != Some(bridge) || !link.up {
-            let done = links.put_up(link.index, &link.alias, Some(bridge));
+            let done = attach(links, net, slot, link.index, &link.alias, bridge);
             bridge::gone(done).map_err(|e| failed(format_args!("attach `{}`", link.name), e))?;
         }
     }
@@ -66,7 +75,10 @@ fn elements(tables: &mut Tables, net: &Network) -> Result<Elements, HelperError>
     let whole = tables.own_rules().map_err(unread)? == rules::count(net);
     let found = tables.elements(net).map_err(unread)?;
     found.filter(|_| whole).ok_or_else(|| {
-        error(HelperCode::NotFound, "banger's rules are not there, or not all of them; network_setup makes them")
+        error(
+            HelperCode::NotFound,
+            "banger's rules are not there, or not all of them; network_setup makes them",
+        )
     })
 }
 
@@ -91,14 +103,22 @@ fn close(tables: &mut Tables, net: &Network, slots: &[u32]) -> Result<(), Helper
     apply(&rules::changes(net, &have, &want))
 }
 
+/// Makes a tap a port of the bridge: what is for its machine goes to it alone.
+fn attach(links: &mut Links, net: &Network, slot: u32, index: u32, alias: &str, bridge: u32) -> io::Result<()> {
+    links.put_up(index, alias, Some(bridge))?;
+    links.pin(index, &rules::mac(net, slot).ok_or(io::ErrorKind::InvalidInput)?)
+}
+
 /// Makes a tap. Until its last step it goes with this process.
-fn make(ctx: &Ctx, links: &mut Links, bridge: u32, slot: u32, alias: &str, uid: u32) -> io::Result<u32> {
+fn make(ctx: &Ctx, links: &mut Links, net: &Network, slot: u32, whose: (&str, u32)) -> io::Result<u32> {
+    let (alias, uid) = whose;
+    let bridge = links.named(net.bridge())?.ok_or(io::ErrorKind::NotFound)?.index;
     let name = tap(slot);
     let held = Tap::make(&name)?;
     let link = links.named(&name)?.ok_or(io::ErrorKind::NotFound)?;
     bridge::optional(bridge::sysctl(ctx, &format!("ipv6/conf/{name}/disable_ipv6"), "1"))?;
     held.give(uid)?;
-    links.put_up(link.index, alias, Some(bridge))?;
+    attach(links, net, slot, link.index, alias, bridge)?;
     links.set_isolated(link.index, true)?;
     held.keep()?;
     Ok(link.index)
@@ -107,9 +127,13 @@ fn make(ctx: &Ctx, links: &mut Links, bridge: u32, slot: u32, alias: &str, uid: 
 /// Makes idle taps.
 pub(crate) fn warm(ctx: &Ctx, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
     let mut links = Links::open().map_err(unread)?;
-    let bridge = bridge::there(&mut links, net)?.index;
+    bridge::there(&mut links, net)?;
     let there: BTreeSet<String> = links.all().map_err(unread)?.into_iter().map(|link| link.name).collect();
-    let missing: BTreeSet<u32> = slots.iter().copied().filter(|slot| !there.contains(&tap(*slot))).collect();
+    let missing: BTreeSet<u32> = slots
+        .iter()
+        .copied()
+        .filter(|slot| !there.contains(&tap(*slot)))
+        .collect();
     let missing: Vec<u32> = missing.into_iter().collect();
     if missing.is_empty() {
         return Ok(());
@@ -124,14 +148,19 @@ pub(crate) fn warm(ctx: &Ctx, net: &Network, slots: &[u32]) -> Result<(), Helper
                 Err(e) => return vec![Err(e.to_string())],
             };
             let one = |slot: &u32| {
-                let made = make(ctx, &mut links, bridge, *slot, ALIAS_POOL, jail_uid(*slot));
+                let made = make(ctx, &mut links, net, *slot, (ALIAS_POOL, jail_uid(*slot)));
                 made.map(|_| *slot).map_err(|e| format!("{}: {e}", tap(*slot)))
             };
             slots.iter().map(one).collect()
         };
-        let threads: Vec<_> = missing.chunks(share).map(|slots| scope.spawn(move || work(slots))).collect();
-        let results: Vec<Result<u32, String>> =
-            threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect();
+        let threads: Vec<_> = missing
+            .chunks(share)
+            .map(|slots| scope.spawn(move || work(slots)))
+            .collect();
+        let results: Vec<Result<u32, String>> = threads
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap_or_default())
+            .collect();
         let made: Vec<u32> = results.iter().filter_map(|result| result.clone().ok()).collect();
         (made, results.into_iter().filter_map(Result::err).collect::<Vec<_>>())
     });
@@ -161,7 +190,7 @@ pub(crate) fn take(
     let bridge = bridge::there(&mut links, net)?.index;
     let Some(link) = links.named(&name).map_err(unread)? else {
         elements(&mut tables, net)?;
-        let index = make(ctx, &mut links, bridge, rules.slot, &alias(machine), uid).map_err(cannot)?;
+        let index = make(ctx, &mut links, net, rules.slot, (&alias(machine), uid)).map_err(cannot)?;
         let done = let_pass(&mut tables, net, rules)
             .and_then(|()| links.set_isolated(index, rules.peers.is_empty()).map_err(cannot));
         if let Err(e) = done {
@@ -188,7 +217,9 @@ pub(crate) fn take(
     if link.master == Some(bridge) && link.up {
         links.set_alias(link.index, &alias(machine)).map_err(cannot)?;
     } else {
-        links.put_up(link.index, &alias(machine), Some(bridge)).map_err(cannot)?;
+        links
+            .put_up(link.index, &alias(machine), Some(bridge))
+            .map_err(cannot)?;
     }
     Ok(pooled)
 }
@@ -198,7 +229,12 @@ pub(crate) fn change(net: &Network, machine: &MachineId, rules: &TapRules) -> Re
     let name = tap(rules.slot);
     let mut links = Links::open().map_err(unread)?;
     bridge::there(&mut links, net)?;
-    let absent = || error(HelperCode::NotFound, format!("the machine {machine} has no tap `{name}`"));
+    let absent = || {
+        error(
+            HelperCode::NotFound,
+            format!("the machine {machine} has no tap `{name}`"),
+        )
+    };
     let link = links.named(&name).map_err(unread)?.ok_or_else(absent)?;
     if whose(&link)? != Whose::Machines(machine.clone()) {
         return Err(absent());
@@ -234,7 +270,11 @@ pub(crate) fn drop_all(net: &Network, machine: &MachineId) -> Result<(), HelperE
         (whose(&link).ok()? == Whose::Machines(machine.clone())).then_some((slot, link))
     });
     let theirs: Vec<(u32, Link)> = theirs.collect();
-    if theirs.is_empty() { Ok(()) } else { delete(&mut links, net, &theirs) }
+    if theirs.is_empty() {
+        Ok(())
+    } else {
+        delete(&mut links, net, &theirs)
+    }
 }
 
 /// Removes taps of banger's, and their rules. All steps are tried.
@@ -245,7 +285,9 @@ pub(crate) fn delete(links: &mut Links, net: &Network, taps: &[(u32, Link)]) -> 
         failures.extend(done.err().map(|e| format!("{}: {e}", link.name)));
     }
     let slots: Vec<u32> = taps.iter().map(|(slot, _)| *slot).collect();
-    let closed = Tables::open().map_err(unread).and_then(|mut tables| close(&mut tables, net, &slots));
+    let closed = Tables::open()
+        .map_err(unread)
+        .and_then(|mut tables| close(&mut tables, net, &slots));
     failures.extend(closed.err().map(|e| format!("rules: {e}")));
     collected("cannot remove taps and their rules".to_owned(), failures)
 }

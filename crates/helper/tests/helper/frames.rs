@@ -1,0 +1,210 @@
+//! Guests without machines: frames written to and read from a tap, and a host on the outside.
+
+use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::support::{ip, net, open_tap, thread_number, unshare_network};
+
+pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+const LIMIT: Duration = Duration::from_secs(10);
+
+pub(crate) type Mac = [u8; 6];
+pub(crate) const EVERYBODY: Mac = [0xff; 6];
+
+/// MAC of whatever has an address in the network: machines and bridge alike.
+pub(crate) fn mac(address: Ipv4Addr) -> Mac {
+    let [a, b, c, d] = address.octets();
+    [0x02, 0xfc, a, b, c, d]
+}
+
+/// A guest on a slot's tap.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    tap: OwnedFd,
+    pub(crate) address: Ipv4Addr,
+    pub(crate) mac: Mac,
+}
+
+impl Guest {
+    pub(crate) fn on(slot: u32) -> Self {
+        let address = net().address(slot).unwrap();
+        let tap = open_tap(&banger_system::net::tap(slot)).unwrap();
+        // The host need not ask for its address.
+        let text: Vec<String> = mac(address).iter().map(|b| format!("{b:02x}")).collect();
+        ip(&format!("neigh replace {address} lladdr {} dev br-fc", text.join(":")));
+        Self {
+            tap,
+            address,
+            mac: mac(address),
+        }
+    }
+
+    pub(crate) fn send(&self, frame: &[u8]) {
+        assert_eq!(rustix::io::write(&self.tap, frame).unwrap(), frame.len());
+    }
+
+    /// Sends a datagram to an address, by way of the bridge.
+    pub(crate) fn say(&self, to: Ipv4Addr, port: u16, text: &str) {
+        let packet = ipv4(self.address, to, 17, &udp(4000, port, text));
+        self.send(&ethernet(mac(net().gateway()), self.mac, 0x0800, &packet));
+    }
+
+    /// Sends a datagram straight to another guest.
+    pub(crate) fn whisper(&self, to: &Guest, text: &str) {
+        let packet = ipv4(self.address, to.address, 17, &udp(4000, 4001, text));
+        self.send(&ethernet(to.mac, self.mac, 0x0800, &packet));
+    }
+
+    /// The frames that come up to one that has this text in it, without the host's own chatter (IPv6, ARP of the host).
+    pub(crate) fn until(&self, text: &str) -> Vec<Vec<u8>> {
+        let deadline = Instant::now() + LIMIT;
+        let mut frames = Vec::new();
+        loop {
+            let frame = self
+                .next(deadline)
+                .unwrap_or_else(|| panic!("`{text}` did not arrive; {frames:02x?} did"));
+            if frame.get(6..12) == Some(&mac(net().gateway())) && frame.get(12..14) != Some(&[0x08, 0x00]) {
+                continue;
+            }
+            let found = contains(&frame, text);
+            frames.push(frame);
+            if found {
+                return frames;
+            }
+        }
+    }
+
+    fn next(&self, deadline: Instant) -> Option<Vec<u8>> {
+        loop {
+            let mut buffer = vec![0; 2048];
+            match rustix::io::read(&self.tap, &mut buffer) {
+                Ok(count) => {
+                    buffer.truncate(count);
+                    return Some(buffer);
+                }
+                Err(rustix::io::Errno::AGAIN) => {}
+                Err(e) => panic!("reading a tap: {e}"),
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            let left = rustix::time::Timespec::try_from(left).unwrap();
+            poll(&mut [PollFd::new(&self.tap, PollFlags::IN)], Some(&left)).unwrap();
+        }
+    }
+}
+
+pub(crate) fn contains(bytes: &[u8], text: &str) -> bool {
+    bytes.windows(text.len()).any(|window| window == text.as_bytes())
+}
+
+pub(crate) fn ethernet(to: Mac, from: Mac, kind: u16, payload: &[u8]) -> Vec<u8> {
+    [&to[..], &from, &kind.to_be_bytes(), payload].concat()
+}
+
+pub(crate) fn ipv4(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(20 + payload.len()).unwrap().to_be_bytes();
+    let mut header = vec![0x45, 0, length[0], length[1], 0, 1, 0, 0, 64, protocol, 0, 0];
+    header.extend_from_slice(&from.octets());
+    header.extend_from_slice(&to.octets());
+    let sum = checksum(&header).to_be_bytes();
+    header[10..12].copy_from_slice(&sum);
+    [header, payload.to_vec()].concat()
+}
+
+pub(crate) fn udp(from: u16, to: u16, text: &str) -> Vec<u8> {
+    let length = u16::try_from(8 + text.len()).unwrap();
+    [
+        &from.to_be_bytes()[..],
+        &to.to_be_bytes(),
+        &length.to_be_bytes(),
+        &[0, 0],
+        text.as_bytes(),
+    ]
+    .concat()
+}
+
+pub(crate) fn echo(text: &str) -> Vec<u8> {
+    let mut packet = [&[8, 0, 0, 0, 0, 1, 0, 1][..], text.as_bytes()].concat();
+    let sum = checksum(&packet).to_be_bytes();
+    packet[2..4].copy_from_slice(&sum);
+    packet
+}
+
+pub(crate) fn arp(operation: u16, from: (Mac, Ipv4Addr), to: (Mac, Ipv4Addr)) -> Vec<u8> {
+    [
+        &[0, 1, 8, 0, 6, 4][..],
+        &operation.to_be_bytes(),
+        &from.0,
+        &from.1.octets(),
+        &to.0,
+        &to.1.octets(),
+    ]
+    .concat()
+}
+
+fn checksum(bytes: &[u8]) -> u16 {
+    let words = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+    let mut sum: u32 = words.sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap()
+}
+
+/// Somebody on the network that the host is in: a socket there, at port 7 of [`OUTSIDE`] and [`METADATA`].
+#[derive(Debug)]
+pub(crate) struct Outside {
+    pub(crate) socket: UdpSocket,
+    _namespace: mpsc::Sender<()>,
+}
+
+impl Outside {
+    pub(crate) fn new() -> Self {
+        let (here, there) = mpsc::channel();
+        let (hold, held) = mpsc::channel::<()>();
+        let (go, gone) = mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            unshare_network();
+            here.send((thread_number(), None)).unwrap();
+            gone.recv().unwrap();
+            for line in [
+                "link set lo up".to_owned(),
+                "link set out1 up".to_owned(),
+                format!("addr add {OUTSIDE}/24 dev out1"),
+                format!("addr add {METADATA}/32 dev out1"),
+            ] {
+                ip(&line);
+            }
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 7)).unwrap();
+            here.send((0, Some(socket))).unwrap();
+            let _ = held.recv();
+        });
+        let (thread, _) = there.recv().unwrap();
+        ip("link add out0 type veth peer name out1");
+        ip(&format!("link set out1 netns {thread}"));
+        ip(&format!("addr add {HOST}/24 dev out0"));
+        ip("link set out0 up");
+        ip(&format!("route add {METADATA}/32 via {OUTSIDE}"));
+        go.send(()).unwrap();
+        let socket = there.recv().unwrap().1.unwrap();
+        socket.set_read_timeout(Some(LIMIT)).unwrap();
+        Self {
+            socket,
+            _namespace: hold,
+        }
+    }
+
+    /// The next datagram: its text and where it came from.
+    pub(crate) fn heard(&self) -> (String, std::net::SocketAddr) {
+        let mut buffer = [0; 2048];
+        let (count, from) = self.socket.recv_from(&mut buffer).expect("nothing arrived outside");
+        (String::from_utf8_lossy(&buffer[..count]).into_owned(), from)
+    }
+}
