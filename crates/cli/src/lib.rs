@@ -4,6 +4,7 @@
 //! * `client`: the daemon's API and how the daemon is started,
 //! * `session`: a program in the guest wired to our own streams,
 //! * `workspace`: a git work tree as a tar stream; `files`: copying both ways,
+//! * `system`: installing system mode, the only part that runs as root,
 //! * `ssh`: OpenSSH through the daemon, and the user's `~/.ssh/config`,
 //! * `printer`, `table`, `timings`, `error`: everything that is shown, and the exit statuses,
 //! * `completion`, `reference`: what is generated from the command tree.
@@ -24,6 +25,7 @@ pub mod reference;
 mod session;
 mod signals;
 mod ssh;
+mod system;
 mod table;
 mod timings;
 mod workspace;

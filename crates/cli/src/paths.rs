@@ -1,9 +1,20 @@
-//! Where things are on this host: runtime, state and configuration directories, and how a path of the user is read.
+//! Where things are on this host: which daemon is meant, its directories, and how a path of the user is read.
+//!
+//! Where banger is installed for us in system mode (`/etc/banger/install.toml` names our uid), the daemon is that of the installation.
+//! Everybody else has a daemon of their own. `BANGER_MODE=user` or `system` decides otherwise; `BANGER_ROOT` is the root directory
+//! below which the installation is looked for.
 
+use std::ffi::OsString;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use banger_system::install::{Layout, Record};
+
+use crate::error::{Error, Kind, Result};
+
+/// Longest record of an installation that is read.
+const MAX_RECORD: u64 = 64 * 1024;
 
 /// Longest path that fits a Unix socket's address, its final zero left out.
 const SOCKET_PATH_MAX: usize = 107;
@@ -21,6 +32,19 @@ pub(crate) struct Places {
     pub(crate) config: Option<PathBuf>,
     /// Our user id.
     pub(crate) uid: u32,
+    /// `$BANGER_ROOT`; `/` when absent.
+    pub(crate) root: Option<PathBuf>,
+    /// `$BANGER_MODE`.
+    pub(crate) mode: Option<OsString>,
+}
+
+/// An installation in system mode.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Installation {
+    /// Where everything is.
+    pub(crate) layout: Layout,
+    /// What it is.
+    pub(crate) record: Record,
 }
 
 impl Places {
@@ -33,11 +57,67 @@ impl Places {
             state: absolute("XDG_STATE_HOME"),
             config: absolute("XDG_CONFIG_HOME"),
             uid: rustix::process::getuid().as_raw(),
+            root: absolute("BANGER_ROOT"),
+            mode: std::env::var_os("BANGER_MODE").filter(|v| !v.is_empty()),
         }
     }
 
-    /// The directory of the socket, and whether it is the fallback in `/tmp`, which has to be checked before it is trusted.
-    pub(crate) fn runtime_dir(&self) -> (PathBuf, bool) {
+    /// Where an installation is, if there is one.
+    pub(crate) fn layout(&self) -> Layout {
+        self.root.clone().map_or_else(Layout::default, Layout::below)
+    }
+
+    /// The installation on this host, whoever owns it.
+    pub(crate) fn installation(&self) -> Result<Option<Installation>> {
+        let layout = self.layout();
+        let path = layout.record();
+        let mut text = String::new();
+        let read = std::fs::File::open(&path).and_then(|f| f.take(MAX_RECORD).read_to_string(&mut text));
+        match read {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io("read", &path, error)),
+        }
+        let record = Record::parse(&text)
+            .map_err(|e| Error::new(Kind::Invalid, format!("{} is not usable: {e}", path.display())))?;
+        Ok(Some(Installation { layout, record }))
+    }
+
+    /// The installation whose daemon is meant. None: a daemon of our own.
+    pub(crate) fn system(&self) -> Result<Option<Installation>> {
+        let wanted = match self.mode.as_deref() {
+            None => None,
+            Some(mode) if mode == "user" => return Ok(None),
+            Some(mode) if mode == "system" => Some(()),
+            Some(mode) => {
+                let mode = mode.to_string_lossy().escape_default().to_string();
+                return Err(Error::usage(format!(
+                    "BANGER_MODE is `{mode}`; `user` and `system` are possible"
+                )));
+            }
+        };
+        let found = self.installation().map_err(|e| {
+            e.hint("`sudo banger system install` writes it anew; BANGER_MODE=user uses a daemon of your own meanwhile")
+        })?;
+        match (found, wanted) {
+            (Some(found), _) if found.record.owner.uid == self.uid => Ok(Some(found)),
+            (_, None) => Ok(None),
+            (Some(found), Some(())) => {
+                let owner = &found.record.owner.user;
+                Err(
+                    Error::unavailable(format!("the installation on this host is {owner}'s, not yours"))
+                        .hint("without BANGER_MODE=system you have a daemon of your own"),
+                )
+            }
+            (None, Some(())) => Err(
+                Error::unavailable("banger is not installed in system mode on this host")
+                    .hint("install it with `sudo banger system install`"),
+            ),
+        }
+    }
+
+    /// The directory of our own daemon's socket, and whether it is the fallback in `/tmp`, which has to be checked before it is trusted.
+    fn runtime_dir(&self) -> (PathBuf, bool) {
         match &self.runtime {
             Some(dir) => (dir.join("banger"), false),
             None => (PathBuf::from(format!("/tmp/banger-runtime-{}", self.uid)), true),
@@ -46,6 +126,9 @@ impl Places {
 
     /// The API socket; refuses a fallback directory that somebody else could have made.
     pub(crate) fn socket(&self) -> Result<PathBuf> {
+        if let Some(system) = self.system()? {
+            return Ok(system.layout.socket());
+        }
         let (dir, fallback) = self.runtime_dir();
         if fallback {
             check_private(&dir, self.uid)?;
@@ -62,12 +145,15 @@ impl Places {
         Ok(socket)
     }
 
-    /// Directory of what lasts: `$XDG_STATE_HOME/banger`.
+    /// Directory of what lasts: the installation's, else `$XDG_STATE_HOME/banger`.
     pub(crate) fn state_dir(&self) -> Result<PathBuf> {
+        if let Some(system) = self.system()? {
+            return Ok(system.layout.state());
+        }
         self.below_home(self.state.as_ref(), ".local/state")
     }
 
-    /// Directory of configuration: `$XDG_CONFIG_HOME/banger`.
+    /// Directory of what belongs to the user in either mode: `$XDG_CONFIG_HOME/banger`.
     pub(crate) fn config_dir(&self) -> Result<PathBuf> {
         self.below_home(self.config.as_ref(), ".config")
     }
@@ -162,6 +248,7 @@ mod tests {
         let places = Places {
             home: Some("/h".into()),
             uid: 7,
+            root: Some("/nonexistent".into()),
             ..Places::default()
         };
         assert_eq!(places.state_dir().unwrap(), Path::new("/h/.local/state/banger"));
@@ -173,5 +260,45 @@ mod tests {
         };
         assert_eq!(places.config_dir().unwrap(), Path::new("/c/banger"));
         assert_eq!(places.socket().unwrap(), Path::new("/r/banger/bangerd.sock"));
+    }
+
+    #[test]
+    fn the_installation_is_its_owners() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |uid: u32, mode: Option<&str>| Places {
+            home: Some("/h".into()),
+            uid,
+            root: Some(dir.path().to_owned()),
+            mode: mode.map(OsString::from),
+            ..Places::default()
+        };
+        // Nothing is installed.
+        assert_eq!(of(7, None).system().unwrap(), None);
+        let error = of(7, Some("system")).system().unwrap_err();
+        assert!(error.hint.unwrap().contains("sudo banger system install"));
+        let layout = Layout::below(dir.path());
+        std::fs::create_dir_all(layout.etc()).unwrap();
+        let text = "version = 1\n[owner]\nuser = 'dev'\nuid = 7\ngid = 7\nhome = '/home/dev'\n\
+                    [installed]\nat = 'x'\nversion = '1'\ncommit = 'c'\n";
+        std::fs::write(layout.record(), text).unwrap();
+        for mode in [None, Some("system")] {
+            let places = of(7, mode);
+            assert_eq!(places.socket().unwrap(), layout.socket());
+            assert_eq!(places.state_dir().unwrap(), layout.state());
+            assert_eq!(places.config_dir().unwrap(), Path::new("/h/.config/banger"));
+        }
+        // Who is not the owner, or wants none of it, has a daemon of their own. Root is no exception.
+        for (uid, mode) in [(7, Some("user")), (8, None), (0, None), (8, Some("user"))] {
+            assert_eq!(of(uid, mode).system().unwrap(), None, "{uid} {mode:?}");
+        }
+        for uid in [0, 8] {
+            let error = of(uid, Some("system")).system().unwrap_err();
+            assert!(error.message.contains("is dev's"), "{error}");
+        }
+        assert_eq!(of(7, Some("both")).system().unwrap_err().kind, Kind::Usage);
+        std::fs::write(layout.record(), "version = 9\n").unwrap();
+        let error = of(7, None).system().unwrap_err();
+        assert!(error.message.contains("install.toml") && error.hint.unwrap().contains("BANGER_MODE=user"));
+        assert_eq!(of(7, Some("user")).system().unwrap(), None);
     }
 }

@@ -44,7 +44,10 @@ none is renamed, removed or given another meaning under the same version. Fields
 | `template list` / `show`, `build` | array of templates / template |
 | `template prune` | `{removed, freed_bytes}` |
 | `daemon start`, `status` | `{running, pid, …}` |
-| `doctor` | array of `{name, level, message, hint}` |
+| `doctor`, `system status` | array of `{name, level, message, hint}` |
+| `system install` | `{owner, version, dry_run, steps: [{action, object}], notes}` |
+| `system uninstall` | `{steps: [{action, object}], kept}` |
+| `audit` | `{objects: [{kind, name, machine, orphan, removed, failed}], orphans, blind}` |
 | `version` | `{version, commit, api_version, daemon}` |
 
 Machines, snapshots, images, kernels, templates, sessions and figures are those of the daemon's API (`GET /v1/openapi.json`).
@@ -56,6 +59,9 @@ Machines, snapshots, images, kernels, templates, sessions and figures are those 
 | `$XDG_RUNTIME_DIR/banger/bangerd.sock` | the daemon's socket; without the variable `/tmp/banger-runtime-<uid>/bangerd.sock` |
 | `$XDG_STATE_HOME/banger` | machines, images, kernels, `daemon.log`, `ssh/` (default `~/.local/state`) |
 | `$XDG_CONFIG_HOME/banger` | `config.toml` and the `ssh_config` of `banger ssh-config` (default `~/.config`) |
+| `/etc/banger/install.toml` | an installation of system mode: for its owner socket and state are `/run/banger/bangerd.sock` and `/var/lib/banger/state` |
+| `BANGER_MODE` | `user`: a daemon of your own although you own the installation; `system`: the installation's, or an error |
+| `BANGER_ROOT` | root directory below which an installation is looked for; `/` when absent |
 | `NO_COLOR`, `TERM` | colours; `TERM` is also handed to programs with a terminal |
 
 ";

@@ -20,6 +20,7 @@ fn groups_without_arguments_show_help() {
         &["kernel"],
         &["template"],
         &["daemon"],
+        &["system"],
     ] {
         let ran = home.run(arguments);
         assert_eq!(ran.status, Some(0), "{arguments:?}");

@@ -25,7 +25,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 use crate::commands::version;
 use crate::error::{Error, Kind, Result, reason};
-use crate::paths::Places;
+use crate::paths::{Installation, Places};
 
 mod detach;
 pub(crate) mod operation;
@@ -55,32 +55,50 @@ pub(crate) struct Client {
     socket: PathBuf,
     /// Start a daemon when there is none.
     start: bool,
+    /// Where the daemon is systemd's to start: the owner.
+    system: Option<u32>,
     idle: Mutex<Option<SendRequest<Body>>>,
 }
 
 impl Client {
     /// A client that starts the daemon when there is none.
     pub(crate) fn new(places: &Places) -> Result<Self> {
-        Ok(Self::at(places.socket()?, true))
+        Self::of(places, true)
     }
 
     /// A client that takes what is there.
     pub(crate) fn passive(places: &Places) -> Result<Self> {
-        Ok(Self::at(places.socket()?, false))
+        Self::of(places, false)
+    }
+
+    /// A client of the daemon of an installation, for root as well, which takes what is there.
+    pub(crate) fn installed(installation: &Installation) -> Self {
+        Self::at(installation.layout.socket(), false, Some(installation.record.owner.uid))
+    }
+
+    /// A client of some user's own daemon, for root.
+    pub(crate) fn of_user(socket: PathBuf, uid: u32) -> Self {
+        Self::at(socket, false, Some(uid))
+    }
+
+    fn of(places: &Places, start: bool) -> Result<Self> {
+        let system = places.system()?.map(|i| i.record.owner.uid);
+        Ok(Self::at(places.socket()?, start, system))
     }
 
     /// A client of the daemon at this socket.
-    pub(crate) fn at(socket: PathBuf, start: bool) -> Self {
+    pub(crate) fn at(socket: PathBuf, start: bool, system: Option<u32>) -> Self {
         Self {
             socket,
             start,
+            system,
             idle: Mutex::new(None),
         }
     }
 
     /// Another client of the same daemon, which does not start it.
     pub(crate) fn sibling(&self) -> Self {
-        Self::at(self.socket.clone(), false)
+        Self::at(self.socket.clone(), false, self.system)
     }
 
     /// Connects, so that the first request need not. Starts the daemon when there is none.
@@ -250,12 +268,15 @@ impl Client {
     }
 
     async fn connect(&self) -> Result<UnixStream> {
-        let first = match connect_once(&self.socket).await {
+        let first = match self.connect_once().await {
             Ok(stream) => return Ok(stream),
             Err(error) => error,
         };
         if !is_absent(&first) {
             return Err(unreachable(&self.socket, &first));
+        }
+        if self.system.is_some() {
+            return self.wait_for_unit().await;
         }
         if !self.start {
             return Err(Error::unavailable("the daemon is not running").hint("banger starts it when it is needed"));
@@ -264,7 +285,7 @@ impl Client {
         let mut started = start::start(&start::program()).await?;
         let mut tried = tokio::time::Instant::now();
         loop {
-            let error = match connect_once(&self.socket).await {
+            let error = match self.connect_once().await {
                 Ok(stream) => return Ok(stream),
                 Err(error) => error,
             };
@@ -279,6 +300,35 @@ impl Client {
                 tried = tokio::time::Instant::now();
             }
         }
+    }
+
+    /// The daemon is systemd's to start. One that is just being restarted is waited for.
+    async fn wait_for_unit(&self) -> Result<UnixStream> {
+        let deadline = tokio::time::Instant::now() + start::START_DEADLINE;
+        while self.start && tokio::time::Instant::now() < deadline && start::unit_is_coming(&self.socket).await {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            match self.connect_once().await {
+                Ok(stream) => return Ok(stream),
+                Err(error) if is_absent(&error) => {}
+                Err(error) => return Err(unreachable(&self.socket, &error)),
+            }
+        }
+        Err(Error::unavailable("the installed daemon is not running").hint(
+            "`sudo banger system restart` starts it; `systemctl status bangerd` and `banger system status` say what is wrong",
+        ))
+    }
+
+    async fn connect_once(&self) -> io::Result<UnixStream> {
+        let stream = UnixStream::connect(&self.socket).await?;
+        let peer = rustix::net::sockopt::socket_peercred(&stream)?.uid;
+        let expected = self.system.unwrap_or(rustix::process::getuid().as_raw());
+        if peer.as_raw() != expected && !peer.is_root() {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                format!("the socket is served by user {}", peer.as_raw()),
+            ));
+        }
+        Ok(stream)
     }
 
     async fn read<T: DeserializeOwned>(&self, path: &str, response: Response<Incoming>) -> Result<T> {
@@ -302,7 +352,10 @@ impl Client {
         if body.error.code == ErrorCode::BadRequest {
             // What this build sends is well formed for a daemon of the same build.
             if let Some(daemon) = Box::pin(self.daemon_version()).await {
-                return Some(skew(&daemon).unwrap_or_else(|| of_another_build(body.error.into(), &daemon)));
+                return Some(
+                    skew(&daemon, self.renew())
+                        .unwrap_or_else(|| of_another_build(body.error.into(), &daemon, self.renew())),
+                );
             }
         }
         Some(body.error.into())
@@ -310,10 +363,22 @@ impl Client {
 
     /// An answer that makes no sense: most likely a daemon of another version.
     async fn not_understood(&self, path: &str, what: &str) -> Error {
-        if let Some(error) = Box::pin(self.daemon_version()).await.and_then(|v| skew(&v)) {
+        if let Some(error) = Box::pin(self.daemon_version())
+            .await
+            .and_then(|v| skew(&v, self.renew()))
+        {
             return error;
         }
         Error::failed(format!("the daemon's answer to /v1/{path} was not understood: {what}"))
+    }
+
+    /// How a daemon of another build is replaced.
+    fn renew(&self) -> Renew {
+        if self.system.is_some() {
+            Renew::Install
+        } else {
+            Renew::Stop
+        }
     }
 
     async fn daemon_version(&self) -> Option<VersionInfo> {
@@ -336,8 +401,28 @@ impl Client {
     }
 }
 
+/// How a daemon of another build is replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Renew {
+    /// It is stopped; the next command starts one of this build.
+    Stop,
+    /// This build is installed.
+    Install,
+}
+
+impl Renew {
+    fn words(self) -> &'static str {
+        match self {
+            Self::Stop => "stop it with `banger daemon stop`; machines run on and the next one adopts them",
+            Self::Install => {
+                "install this one with `sudo banger system install`; machines run on and the new daemon adopts them"
+            }
+        }
+    }
+}
+
 /// The error for a daemon of another API version.
-pub(crate) fn skew(daemon: &VersionInfo) -> Option<Error> {
+pub(crate) fn skew(daemon: &VersionInfo, renew: Renew) -> Option<Error> {
     if daemon.api_version == API_VERSION {
         return None;
     }
@@ -347,34 +432,16 @@ pub(crate) fn skew(daemon: &VersionInfo) -> Option<Error> {
         daemon.api_version,
         env!("CARGO_PKG_VERSION"),
     );
-    Some(
-        Error::unavailable(message)
-            .hint("stop it with `banger daemon stop`; machines run on and the next one adopts them"),
-    )
+    Some(Error::unavailable(message).hint(renew.words()))
 }
 
 /// A refusal by a daemon of another build gets the hint that this may be why.
-fn of_another_build(mut error: Error, daemon: &VersionInfo) -> Error {
+fn of_another_build(mut error: Error, daemon: &VersionInfo, renew: Renew) -> Error {
     let same = daemon.version == env!("CARGO_PKG_VERSION") && daemon.commit == version::commit();
     if !same && error.hint.is_none() {
-        error.hint = Some(
-            "the running daemon is of another build; stop it with `banger daemon stop`: machines run on and the next one adopts them"
-                .to_owned(),
-        );
+        error.hint = Some(format!("the running daemon is of another build: {}", renew.words()));
     }
     error
-}
-
-async fn connect_once(socket: &Path) -> io::Result<UnixStream> {
-    let stream = UnixStream::connect(socket).await?;
-    let peer = rustix::net::sockopt::socket_peercred(&stream)?.uid;
-    if peer != rustix::process::getuid() && !peer.is_root() {
-        return Err(io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            format!("the socket is served by user {}", peer.as_raw()),
-        ));
-    }
-    Ok(stream)
 }
 
 fn is_absent(error: &io::Error) -> bool {
@@ -445,14 +512,15 @@ mod tests {
             commit: "unknown".into(),
             api_version: API_VERSION,
         };
-        assert_eq!(skew(&version), None);
-        let hint = of_another_build(Error::failed("unknown field `cold`"), &version).hint;
+        assert_eq!(skew(&version, Renew::Stop), None);
+        let hint = of_another_build(Error::failed("unknown field `cold`"), &version, Renew::Stop).hint;
         assert!(hint.unwrap().contains("another build"));
-        let error = skew(&VersionInfo {
+        let newer = VersionInfo {
             api_version: API_VERSION + 1,
             ..version
-        })
-        .unwrap();
-        assert!(error.hint.unwrap().contains("banger daemon stop"));
+        };
+        for (renew, words) in [(Renew::Stop, "banger daemon stop"), (Renew::Install, "system install")] {
+            assert!(skew(&newer, renew).unwrap().hint.unwrap().contains(words));
+        }
     }
 }

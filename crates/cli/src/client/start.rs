@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use banger_system::install::Layout;
+use banger_system::units;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
 
@@ -36,6 +38,25 @@ pub(crate) fn program() -> PathBuf {
         .and_then(|exe| exe.parent().map(|dir| dir.join("bangerd")))
         .filter(|path| path.is_file())
         .unwrap_or_else(|| PathBuf::from("bangerd"))
+}
+
+/// Whether systemd is about to bring up, or just bringing down, the installed daemon. Only for that of the host itself: a test's
+/// installation is not systemd's.
+pub(crate) async fn unit_is_coming(socket: &Path) -> bool {
+    if socket != Layout::default().socket() {
+        return false;
+    }
+    let asked = tokio::process::Command::new("systemctl")
+        .args(["is-active", units::DAEMON])
+        .stdin(Stdio::null())
+        .output()
+        .await;
+    asked.is_ok_and(|output| {
+        matches!(
+            output.stdout.trim_ascii(),
+            b"active" | b"activating" | b"deactivating" | b"reloading"
+        )
+    })
 }
 
 /// Starts the daemon detached and waits until it says that it is ready.

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::cli::{Context, OutputArgs, versioned};
-use crate::client::{Client, skew};
+use crate::client::{Client, Renew, skew};
 use crate::error::{Error, Kind, Result};
 use crate::printer::clean;
 use crate::table;
@@ -39,6 +39,7 @@ enum DaemonCommand {
     Start(StartArgs),
     Status(StatusArgs),
     Stop(StopArgs),
+    Restart(RestartArgs),
     Logs(LogsArgs),
 }
 
@@ -65,6 +66,14 @@ struct StatusArgs {
 #[command(after_help = "Example:\n  banger daemon stop")]
 struct StopArgs {}
 
+/// Stop the daemon and start it again; machines run on
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  banger daemon restart")]
+struct RestartArgs {
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
 /// Show the daemon's log
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  banger daemon logs -f")]
@@ -80,15 +89,34 @@ struct LogsArgs {
 impl DaemonArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         match self.command {
-            DaemonCommand::Start(args) => {
-                let status = context.block_on(async { Client::new(&context.places)?.get("daemon").await })?;
-                print(context, args.output, status)
-            }
+            DaemonCommand::Start(args) => start(context, args.output),
             DaemonCommand::Status(args) => args.run(context),
-            DaemonCommand::Stop(StopArgs {}) => context.block_on(stop(context)),
+            DaemonCommand::Stop(StopArgs {}) => {
+                systemds_to(context, "stop", "sudo systemctl stop bangerd")?;
+                context.block_on(stop(context))
+            }
+            DaemonCommand::Restart(args) => {
+                systemds_to(context, "restart", "sudo banger system restart")?;
+                context.block_on(stop(context))?;
+                start(context, args.output)
+            }
             DaemonCommand::Logs(args) => args.run(context),
         }
     }
+}
+
+/// In system mode the daemon is systemd's; stopping it takes root.
+fn systemds_to(context: &Context, verb: &str, command: &str) -> Result<()> {
+    if context.places.system()?.is_none() {
+        return Ok(());
+    }
+    let message = format!("the installed daemon is systemd's to {verb}");
+    Err(Error::new(Kind::Conflict, message).hint(format!("use `{command}`; machines run on")))
+}
+
+fn start(context: &Context, output: OutputArgs) -> Result<u8> {
+    let status = context.block_on(async { Client::new(&context.places)?.get("daemon").await })?;
+    print(context, output, status)
 }
 
 #[derive(Serialize)]
@@ -111,9 +139,17 @@ fn print(context: &Context, output: OutputArgs, status: DaemonStatus) -> Result<
         status.started_at,
         table::ago(&status.started_at, Timestamp::now())
     );
-    let other = skew(&status.version).map(|e| e.message);
+    let renew = if status.mode == "system" {
+        Renew::Install
+    } else {
+        Renew::Stop
+    };
+    let other = skew(&status.version, renew).map(|e| e.message);
+    // Older daemons have only this one.
+    let mode = if status.mode.is_empty() { "user" } else { &status.mode };
     context.printer.data(table::pairs([
         ("daemon", "running".to_owned()),
+        ("mode", mode.to_owned()),
         (
             "version",
             format!("{} (commit {})", status.version.version, status.version.commit),

@@ -30,16 +30,21 @@ impl DoctorArgs {
             let client = Client::new(&context.places)?;
             Ok(client.get::<Checks>("doctor").await?.checks)
         })?;
-        let failed = checks.iter().any(|c| c.level == CheckLevel::Fail);
-        if self.output.json() {
-            context
-                .printer
-                .json(&checks.into_iter().map(versioned).collect::<Vec<_>>())?;
-        } else {
-            context.printer.data(render(context, &checks))?;
-        }
-        Ok(if failed { 6 } else { 0 })
+        show(context, self.output, checks)
     }
+}
+
+/// Shows checks; the answer is the exit status.
+pub(crate) fn show(context: &Context, output: OutputArgs, checks: Vec<Check>) -> Result<u8> {
+    let failed = checks.iter().any(|c| c.level == CheckLevel::Fail);
+    if output.json() {
+        context
+            .printer
+            .json(&checks.into_iter().map(versioned).collect::<Vec<_>>())?;
+    } else {
+        context.printer.data(render(context, &checks))?;
+    }
+    Ok(if failed { 6 } else { 0 })
 }
 
 fn render(context: &Context, checks: &[Check]) -> String {

@@ -89,7 +89,7 @@ where
             });
         }
     });
-    (Client::at(path, false), guest)
+    (Client::at(path, false, None), guest)
 }
 
 async fn say<T: serde::Serialize>(socket: &mut Socket, kind: FrameKind, value: &T) {

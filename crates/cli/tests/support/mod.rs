@@ -35,6 +35,8 @@ impl Home {
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("HOME", self.dir.path())
             .env("XDG_RUNTIME_DIR", self.path("run"))
+            // Whatever is installed on the host that the tests run on is none of theirs.
+            .env("BANGER_ROOT", self.path("root"))
             .env("GIT_CONFIG_NOSYSTEM", "1")
             .current_dir(self.dir.path())
             .stdin(Stdio::null());
@@ -45,11 +47,27 @@ impl Home {
         Ran::from(self.command(Path::new(PROGRAM)).args(arguments).output().unwrap())
     }
 
+    /// Makes this host one on which banger is installed in system mode, for this user.
+    pub(crate) fn installed_for(&self, uid: u32) {
+        std::fs::create_dir_all(self.path("root/etc/banger")).unwrap();
+        std::fs::create_dir_all(self.path("root/run/banger")).unwrap();
+        let record = format!(
+            "version = 1\n[owner]\nuser = 'dev'\nuid = {uid}\ngid = {uid}\nhome = '/home/dev'\n\
+             [installed]\nat = '2026-11-22T10:00:00Z'\nversion = '0.1.0'\ncommit = 'c'\n"
+        );
+        std::fs::write(self.path("root/etc/banger/install.toml"), record).unwrap();
+    }
+
     /// Answers requests by method and path; everything else is not found. What was asked is noted, with its body.
     pub(crate) fn serve(&self, answers: &[(&str, u16, &str)]) -> Arc<Mutex<Vec<String>>> {
+        self.serve_at("run/banger/bangerd.sock", answers)
+    }
+
+    /// The same on another socket.
+    pub(crate) fn serve_at(&self, socket: &str, answers: &[(&str, u16, &str)]) -> Arc<Mutex<Vec<String>>> {
         let heard = Arc::new(Mutex::new(Vec::new()));
         let noted = Arc::clone(&heard);
-        let listener = UnixListener::bind(self.path("run/banger/bangerd.sock")).unwrap();
+        let listener = UnixListener::bind(self.path(socket)).unwrap();
         let answers: HashMap<String, (u16, String)> = answers
             .iter()
             .map(|(request, status, body)| ((*request).to_owned(), (*status, (*body).to_owned())))
