@@ -3,10 +3,10 @@
 #![allow(clippy::unwrap_used, reason = "a test may end this way")]
 
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-use support::{Home, MACHINE, PROGRAM, Ran};
+use support::{Home, MACHINE, Ran};
 
 mod support;
 
@@ -32,18 +32,29 @@ impl<'a> Owner<'a> {
         }
     }
 
-    fn run(&self, mode: &str, arguments: &[&str]) -> Ran {
+    fn command(&self) -> Command {
         let mut command = self.home.command(&self.program);
         if uid() != rustix::process::getuid().as_raw() {
+            let home = self.home.path("");
             let given = Command::new("chown")
                 .arg("-R")
                 .arg(uid().to_string())
-                .arg(self.home.path(""))
+                .arg(home)
                 .status();
             assert!(given.unwrap().success());
             command.uid(uid());
         }
-        Ran::from(command.env("BANGER_MODE", mode).args(arguments).output().unwrap())
+        command
+    }
+
+    fn run(&self, mode: &str, arguments: &[&str]) -> Ran {
+        Ran::from(
+            self.command()
+                .env("BANGER_MODE", mode)
+                .args(arguments)
+                .output()
+                .unwrap(),
+        )
     }
 }
 
@@ -154,27 +165,23 @@ fn what_is_roots_to_do_works_on_the_host_only() {
     );
 }
 
-/// Root's commands say so, and how.
+/// Root's commands say so, and how. Never run as root: that would be the host's own installation.
 #[test]
 fn somebody_who_is_not_root_is_told_to_be() {
-    if uid() == 0 {
-        return;
-    }
     let home = Home::new();
+    let owner = Owner::of(&home);
     for verb in ["install", "restart", "uninstall"] {
-        let mut command = home.command(Path::new(PROGRAM));
         let ran = Ran::from(
-            command
+            owner
+                .command()
                 .env_remove("BANGER_ROOT")
                 .args(["system", verb])
                 .output()
                 .unwrap(),
         );
         assert!(ran.status == Some(1) && ran.stderr.contains("needs root"), "{ran:?}");
-        assert!(
-            ran.stderr.contains(&format!("hint: sudo {PROGRAM} system {verb}")),
-            "{ran:?}"
-        );
+        let hint = format!("hint: sudo {} system {verb}", owner.program.display());
+        assert!(ran.stderr.contains(&hint), "{ran:?}");
     }
 }
 
