@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use banger_core::host::Accel;
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::Engine;
+use banger_vmm::firecracker::{self, Firecracker};
 use banger_vmm::qemu::{self, Qemu};
 use tokio::sync::Mutex;
 
@@ -24,10 +25,16 @@ pub const ALL: [&str; 2] = [QEMU, FIRECRACKER];
 pub struct Engines {
     qemu: OnceLock<Arc<dyn Engine>>,
     firecracker: OnceLock<Arc<dyn Engine>>,
+    warning: OnceLock<String>,
     looking: Mutex<()>,
 }
 
 impl Engines {
+    /// What is to be said about Firecracker's version, once it was found.
+    pub fn warning(&self) -> Option<&str> {
+        self.warning.get().map(String::as_str)
+    }
+
     /// The driver of a name. One that is not installed is looked for again at every request.
     pub async fn get(&self, name: &str, services: &Services) -> Result<Arc<dyn Engine>, ApiError> {
         let place = match name {
@@ -50,7 +57,12 @@ impl Engines {
         let engine = if name == QEMU {
             detect_qemu(services).await?
         } else {
-            detect_firecracker(services).await?
+            let found = detect_firecracker(services).await?;
+            if let Some(warning) = found.warning() {
+                tracing::warn!(warning, "firecracker");
+                let _ = self.warning.set(warning.to_owned());
+            }
+            Arc::new(found)
         };
         Ok(place.get_or_init(|| engine).clone())
     }
@@ -68,11 +80,18 @@ async fn detect_qemu(services: &Services) -> Result<Arc<dyn Engine>, ApiError> {
     Ok(Arc::new(detected.map_err(IntoApi::into_api)?))
 }
 
-async fn detect_firecracker(_services: &Services) -> Result<Arc<dyn Engine>, ApiError> {
-    Err(ApiError::new(
-        ErrorCode::Unsupported,
-        "the engine `firecracker` is not there",
-    ))
+async fn detect_firecracker(services: &Services) -> Result<Firecracker, ApiError> {
+    let mut options = firecracker::Options::new(shim(&services.libexec));
+    match services.hosting.get() {
+        // Root starts it, so only root says which.
+        Some(system) => {
+            options.binary = Some(system.record.firecracker.firecracker.clone());
+            options.jail = Some(system.jail());
+        }
+        None => options.binary = services.config.firecracker_bin.as_ref().map(PathBuf::from),
+    }
+    let detected = tokio::task::spawn_blocking(move || Firecracker::detect(options)).await;
+    detected.map_err(stopping)?.map_err(IntoApi::into_api)
 }
 
 fn stopping(e: tokio::task::JoinError) -> ApiError {

@@ -314,11 +314,15 @@ pub fn libexec() -> PathBuf {
 pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), StartError> {
     let Prepared {
         paths,
-        config,
+        mut config,
         hosting,
         socket,
         _locks,
     } = prepared;
+    if hosting.get().is_some() {
+        // Nobody but systemd would start it again.
+        config.daemon.idle_exit = Default::default();
+    }
     tracing::info!(version = version::VERSION, commit = version::COMMIT, mode = hosting.mode(), state = %paths.state.display(), "daemon starts");
     let db = Db::open(&paths.database())?;
     let ops = Arc::new(Ops::open(db.clone()).await?);
@@ -335,6 +339,9 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     // Every machine that may run has its tap before the rules are made.
     provision::seat(&services, &known);
     tokio::spawn(crate::host::watch(services.clone()));
+    if services.hosting.get().is_some() {
+        tokio::spawn(crate::dns::serve(services.clone()));
+    }
     let reconciling = services.clone();
     tokio::spawn(async move {
         reconciling.host().await;
@@ -348,6 +355,9 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     let served = server::serve(socket, services.clone()).await;
     services.stopping.cancel();
     let _ = std::fs::remove_file(&socket_path);
+    if let Some(system) = services.hosting.get() {
+        system.forget_names().await;
+    }
     services.db.checkpoint().await;
     tracing::info!("daemon ends, machines run on");
     served.map_err(|source| io_error("serve", &socket_path, source))

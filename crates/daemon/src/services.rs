@@ -62,7 +62,8 @@ pub struct Services {
     pub ready: watch::Sender<bool>,
     machines: RwLock<BTreeMap<MachineId, Arc<Machine>>>,
     host: OnceCell<HostFacts>,
-    engines: Engines,
+    /// Engine drivers.
+    pub engines: Engines,
 }
 
 impl std::fmt::Debug for Services {

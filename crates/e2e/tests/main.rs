@@ -36,6 +36,7 @@ mod sessions;
 mod snapshots;
 mod ssh;
 mod suspend;
+mod system_mode;
 mod templates;
 mod terminal;
 
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         copies::trials(),
         templates::trials(),
         suspend::trials(),
+        system_mode::trials(),
         snapshots::trials(),
         forks::trials(),
         ports::trials(),

@@ -139,6 +139,16 @@ fn collect(path: &Path, files: &mut Vec<PathBuf>) {
 }
 
 impl Base {
+    /// What it was made of, in a word.
+    pub(crate) fn made_of(&self) -> String {
+        key()
+    }
+
+    /// Copies what it has, but templates, to a directory as a user's own.
+    pub(crate) fn copy_to(&self, to: &Path, owner: u32) {
+        copy_tree(&self.state, to, owner);
+    }
+
     /// Gives an environment, in which no daemon has run yet, kernel and images.
     pub fn share_with(&self, env: &TestEnv) {
         let state = env.state();
@@ -159,6 +169,34 @@ impl Base {
             }
         }
     }
+}
+
+/// A copy of the tree as another user's, without what is of each daemon's own.
+fn copy_tree(from: &Path, to: &Path, owner: u32) {
+    let own = || std::os::unix::fs::chown(to, Some(owner), Some(owner)).expect("an owner");
+    let meta = std::fs::symlink_metadata(from).unwrap_or_else(|e| panic!("{}: {e}", from.display()));
+    let name = from.file_name().unwrap_or_default().to_string_lossy();
+    if ["machines", "ssh", "templates"].contains(&&*name) || name.ends_with(".log") || name.ends_with(".lock") {
+        return;
+    }
+    if meta.is_dir() {
+        std::fs::create_dir_all(to).unwrap_or_else(|e| panic!("{}: {e}", to.display()));
+        std::fs::set_permissions(to, meta.permissions()).expect("a directory's mode");
+        own();
+        for entry in std::fs::read_dir(from).expect("a directory of the base").flatten() {
+            copy_tree(&entry.path(), &to.join(entry.file_name()), owner);
+        }
+        return;
+    }
+    // Sparse files stay sparse.
+    let done = std::process::Command::new("cp")
+        .arg("--sparse=always")
+        .arg(from)
+        .arg(to)
+        .status();
+    assert!(done.is_ok_and(|s| s.success()), "cannot copy {}", from.display());
+    std::fs::set_permissions(to, meta.permissions()).expect("a file's mode");
+    own();
 }
 
 /// The same tree, its files being hard links.

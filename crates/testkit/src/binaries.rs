@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// The programs that have to stand side by side.
-pub const PROGRAMS: [&str; 4] = ["banger", "bangerd", "banger-agent", "banger-shim"];
+pub const PROGRAMS: [&str; 5] = ["banger", "bangerd", "banger-agent", "banger-shim", "banger-helper"];
 
 /// Directory of the programs: `BANGER_TEST_BIN`, else the release directory of cargo's target directory, else its debug one.
 pub fn directory() -> Result<&'static Path, String> {

@@ -7,7 +7,8 @@
 //! * [`terminal`]: the same on a terminal;
 //! * [`repository`]: git repositories to work on;
 //! * [`need`]: what a host must have for a test, and skipping where it has not;
-//! * [`processes`]: looking through `/proc`.
+//! * [`processes`]: looking through `/proc`;
+//! * [`system`]: an installation in system mode, in namespaces of its own.
 //!
 //! Everything here panics with a message when it fails: its callers are tests.
 #![allow(
@@ -26,10 +27,12 @@ pub mod http;
 pub mod need;
 pub mod processes;
 pub mod repository;
+pub mod system;
 pub mod terminal;
 
 pub use command::{Cmd, Done, Running};
 pub use env::TestEnv;
 pub use need::Need;
 pub use repository::Repository;
+pub use system::SystemEnv;
 pub use terminal::Terminal;

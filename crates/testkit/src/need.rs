@@ -26,12 +26,14 @@ pub enum Need {
     Root,
     /// A mount namespace of one's own with a tmpfs in it.
     MountNamespace,
+    /// System mode without systemd: root, network namespaces, taps, rules. Includes the base.
+    System,
 }
 
 /// What is missing, if anything. Fails where a missing package is a fault of the set-up.
 pub fn missing(needs: &[Need]) -> Option<String> {
     let (need, reason) = needs.iter().find_map(|&n| Some((n, lacks(n)?)))?;
-    let host_limit = matches!(need, Need::Root | Need::MountNamespace);
+    let host_limit = matches!(need, Need::Root | Need::MountNamespace | Need::System);
     assert!(host_limit || !in_ci(), "skipping is no choice under CI=true: {reason}");
     Some(reason)
 }
@@ -63,6 +65,22 @@ fn lacks(need: Need) -> Option<String> {
             .or_else(|| base::get().err()),
         Need::Ssh => lacks_program("ssh"),
         Need::Git => lacks_program("git"),
+        Need::System => lacks(Need::Root)
+            .or_else(|| {
+                ["nft", "ip", "setpriv", "nsenter", "unshare"]
+                    .into_iter()
+                    .find_map(lacks_program)
+            })
+            .or_else(|| (!Path::new("/dev/net/tun").exists()).then(|| "this host has no /dev/net/tun".to_owned()))
+            .or_else(|| {
+                let rules = std::process::Command::new("unshare")
+                    .args(["-n", "nft", "list", "ruleset"])
+                    .stderr(std::process::Stdio::null())
+                    .status()
+                    .is_ok_and(|s| s.success());
+                (!rules).then(|| "this host gives no network namespace with nftables in it".to_owned())
+            })
+            .or_else(|| lacks(Need::Base)),
         Need::Root => (!rustix::process::getuid().is_root()).then(|| "this test needs root".to_owned()),
         Need::MountNamespace => lacks_program("unshare").or_else(|| {
             let works = std::process::Command::new("unshare")

@@ -203,6 +203,12 @@ async fn answer(
         })
     } else if path.starts_with("/v1/sessions/") {
         session(request.into_body(), manner, seen, breaking)
+    } else if path == "/v1/connect" && manner == Manner::Flood {
+        let stream = futures_util::stream::repeat_with(move || {
+            seen.sent.fetch_add(64 * 1024, Ordering::SeqCst);
+            Ok(hyper::body::Frame::data(Bytes::from_static(&[7; 64 * 1024])))
+        });
+        Body::new(StreamBody::new(stream))
     } else if path == "/v1/connect" {
         request.into_body().map_err(Into::into).boxed_unsync()
     } else {

@@ -10,7 +10,8 @@ use axum::routing::get;
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_proto::frame::{Exit, Frame, Kind, Open};
 use futures_util::{SinkExt, StreamExt};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::time::{Instant, timeout};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -281,4 +282,91 @@ async fn raw_bytes_go_both_ways_and_each_direction_ends_alone() {
     socket.send(Message::Binary(Vec::new().into())).await.unwrap();
     let end = timeout(Duration::from_secs(5), socket.next()).await.unwrap();
     assert!(matches!(end, Some(Ok(Message::Close(_)))), "{end:?}");
+}
+
+/// Both ends of a connection to a forwarded port.
+async fn forwarded() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    (client, listener.accept().await.unwrap().0)
+}
+
+#[tokio::test]
+async fn a_forwarded_connection_ends_each_way_by_itself() {
+    let (link, _) = link(Manner::Good);
+    let (mut client, host) = forwarded().await;
+    let data: Vec<u8> = (0..1_000_000u32).map(|i| (i >> 4) as u8).collect();
+    let talks = async {
+        let (mut read, mut write) = client.split();
+        let mut back = Vec::new();
+        let writes = async {
+            write.write_all(&data).await.unwrap();
+            write.shutdown().await.unwrap();
+        };
+        let ((), n) = tokio::join!(writes, read.read_to_end(&mut back));
+        assert!(n.unwrap() == data.len() && back == data);
+    };
+    let (relayed, ()) = tokio::join!(relay::tcp(&host, &link, 80), talks);
+    relayed.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_ends_its_connection() {
+    let (link, _) = link(Manner::Good);
+    let (mut client, host) = forwarded().await;
+    let relayed = tokio::spawn(async move { relay::tcp(&host, &link, 80).await });
+    client.write_all(b"x").await.unwrap();
+    client.read_exact(&mut [0]).await.unwrap();
+    rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
+    drop(client);
+    timeout(Duration::from_secs(5), relayed)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_that_floods_a_connection_waits_for_its_client() {
+    let (link, seen) = link(Manner::Flood);
+    let (mut client, host) = forwarded().await;
+    let relayed = tokio::spawn(async move { relay::tcp(&host, &link, 80).await });
+    let mut first = [0; 1024];
+    client.read_exact(&mut first).await.unwrap();
+    let mut before = 0;
+    // It comes to rest when all buffers are full.
+    timeout(Duration::from_secs(20), async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let now = seen.sent.load(Ordering::SeqCst);
+            if now == before {
+                return;
+            }
+            before = now;
+        }
+    })
+    .await
+    .unwrap();
+    assert!(before < 64 << 20, "{before} bytes are held");
+    drop(client);
+    timeout(Duration::from_secs(10), relayed)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
+async fn only_what_answers_as_http_is_http() {
+    for manner in [Manner::Good, Manner::Flood] {
+        let (link, _) = link(manner);
+        let asked = timeout(Duration::from_secs(5), relay::is_http(&link, 80)).await;
+        assert!(!asked.unwrap().unwrap(), "{manner:?}");
+    }
+    let (link, _) = link(Manner::Mute);
+    assert!(
+        timeout(Duration::from_millis(200), relay::is_http(&link, 80))
+            .await
+            .is_err()
+    );
 }

@@ -1,6 +1,5 @@
 //! What `doctor` says of system mode. Looks only.
 
-use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -129,8 +128,11 @@ async fn firecracker(services: &Services, system: &System) -> Vec<Check> {
     if checks.iter().all(|c| c.level == CheckLevel::Pass) {
         checks.push(match services.engine(FIRECRACKER).await {
             Ok(engine) => {
-                let text = format!("version {}", engine.capabilities().version);
-                check("firecracker version", CheckLevel::Pass, text, None)
+                let version = &engine.capabilities().version;
+                match services.engines.warning() {
+                    Some(warning) => check("firecracker version", CheckLevel::Warn, warning, None),
+                    None => check("firecracker version", CheckLevel::Pass, version.clone(), None),
+                }
             }
             Err(e) => check("firecracker version", CheckLevel::Warn, e.message, e.hint),
         });
@@ -292,18 +294,14 @@ fn network(system: &System) -> Vec<Check> {
     checks
 }
 
-/// Whether names below `.vm` are answered: somebody has the port, and that should be this daemon.
+/// Whether names below `.vm` are answered, and by whom they are asked for.
 fn names(services: &Services, system: &System) -> Check {
     let port = services.config.network.dns_port;
-    let taken = UdpSocket::bind(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)).is_err();
-    if !taken {
-        let text = format!("nobody serves 127.0.0.1:{port}: NAME.vm is not known");
-        return check(
-            "names",
-            CheckLevel::Fail,
-            text,
-            Some("banger daemon restart".to_owned()),
-        );
+    if let crate::dns::State::Failed { address, why } = services.dns.state() {
+        let hint =
+            "end whoever has that port, or give banger another one: dns_port = … under [network] in the configuration";
+        let text = format!("names below .vm are not served at {address}: {why}");
+        return check("names", CheckLevel::Fail, text, Some(hint.to_owned()));
     }
     let resolved = system.layout.root().join("run/systemd/resolve").is_dir();
     let text = format!("*.vm at 127.0.0.1:{port}");

@@ -174,38 +174,29 @@ impl Client {
             return Err(broken(format!("{} descriptors are too many", files.len())));
         }
         let by = began + after;
-        let reply = loop {
-            let (mut stream, reused) = match self.take() {
-                Some(stream) => (stream, true),
-                None => (self.connect(by).await?, false),
-            };
-            let fault = match timeout_at(by, exchange(&mut stream, &frame, &files)).await {
-                Err(_) => return Err(CallError::Late { method, after }),
-                Ok(Ok(reply)) => {
-                    self.keep(stream);
-                    break reply;
-                }
-                Ok(Err(fault)) => fault,
-            };
-            match fault {
-                // Nobody was there any more when it was sent, or the helper ended with it in hand.
-                Fault::Silent(e) if reused || twice => {
-                    tracing::info!(method, error = %e, reused, "the root helper was restarted; once more");
-                    self.forget();
-                    let mut stream = self.connect(by).await?;
-                    match timeout_at(by, exchange(&mut stream, &frame, &files)).await {
-                        Err(_) => return Err(CallError::Late { method, after }),
-                        Ok(Ok(reply)) => {
-                            self.keep(stream);
-                            break reply;
-                        }
-                        Ok(Err(Fault::Silent(e))) => return Err(broken(e.to_string())),
-                        Ok(Err(Fault::Answer(why))) => return Err(broken(why)),
-                    }
-                }
-                Fault::Silent(e) => return Err(broken(e.to_string())),
-                Fault::Answer(why) => return Err(broken(why)),
+        let (stream, reused) = match self.take() {
+            Some(stream) => (stream, true),
+            None => (self.connect(by).await?, false),
+        };
+        let late = || CallError::Late { method, after };
+        let told = |fault| match fault {
+            Fault::Silent(e) => broken(e.to_string()),
+            Fault::Answer(why) => broken(why),
+        };
+        let reply = match timeout_at(by, self.over(stream, &frame, &files))
+            .await
+            .map_err(|_| late())?
+        {
+            Ok(reply) => reply,
+            // Nobody was there any more when it was sent, or the helper ended with it in hand.
+            Err(Fault::Silent(e)) if twice => {
+                tracing::info!(method, error = %e, reused, "the root helper was restarted; once more");
+                self.forget();
+                let stream = self.connect(by).await?;
+                let again = timeout_at(by, self.over(stream, &frame, &files)).await;
+                again.map_err(|_| late())?.map_err(told)?
             }
+            Err(fault) => return Err(told(fault)),
         };
         let ms = began.elapsed().as_secs_f64() * 1000.0;
         match reply {
@@ -218,6 +209,13 @@ impl Client {
                 Err(CallError::Refused { method, error })
             }
         }
+    }
+
+    /// One call over one connection, which is kept when it went well.
+    async fn over(&self, mut stream: UnixStream, frame: &[u8], files: &[OwnedFd]) -> Result<Reply, Fault> {
+        let reply = exchange(&mut stream, frame, files).await?;
+        self.keep(stream);
+        Ok(reply)
     }
 
     fn kept(&self) -> std::sync::MutexGuard<'_, Vec<UnixStream>> {

@@ -42,6 +42,9 @@ pub use upkeep::watch;
 use crate::blocking::blocking;
 use crate::error;
 
+/// How long the end of the daemon waits for the host's resolver to be told.
+const FORGET: Duration = Duration::from_secs(2);
+
 /// The host's part in machines.
 #[derive(Debug)]
 pub struct Host(Option<Arc<System>>);
@@ -258,7 +261,18 @@ impl System {
     async fn attach(&self, wants: Wants) -> Result<(), ApiError> {
         let one = self.one(&wants.id);
         let _one = one.lock().await;
-        let (tap, disks) = tokio::join!(self.tap(&wants), self.disks(&wants));
+        let done = self.all(&wants).await;
+        if !matches!(&done, Err(e) if e.code == ErrorCode::Conflict) {
+            return done;
+        }
+        // Something of an earlier engine of this machine, which is gone, could not be removed then.
+        tracing::warn!(machine = %wants.id, "what is left of an earlier start is removed first");
+        self.remove(&wants.id).await?;
+        self.all(&wants).await
+    }
+
+    async fn all(&self, wants: &Wants) -> Result<(), ApiError> {
+        let (tap, disks) = tokio::join!(self.tap(wants), self.disks(wants));
         tap.and(disks)
     }
 
@@ -331,9 +345,17 @@ impl System {
 
     async fn release(&self, id: &MachineId) -> Result<(), ApiError> {
         let one = self.one(id);
-        let _one = one.lock().await;
-        let _turn = self.turn.read().await;
-        self.remove(id).await
+        let released = {
+            let _one = one.lock().await;
+            let _turn = self.turn.read().await;
+            self.remove(id).await
+        };
+        // Whoever waits for it has its own handle; the next one makes it anew.
+        let mut each = lock(&self.each);
+        if each.get(id).is_some_and(|known| Arc::strong_count(known) <= 2) {
+            each.remove(id);
+        }
+        released
     }
 
     async fn remove(&self, id: &MachineId) -> Result<(), ApiError> {
@@ -343,7 +365,6 @@ impl System {
         };
         self.call(request).await?;
         lock(&self.members).remove(id);
-        lock(&self.each).remove(id);
         Ok(())
     }
 
@@ -416,6 +437,27 @@ impl System {
         match self.call(request).await? {
             Answer::Inventory { objects } => Ok(objects),
             other => Err(odd(&other)),
+        }
+    }
+
+    /// Has the host's resolver ask this daemon for names below `.vm`. False: it has none that can be told.
+    pub async fn route_names(&self, port: u16) -> Result<bool, ApiError> {
+        let request = Request::ResolverSet {
+            net: self.net.clone(),
+            port,
+        };
+        match self.call(request).await? {
+            Answer::Resolver { routed } => Ok(routed),
+            other => Err(odd(&other)),
+        }
+    }
+
+    /// The opposite, when nobody answers any more.
+    pub async fn forget_names(&self) {
+        let request = Request::ResolverClear { net: self.net.clone() };
+        let told = tokio::time::timeout(FORGET, self.client.call(request)).await;
+        if !matches!(told, Ok(Ok(_))) {
+            tracing::debug!("the host's resolver is not told that names are not served any more");
         }
     }
 

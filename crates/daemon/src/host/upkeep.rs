@@ -11,11 +11,14 @@ use banger_system::helper::DiskStatus;
 use tokio::time::Instant;
 
 use super::System;
+use crate::dns;
 use crate::machine::Machine;
 use crate::services::Services;
 
 /// How often everything is looked at.
 const OFTEN: Duration = Duration::from_secs(10);
+/// How often the host's resolver is told again: it may have been restarted.
+const SELDOM: Duration = Duration::from_secs(60);
 
 /// Looks after the host until the daemon stops.
 pub async fn watch(services: Arc<Services>) {
@@ -23,8 +26,21 @@ pub async fn watch(services: Arc<Services>) {
         return;
     };
     let mut told = None;
+    let mut routed: Option<(bool, Instant)> = None;
     loop {
         tell_once(&mut told, system.setup().await);
+        let due = routed.is_none_or(|(_, at)| at.elapsed() >= SELDOM);
+        if told.is_none() && due && matches!(services.dns.state(), dns::State::Listening(_)) {
+            match system.route_names(services.config.network.dns_port).await {
+                Ok(now) => {
+                    if routed.map(|(was, _)| was) != Some(now) {
+                        tracing::info!(routed = now, "names below .vm");
+                    }
+                    routed = Some((now, Instant::now()));
+                }
+                Err(e) => tracing::warn!(error = %e.message, "the host's resolver is not told of names below .vm"),
+            }
+        }
         // Between two such looks only the taps that were taken are made up for: whoever takes one finds the rules whole, or says so.
         let next = Instant::now() + OFTEN;
         disks(&services, &system).await;

@@ -100,19 +100,24 @@ pub async fn find(
     kept: Option<&Handles>,
     made_for: Option<&str>,
 ) -> Liveness {
-    let known = kept.map(|h| h.engine.as_str()).or(made_for);
+    let known: Vec<&str> = engines::ALL
+        .into_iter()
+        .filter(|name| kept.is_some_and(|h| h.engine == *name) || made_for == Some(name))
+        .collect();
+    let names = if known.is_empty() {
+        engines::ALL.to_vec()
+    } else {
+        known.clone()
+    };
     let mut gone = Liveness::Gone("no process of this machine was found".to_owned());
-    for name in engines::ALL {
-        if known.is_some_and(|known| known != name) {
-            continue;
-        }
+    for name in names {
         match services.engine(name).await {
-            Ok(engine) => match engine.find(id, paths, kept).await {
+            Ok(engine) => match engine.find(id, paths, kept.filter(|h| h.engine == name)).await {
                 Liveness::Gone(why) => gone = Liveness::Gone(why),
                 found => return found,
             },
             // An engine that is not installed has no machines, unless it is known to have this one.
-            Err(e) if known.is_some() => return Liveness::Unclear(e.message),
+            Err(e) if known.contains(&name) => return Liveness::Unclear(e.message),
             Err(_) => {}
         }
     }

@@ -10,7 +10,7 @@
 //!   engine ended ─▶ disks.new/, restored.new/ prepared ─▶ disks exchanged ─▶ restored.new/ becomes suspended/ ─▶ woken
 //! ```
 //!
-//! Cut off before the exchange it is undone, after it it is gone on with ([`settle`]): the memory knows the layers it belongs to.
+//! Cut off before the exchange it is undone, after it it is gone on with ([`settle`]): a mark among the disks tells.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,6 +35,8 @@ use crate::ops::Op;
 
 /// Begins the name of one that is being taken.
 const STAGING: &str = ".new-";
+/// Among disks that were prepared for a restore: once they are the machine's, it is gone on with.
+const RESTORING: &str = "restoring";
 
 fn place(m: &Machine, name: &str) -> PathBuf {
     m.paths.snapshots().join(name)
@@ -227,7 +229,10 @@ pub async fn restore(m: &Arc<Machine>, stages: &mut Stages, name: &str) -> Resul
 fn prepare(m: &Machine, checkpoint: &Checkpoint) -> Result<(), ApiError> {
     let (fresh, restored) = restoring(m);
     clear(m)?;
+    stop::remove_file(&m.paths.disks().join(RESTORING))?;
     disks::create_over(&fresh, &checkpoint.disks())?;
+    let mark = fresh.join(RESTORING);
+    std::fs::write(&mark, []).map_err(|e| error::io(format_args!("write {}", mark.display()), e))?;
     if checkpoint.manifest.memory.is_none() {
         return Ok(());
     }
@@ -265,7 +270,8 @@ async fn put_in_place(m: &Arc<Machine>, checkpoint: &Checkpoint) -> Result<(), A
         })
         .await?;
     }
-    remove_dir(&old)
+    remove_dir(&old)?;
+    stop::remove_file(&m.paths.disks().join(RESTORING))
 }
 
 fn clear(m: &Machine) -> Result<(), ApiError> {
@@ -287,6 +293,8 @@ pub async fn settle(m: &Arc<Machine>) -> Result<(), ApiError> {
         (Ok(Some(checkpoint)), Ok(list)) if checkpoint.manifest.layers == list.layers => Some(checkpoint),
         _ => None,
     };
+    // The layers alone do not tell: those of the latest snapshot are the machine's before the exchange, too.
+    let belongs = belongs.filter(|_| m.paths.disks().join(RESTORING).exists());
     match belongs {
         Some(checkpoint) if m.state() == MachineState::Stopped => {
             tracing::info!(machine = %m.id, "a restore that was cut off is gone on with");

@@ -67,7 +67,12 @@ pub async fn build(services: &Arc<Services>, id: &str, spec: &MachineSpec, op: &
         paths: paths(services, &staging, &machine),
         services: services.clone(),
         id: machine,
-        spec: spec.clone(),
+        // It reaches nobody, and nobody reaches it.
+        spec: MachineSpec {
+            nat: spec.network != "bridge",
+            net_group: None,
+            ..spec.clone()
+        },
         staging,
     };
     let (place, op) = (services.paths.templates().join(id), op.clone());
