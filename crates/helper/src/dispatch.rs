@@ -1,11 +1,12 @@
 //! From a call to the module that carries it out: gates that concern every method, and who waits for whom.
 //!
-//! Calls of different connections run side by side. What changes a machine holds that machine, what changes the network holds the
-//! network; what only reads, and a signal (a launch that hangs must not keep its engine from being killed), holds nothing.
+//! Calls of different connections run side by side. What changes a machine holds that machine; what changes a tap holds its slot, so
+//! that taking one does not wait for others that are made or removed; what changes the whole network waits for all of these. What
+//! only reads, and a signal (a launch that hangs must not keep its engine from being killed), holds nothing.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use banger_system::helper::{
     Answer, Call, DiskRole, HelperCode, HelperError, JailFile, MAX_SLOTS, Request, TapRules, VERSION,
@@ -16,37 +17,76 @@ use banger_system::net::Network;
 use crate::ctx::{Ctx, error};
 use crate::{disk, engine, inventory, net};
 
-/// Which machines a call is changing just now.
+/// What calls are changing just now.
 #[derive(Debug, Default)]
 pub(crate) struct Locks {
-    machines: Mutex<HashSet<MachineId>>,
-    freed: Condvar,
-    network: Mutex<()>,
+    machines: Set<MachineId>,
+    slots: Set<u32>,
+    network: RwLock<()>,
+    /// Held while the elements of the rules are read and changed.
+    rules: Mutex<()>,
 }
 
-/// One machine, held.
-struct Held<'a>(&'a Locks, MachineId);
+/// Things of which each is held by one call at most.
+#[derive(Debug)]
+struct Set<T> {
+    held: Mutex<BTreeSet<T>>,
+    freed: Condvar,
+}
 
-impl Locks {
-    fn machine(&self, id: &MachineId) -> Held<'_> {
-        let mut held = self.machines.lock().unwrap_or_else(PoisonError::into_inner);
-        while held.contains(id) {
+impl<T> Default for Set<T> {
+    fn default() -> Self {
+        Self {
+            held: Mutex::default(),
+            freed: Condvar::new(),
+        }
+    }
+}
+
+/// Some of them, held.
+struct Held<'a, T: Ord>(&'a Set<T>, Vec<T>);
+
+impl<T: Ord + Clone> Set<T> {
+    /// Waits until nobody has any of them, and takes them all at once.
+    fn hold(&self, wanted: &[T]) -> Held<'_, T> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        while wanted.iter().any(|one| held.contains(one)) {
             held = self.freed.wait(held).unwrap_or_else(PoisonError::into_inner);
         }
-        held.insert(id.clone());
-        Held(self, id.clone())
-    }
-
-    fn network(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.network.lock().unwrap_or_else(PoisonError::into_inner)
+        held.extend(wanted.iter().cloned());
+        Held(self, wanted.to_vec())
     }
 }
 
-impl Drop for Held<'_> {
+impl<T: Ord> Drop for Held<'_, T> {
     fn drop(&mut self) {
-        let mut held = self.0.machines.lock().unwrap_or_else(PoisonError::into_inner);
-        held.remove(&self.1);
+        let mut held = self.0.held.lock().unwrap_or_else(PoisonError::into_inner);
+        self.1.iter().for_each(|one| {
+            held.remove(one);
+        });
         self.0.freed.notify_all();
+    }
+}
+
+impl Locks {
+    fn machine(&self, id: &MachineId) -> Held<'_, MachineId> {
+        self.machines.hold(std::slice::from_ref(id))
+    }
+
+    /// The whole network.
+    fn network(&self) -> RwLockWriteGuard<'_, ()> {
+        self.network.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The taps of some slots.
+    fn taps(&self, slots: &[u32]) -> (RwLockReadGuard<'_, ()>, Held<'_, u32>) {
+        let network = self.network.read().unwrap_or_else(PoisonError::into_inner);
+        (network, self.slots.hold(slots))
+    }
+
+    /// The rules' elements.
+    pub(crate) fn rules(&self) -> MutexGuard<'_, ()> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -78,13 +118,13 @@ pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) 
         }
         Request::NetworkRemove { net } => {
             let _held = locks.network();
-            done(net::remove(ctx, &net))
+            done(net::remove(locks, &net))
         }
         Request::TapsWarm { net, slots } => {
             bounded(slots.len())?;
             slots.iter().try_for_each(|slot| check_slot(&net, *slot))?;
-            let _held = locks.network();
-            done(net::warm(ctx, &net, &slots))
+            let _held = locks.taps(&slots);
+            done(net::warm(ctx, locks, &net, &slots))
         }
         Request::TapTake {
             net,
@@ -95,20 +135,20 @@ pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) 
             check_rules(&net, &rules)?;
             check_user(user, Some(rules.slot))?;
             let _machine = locks.machine(&machine);
-            let _held = locks.network();
-            net::take(ctx, &net, &machine, user, &rules)
+            let _held = locks.taps(&[rules.slot]);
+            net::take(ctx, locks, &net, &machine, user, &rules)
         }
         Request::TapChange { net, machine, rules } => {
             check_rules(&net, &rules)?;
             let _machine = locks.machine(&machine);
-            let _held = locks.network();
-            done(net::change(&net, &machine, &rules))
+            let _held = locks.taps(&[rules.slot]);
+            done(net::change(locks, &net, &machine, &rules))
         }
         Request::TapDrop { net, machine, slot } => {
             check_slot(&net, slot)?;
             let _machine = locks.machine(&machine);
-            let _held = locks.network();
-            done(net::drop(&net, &machine, slot))
+            let _held = locks.taps(&[slot]);
+            done(net::drop(locks, &net, &machine, slot))
         }
         Request::ResolverSet { net, port } => {
             if port == 0 {
@@ -197,7 +237,7 @@ fn done(result: Result<(), HelperError>) -> Result<Answer, HelperError> {
     result.map(|()| Answer::Done)
 }
 
-/// Everything of a machine. No step waits for the success of another; what failed is collected.
+/// Everything of a machine, which is held. No step waits for the success of another; what failed is collected.
 fn remove(ctx: &Ctx, locks: &Locks, net: &Network, machine: &MachineId) -> Result<(), HelperError> {
     let mut failures = Vec::new();
     let mut step = |what: &str, result: Result<(), HelperError>| {
@@ -209,8 +249,11 @@ fn remove(ctx: &Ctx, locks: &Locks, net: &Network, machine: &MachineId) -> Resul
     step("engine", engine::end(ctx, machine));
     step("scope", engine::end_scope(ctx, machine));
     step("tap", {
-        let _held = locks.network();
-        net::drop_all(net, machine)
+        // A machine that is held gets no other tap meanwhile.
+        net::slots(machine).and_then(|slots| {
+            let _held = locks.taps(&slots);
+            net::drop_all(locks, net, machine)
+        })
     });
     step("disks", disk::detach(ctx, machine));
     step("jail", engine::remove_jail(ctx, machine));

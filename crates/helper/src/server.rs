@@ -25,8 +25,8 @@ use crate::dispatch::{Locks, dispatch};
 const CALL_LIMIT: Duration = Duration::from_secs(5);
 /// Most connections.
 const MAX_CONNECTIONS: usize = 64;
-/// How long an end waits for the calls that are being carried out.
-const END_LIMIT: Duration = Duration::from_secs(20);
+/// How long an end waits for the calls that are being carried out; less than systemd does.
+const END_LIMIT: Duration = Duration::from_secs(15);
 /// Bytes for the descriptors of one message: as many as the kernel lets through at once, so that too many are seen as such.
 const CONTROL: usize = 16 + 253 * 4 + 64;
 

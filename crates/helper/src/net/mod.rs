@@ -25,7 +25,7 @@ use banger_system::names::{ALIAS_PREFIX, NFT_TABLE, of_alias};
 use banger_system::net::{Network, tap, tap_slot};
 
 use crate::ctx::{Ctx, failed};
-use crate::dispatch::collected;
+use crate::dispatch::{Locks, collected};
 use links::{Link, Links};
 use nft::{Family, Tables};
 
@@ -51,7 +51,7 @@ pub(crate) fn setup(ctx: &Ctx, net: &Network, told: &[TapRules]) -> Result<(), H
 }
 
 /// The opposite. Refused while a machine's tap is there.
-pub(crate) fn remove(_ctx: &Ctx, net: &Network) -> Result<(), HelperError> {
+pub(crate) fn remove(locks: &Locks, net: &Network) -> Result<(), HelperError> {
     let mut links = Links::open().map_err(unread)?;
     let bridge = bridge::find(&mut links, net)?;
     let all = links.all().map_err(unread)?;
@@ -69,7 +69,7 @@ pub(crate) fn remove(_ctx: &Ctx, net: &Network) -> Result<(), HelperError> {
             failures.extend(e.details);
         }
     };
-    step(taps::delete(&mut links, net, &idle));
+    step(taps::delete(locks, &mut links, net, &idle));
     if let Some(link) = bridge {
         let done = bridge::gone(links.delete(link.index));
         step(done.map_err(|e| failed(format_args!("remove the bridge `{}`", link.name), e)));
@@ -81,19 +81,20 @@ pub(crate) fn remove(_ctx: &Ctx, net: &Network) -> Result<(), HelperError> {
 }
 
 /// Makes idle taps.
-pub(crate) fn warm(ctx: &Ctx, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
-    taps::warm(ctx, net, slots)
+pub(crate) fn warm(ctx: &Ctx, locks: &Locks, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
+    taps::warm(ctx, locks, net, slots)
 }
 
 /// Makes a slot's tap a machine's.
 pub(crate) fn take(
     ctx: &Ctx,
+    locks: &Locks,
     net: &Network,
     machine: &MachineId,
     user: EngineUser,
     rules: &TapRules,
 ) -> Result<Answer, HelperError> {
-    let pooled = taps::take(ctx, net, machine, user, rules)?;
+    let pooled = taps::take(ctx, locks, net, machine, user, rules)?;
     Ok(Answer::Tap {
         name: tap(rules.slot),
         pooled,
@@ -101,18 +102,23 @@ pub(crate) fn take(
 }
 
 /// Changes the rules of a machine's tap.
-pub(crate) fn change(net: &Network, machine: &MachineId, rules: &TapRules) -> Result<(), HelperError> {
-    taps::change(net, machine, rules)
+pub(crate) fn change(locks: &Locks, net: &Network, machine: &MachineId, rules: &TapRules) -> Result<(), HelperError> {
+    taps::change(locks, net, machine, rules)
 }
 
 /// Removes a machine's tap and its rules.
-pub(crate) fn drop(net: &Network, machine: &MachineId, slot: u32) -> Result<(), HelperError> {
-    taps::drop(net, machine, slot)
+pub(crate) fn drop(locks: &Locks, net: &Network, machine: &MachineId, slot: u32) -> Result<(), HelperError> {
+    taps::drop(locks, net, machine, slot)
+}
+
+/// Slots of a machine's taps.
+pub(crate) fn slots(machine: &MachineId) -> Result<Vec<u32>, HelperError> {
+    taps::of_machine(machine)
 }
 
 /// Removes all taps of a machine.
-pub(crate) fn drop_all(net: &Network, machine: &MachineId) -> Result<(), HelperError> {
-    taps::drop_all(net, machine)
+pub(crate) fn drop_all(locks: &Locks, net: &Network, machine: &MachineId) -> Result<(), HelperError> {
+    taps::drop_all(locks, net, machine)
 }
 
 /// Has the host's resolver ask the daemon. False: there is none to tell.

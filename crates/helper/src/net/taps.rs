@@ -14,7 +14,7 @@ use super::rules::{self, Elements};
 use super::tun::Tap;
 use super::{bridge, unread};
 use crate::ctx::{Ctx, error, failed};
-use crate::dispatch::collected;
+use crate::dispatch::{Locks, collected};
 
 /// How many taps are made at the same time.
 const MAKERS: usize = 4;
@@ -83,7 +83,8 @@ fn elements(tables: &mut Tables, net: &Network) -> Result<Elements, HelperError>
 }
 
 /// Has a slot's rules be these; nothing is started where they are already.
-fn let_pass(tables: &mut Tables, net: &Network, rules: &TapRules) -> Result<(), HelperError> {
+fn let_pass(locks: &Locks, tables: &mut Tables, net: &Network, rules: &TapRules) -> Result<(), HelperError> {
+    let _held = locks.rules();
     let have = elements(tables, net)?;
     if have.has(rules) {
         return Ok(());
@@ -93,8 +94,19 @@ fn let_pass(tables: &mut Tables, net: &Network, rules: &TapRules) -> Result<(), 
     apply(&rules::changes(net, &have, &want))
 }
 
+/// Has some slots' rules be those of idle taps, in one batch.
+fn let_idle_pass(locks: &Locks, tables: &mut Tables, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
+    let _held = locks.rules();
+    let have = elements(tables, net)?;
+    let mut want = have.clone();
+    slots.iter().for_each(|slot| want.set(&rules::idle(*slot)));
+    apply(&rules::changes(net, &have, &want))
+}
+
 /// Has some slots have no rules. Where the tables are gone there is nothing to do.
-fn close(tables: &mut Tables, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
+fn close(locks: &Locks, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
+    let _held = locks.rules();
+    let mut tables = Tables::open().map_err(unread)?;
     let Some(have) = tables.elements(net).map_err(unread)? else {
         return Ok(());
     };
@@ -125,7 +137,7 @@ fn make(ctx: &Ctx, links: &mut Links, net: &Network, slot: u32, whose: (&str, u3
 }
 
 /// Makes idle taps.
-pub(crate) fn warm(ctx: &Ctx, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
+pub(crate) fn warm(ctx: &Ctx, locks: &Locks, net: &Network, slots: &[u32]) -> Result<(), HelperError> {
     let mut links = Links::open().map_err(unread)?;
     bridge::there(&mut links, net)?;
     let there: BTreeSet<String> = links.all().map_err(unread)?.into_iter().map(|link| link.name).collect();
@@ -139,7 +151,7 @@ pub(crate) fn warm(ctx: &Ctx, net: &Network, slots: &[u32]) -> Result<(), Helper
         return Ok(());
     }
     let mut tables = Tables::open().map_err(unread)?;
-    let have = elements(&mut tables, net)?;
+    elements(&mut tables, net)?;
     let share = missing.len().div_ceil(MAKERS);
     let (made, failures) = std::thread::scope(|scope| {
         let work = |slots: &[u32]| -> Vec<Result<u32, String>> {
@@ -164,16 +176,19 @@ pub(crate) fn warm(ctx: &Ctx, net: &Network, slots: &[u32]) -> Result<(), Helper
         let made: Vec<u32> = results.iter().filter_map(|result| result.clone().ok()).collect();
         (made, results.into_iter().filter_map(Result::err).collect::<Vec<_>>())
     });
-    let mut want = have.clone();
-    made.iter().for_each(|slot| want.set(&rules::idle(*slot)));
     let mut failures = failures;
-    failures.extend(apply(&rules::changes(net, &have, &want)).err().map(|e| e.to_string()));
+    failures.extend(
+        let_idle_pass(locks, &mut tables, net, &made)
+            .err()
+            .map(|e| e.to_string()),
+    );
     collected("cannot make all idle taps".to_owned(), failures)
 }
 
 /// Makes a slot's tap a machine's. True: it had been made ahead.
 pub(crate) fn take(
     ctx: &Ctx,
+    locks: &Locks,
     net: &Network,
     machine: &MachineId,
     user: EngineUser,
@@ -191,7 +206,7 @@ pub(crate) fn take(
     let Some(link) = links.named(&name).map_err(unread)? else {
         elements(&mut tables, net)?;
         let index = make(ctx, &mut links, net, rules.slot, (&alias(machine), uid)).map_err(cannot)?;
-        let done = let_pass(&mut tables, net, rules)
+        let done = let_pass(locks, &mut tables, net, rules)
             .and_then(|()| links.set_isolated(index, rules.peers.is_empty()).map_err(cannot));
         if let Err(e) = done {
             let _ = links.delete(index);
@@ -207,7 +222,7 @@ pub(crate) fn take(
             return Err(error(HelperCode::Conflict, text));
         }
     };
-    let_pass(&mut tables, net, rules)?;
+    let_pass(locks, &mut tables, net, rules)?;
     if link.owner != Some(uid) {
         Tap::open(&name).and_then(|held| held.give(uid)).map_err(cannot)?;
     }
@@ -225,7 +240,7 @@ pub(crate) fn take(
 }
 
 /// Changes the rules of a machine's tap.
-pub(crate) fn change(net: &Network, machine: &MachineId, rules: &TapRules) -> Result<(), HelperError> {
+pub(crate) fn change(locks: &Locks, net: &Network, machine: &MachineId, rules: &TapRules) -> Result<(), HelperError> {
     let name = tap(rules.slot);
     let mut links = Links::open().map_err(unread)?;
     bridge::there(&mut links, net)?;
@@ -239,20 +254,20 @@ pub(crate) fn change(net: &Network, machine: &MachineId, rules: &TapRules) -> Re
     if whose(&link)? != Whose::Machines(machine.clone()) {
         return Err(absent());
     }
-    let_pass(&mut Tables::open().map_err(unread)?, net, rules)?;
+    let_pass(locks, &mut Tables::open().map_err(unread)?, net, rules)?;
     links
         .set_isolated(link.index, rules.peers.is_empty())
         .map_err(|e| failed(format_args!("change the tap `{name}`"), e))
 }
 
 /// Removes a machine's tap and its rules. One that is not there, or nobody's, is fine.
-pub(crate) fn drop(net: &Network, machine: &MachineId, slot: u32) -> Result<(), HelperError> {
+pub(crate) fn drop(locks: &Locks, net: &Network, machine: &MachineId, slot: u32) -> Result<(), HelperError> {
     let mut links = Links::open().map_err(unread)?;
     match links.named(&tap(slot)).map_err(unread)? {
-        None => close(&mut Tables::open().map_err(unread)?, net, &[slot]),
+        None => close(locks, net, &[slot]),
         Some(link) => match whose(&link)? {
             Whose::Nobodys => Ok(()),
-            Whose::Machines(whose) if whose == *machine => delete(&mut links, net, &[(slot, link)]),
+            Whose::Machines(whose) if whose == *machine => delete(locks, &mut links, net, &[(slot, link)]),
             Whose::Machines(_) => {
                 let text = format!("the tap `{}` is not the machine {machine}'s", link.name);
                 Err(error(HelperCode::Denied, text))
@@ -261,8 +276,17 @@ pub(crate) fn drop(net: &Network, machine: &MachineId, slot: u32) -> Result<(), 
     }
 }
 
+/// Slots of a machine's taps.
+pub(crate) fn of_machine(machine: &MachineId) -> Result<Vec<u32>, HelperError> {
+    let all = Links::open().and_then(|mut links| links.all()).map_err(unread)?;
+    let theirs = all
+        .iter()
+        .filter(|link| of_alias(&link.alias).as_ref() == Some(machine));
+    Ok(theirs.filter_map(|link| tap_slot(&link.name)).collect())
+}
+
 /// Removes all taps of a machine and their rules.
-pub(crate) fn drop_all(net: &Network, machine: &MachineId) -> Result<(), HelperError> {
+pub(crate) fn drop_all(locks: &Locks, net: &Network, machine: &MachineId) -> Result<(), HelperError> {
     let mut links = Links::open().map_err(unread)?;
     let all = links.all().map_err(unread)?;
     let theirs = all.into_iter().filter_map(|link| {
@@ -273,21 +297,19 @@ pub(crate) fn drop_all(net: &Network, machine: &MachineId) -> Result<(), HelperE
     if theirs.is_empty() {
         Ok(())
     } else {
-        delete(&mut links, net, &theirs)
+        delete(locks, &mut links, net, &theirs)
     }
 }
 
 /// Removes taps of banger's, and their rules. All steps are tried.
-pub(crate) fn delete(links: &mut Links, net: &Network, taps: &[(u32, Link)]) -> Result<(), HelperError> {
+pub(crate) fn delete(locks: &Locks, links: &mut Links, net: &Network, taps: &[(u32, Link)]) -> Result<(), HelperError> {
     let mut failures = Vec::new();
     for (_, link) in taps {
         let done = bridge::gone(links.delete(link.index));
         failures.extend(done.err().map(|e| format!("{}: {e}", link.name)));
     }
     let slots: Vec<u32> = taps.iter().map(|(slot, _)| *slot).collect();
-    let closed = Tables::open()
-        .map_err(unread)
-        .and_then(|mut tables| close(&mut tables, net, &slots));
+    let closed = close(locks, net, &slots);
     failures.extend(closed.err().map(|e| format!("rules: {e}")));
     collected("cannot remove taps and their rules".to_owned(), failures)
 }

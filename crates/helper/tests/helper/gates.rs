@@ -74,8 +74,9 @@ fn it_serves_only_as_root_and_alone_for_a_record_of_roots() {
             assert!(root.log().contains(text), "{text}: {}", root.log());
         };
         let root = Root::new();
-        let mut command = root.command();
-        assert!(!command.uid(OWNER).status().unwrap().success());
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_banger-helper"));
+        let log = std::fs::File::create(root.path("log")).unwrap();
+        assert!(!command.uid(OWNER).stderr(log).status().unwrap().success());
         assert!(root.log().contains("root's part"), "{}", root.log());
         std::fs::set_permissions(root.record(), PermissionsExt::from_mode(0o666)).unwrap();
         fails(&root, "only root can write");

@@ -43,6 +43,7 @@ fn two_hundred_machines_leave_nothing() {
 }
 
 #[test]
+#[ignore = "prints figures, and wants the machine for itself: cargo test --release -p banger-helper figures -- --ignored --nocapture"]
 fn figures() {
     in_namespace(|| {
         let helper = Helper::start();
@@ -97,5 +98,46 @@ fn figures() {
             middle(warmed)
         );
         println!("{resident}");
+    });
+}
+
+#[test]
+fn a_tap_is_taken_while_others_come_and_go() {
+    in_namespace(|| {
+        let helper = Helper::start();
+        helper.ok(setup(Vec::new()));
+        std::thread::scope(|scope| {
+            for worker in 0..6u32 {
+                let helper = &helper;
+                scope.spawn(move || {
+                    let mut client = helper.connect();
+                    for n in 0..12 {
+                        let slot = worker * 20 + n % 3;
+                        let peer = (worker + 1) % 6 * 20;
+                        if n % 2 == 0 {
+                            client.call(warm([slot, slot + 1, slot + 2])).unwrap();
+                        }
+                        client.call(take(rules(slot, true, &[peer + 3]))).unwrap();
+                        client.call(change(rules(slot, false, &[]))).unwrap();
+                        client.call(release(slot)).unwrap();
+                        if n == 6 {
+                            client.call(setup(Vec::new())).unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        // What is left is idle taps, each with its two elements, and nothing of machines.
+        let objects = helper.inventory();
+        assert!(objects.iter().all(|o| o.machine.is_none()), "{objects:?}");
+        let count = |start: &str| objects.iter().filter(|o| o.name.starts_with(start)).count();
+        let taps = count("tap-fc-");
+        assert_eq!(
+            (count("guests "), count("nat "), count("pairs ")),
+            (taps, taps, 0),
+            "{objects:?}"
+        );
+        helper.ok(Request::NetworkRemove { net: net() });
+        assert_eq!(helper.inventory(), []);
     });
 }

@@ -33,6 +33,8 @@ fn lacking() -> Option<&'static str> {
         "no /dev/net/tun"
     } else if !program("nft") {
         "no nft"
+    } else if !program("setpriv") {
+        "no setpriv"
     } else if !program("ip") {
         "no ip"
     } else {
@@ -150,8 +152,20 @@ impl Root {
         self.path("run/banger-root/bangerd-root.sock")
     }
 
+    /// The helper, with the capabilities that its unit leaves it.
     pub(crate) fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_banger-helper"));
+        let kept: Vec<String> = banger_system::units::CAPABILITIES
+            .iter()
+            .map(|name| format!("+{}", name.trim_start_matches("CAP_").to_lowercase()))
+            .collect();
+        let mut command = Command::new("/usr/bin/setpriv");
+        command.arg(format!("--bounding-set=-all,{}", kept.join(",")));
+        command.args([
+            "--inh-caps=-all",
+            "--no-new-privs",
+            "--",
+            env!("CARGO_BIN_EXE_banger-helper"),
+        ]);
         let log = std::fs::OpenOptions::new()
             .append(true)
             .create(true)
