@@ -1,7 +1,7 @@
 //! The opposite of an installation.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::Path;
 
 use banger_system::helper::{Answer, ObjectKind, Request};
 use banger_system::id::MachineId;
@@ -190,7 +190,7 @@ pub(crate) fn remove(ground: &Ground, manager: &dyn Manager, purge: bool, outcom
     }
 }
 
-fn mentioned(outcome: &Outcome, path: &PathBuf) -> bool {
+fn mentioned(outcome: &Outcome, path: &Path) -> bool {
     let path = path.display().to_string();
     outcome.kept.iter().any(|k| k.starts_with(&path))
 }

@@ -14,15 +14,20 @@
 use std::process::ExitCode;
 
 mod harness;
+mod installed;
 mod lab;
 
+mod install;
 mod promises;
+mod survive;
 mod user_mode;
 
 fn main() -> ExitCode {
     let scenarios = [
         // In the order in which they run.
         promises::scenarios(),
+        install::scenarios(),
+        survive::scenarios(),
         user_mode::scenarios(),
     ];
     harness::run(scenarios.into_iter().flatten().collect())
