@@ -8,6 +8,8 @@
 //! Nothing of this machine's own network is touched. When it is dropped, machines are deleted, both programs end, and what an audit
 //! finds then makes the test fail.
 
+mod base;
+
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
@@ -23,7 +25,7 @@ use serde_json::Value;
 use crate::command::{Cmd, Done, tail};
 use crate::env::CONFIG;
 use crate::processes::{self, Process};
-use crate::{base, binaries, http};
+use crate::{binaries, http};
 
 /// The owner. Nobody's on any host.
 const OWNER: u32 = 64_123;
@@ -53,7 +55,7 @@ impl SystemEnv {
     pub fn new(name: &str) -> Self {
         static BASE: OnceLock<Result<(), String>> = OnceLock::new();
         let made = BASE.get_or_init(|| {
-            std::panic::catch_unwind(make_base)
+            std::panic::catch_unwind(base::make)
                 .unwrap_or_else(|_| Err("the base of system mode could not be made".to_owned()))
         });
         if let Err(e) = made {
@@ -61,7 +63,7 @@ impl SystemEnv {
         }
         let _ = name;
         let env = Self::bare(next_root());
-        link_tree(&base_state(), &env.state());
+        base::link_tree(&base::state(), &env.state());
         env.start_helper();
         env.start_daemon();
         env
@@ -564,45 +566,6 @@ fn sweep(roots: &Path) {
     });
 }
 
-fn base_state() -> PathBuf {
-    binaries::target().join("tests/base-system/var/lib/banger/state")
-}
-
-/// The state that every installation begins with: kernel and images of the common base, as the owner's, and a template.
-fn make_base() -> Result<(), String> {
-    let common = base::get()?;
-    let tests = binaries::target().join("tests");
-    let lock = std::fs::File::create(tests.join("base-system.lock")).map_err(|e| format!("base-system.lock: {e}"))?;
-    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
-        .map_err(|e| format!("base-system.lock: {e}"))?;
-    let root = tests.join("base-system");
-    let made_of = common.made_of();
-    let marker = tests.join("base-system.made-of");
-    let state = base_state();
-    let kept = tests.join("base-system.state");
-    let current = state.is_dir() && std::fs::read_to_string(&marker).is_ok_and(|k| k == made_of);
-    let _ = std::fs::remove_dir_all(&kept);
-    if current {
-        std::fs::rename(&state, &kept).map_err(|e| format!("{}: {e}", kept.display()))?;
-    }
-    let env = SystemEnv::bare(root);
-    let _ = std::fs::remove_dir(env.state());
-    if current {
-        std::fs::rename(&kept, env.state()).map_err(|e| format!("{}: {e}", kept.display()))?;
-    } else {
-        common.copy_to(&env.state(), OWNER);
-    }
-    env.start_helper();
-    env.start_daemon();
-    env.banger(["template", "build", "debian-slim"]).deadline(300).ok();
-    env.banger(["template", "prune"]).ok();
-    env.end_daemon(Signal::TERM);
-    env.end_helper(Signal::TERM);
-    std::fs::write(&marker, &made_of).map_err(|e| format!("{}: {e}", marker.display()))?;
-    env.leave();
-    Ok(())
-}
-
 impl SystemEnv {
     /// Ends the namespaces and leaves the files.
     fn leave(mut self) {
@@ -610,34 +573,6 @@ impl SystemEnv {
         for child in [&mut self.host, &mut self.outside] {
             let _ = child.kill();
             let _ = child.wait();
-        }
-    }
-}
-
-/// The same tree, its files being hard links but for what is written in place.
-fn link_tree(from: &Path, to: &Path) {
-    for entry in std::fs::read_dir(from)
-        .unwrap_or_else(|e| panic!("{}: {e}", from.display()))
-        .flatten()
-    {
-        let (name, target) = (entry.file_name(), to.join(entry.file_name()));
-        let name = name.to_string_lossy();
-        let meta = std::fs::symlink_metadata(entry.path()).expect("a file of the base");
-        let own = |target: &Path| chown(target, Some(OWNER), Some(OWNER)).expect("an owner");
-        if meta.is_dir() {
-            if name == "machines" || name == "ssh" {
-                continue;
-            }
-            std::fs::create_dir_all(&target).unwrap_or_else(|e| panic!("{}: {e}", target.display()));
-            std::fs::set_permissions(&target, meta.permissions()).expect("a mode");
-            own(&target);
-            link_tree(&entry.path(), &target);
-        } else if name.ends_with(".log") || name.ends_with(".lock") {
-        } else if name.contains(".db") {
-            std::fs::copy(entry.path(), &target).expect("a copy of the database");
-            own(&target);
-        } else {
-            std::fs::hard_link(entry.path(), &target).unwrap_or_else(|e| panic!("{}: {e}", target.display()));
         }
     }
 }
