@@ -43,7 +43,7 @@ docs: build  ## write the generated references anew
 install: build  ## install for this user: make install PREFIX=~/.local
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/banger
 	install -m 755 $(BIN)/banger $(BIN)/bangerd $(DESTDIR)$(PREFIX)/bin/
-	install -m 755 $(BIN)/banger-agent $(BIN)/banger-shim $(DESTDIR)$(PREFIX)/lib/banger/
+	install -m 755 $(BIN)/banger-agent $(BIN)/banger-shim $(BIN)/banger-helper $(DESTDIR)$(PREFIX)/lib/banger/
 	install -d $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/bash-completion/completions \
 	    $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 	$(BIN)/banger man $(DESTDIR)$(PREFIX)/share/man/man1
