@@ -187,6 +187,14 @@ fn pids(proc: &Path) -> impl Iterator<Item = u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
+/// All processes of a name: it is one small file to read, and few have it.
+fn called(proc: &Path, name: &str) -> impl Iterator<Item = u32> {
+    pids(proc).filter(move |pid| {
+        let comm = std::fs::read(proc.join(pid.to_string()).join("comm")).unwrap_or_default();
+        comm.trim_ascii_end() == name.as_bytes()
+    })
+}
+
 /// The engine of a machine: the process of the pidfile, or, where that does not lead to it, any other that passes.
 fn identify(proc: &Path, root: &Dir, machine: &MachineId) -> Result<(u32, u32), Missing> {
     let uid = root.stat().map_err(|_| Missing::NoJail)?.st_uid;
@@ -196,7 +204,7 @@ fn identify(proc: &Path, root: &Dir, machine: &MachineId) -> Result<(u32, u32), 
     let named = pidfile(root).and_then(|pid| verify(proc, pid, machine, uid).map(|_| pid));
     match named {
         Ok(pid) => Ok((pid, uid)),
-        Err(why) => pids(proc)
+        Err(why) => called(proc, names::FIRECRACKER)
             .find(|pid| verify(proc, *pid, machine, uid).is_ok())
             .map(|pid| (pid, uid))
             .ok_or(why),
@@ -241,7 +249,7 @@ pub(super) fn own(ctx: &Ctx, machine: &MachineId) -> Option<Dir> {
 
 /// A jailer that has not become an engine yet: root's, with the machine in its arguments.
 pub(super) fn jailer(proc: &Path, machine: &MachineId) -> Option<u32> {
-    pids(proc).find(|pid| {
+    called(proc, "jailer").find(|pid| {
         let arguments = std::fs::read(proc.join(pid.to_string()).join("cmdline")).unwrap_or_default();
         let mut arguments = arguments.split(|b| *b == 0);
         let named = arguments.any(|a| a == b"--id") && arguments.next() == Some(machine.as_str().as_bytes());
@@ -251,7 +259,7 @@ pub(super) fn jailer(proc: &Path, machine: &MachineId) -> Option<u32> {
 
 /// All processes that are jailed engines.
 pub(super) fn all(proc: &Path) -> Vec<(u32, MachineId)> {
-    pids(proc)
+    called(proc, names::FIRECRACKER)
         .filter_map(|pid| Some((pid, Facts::read(proc, pid)?.machine()?)))
         .collect()
 }
