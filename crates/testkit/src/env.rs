@@ -149,6 +149,8 @@ impl TestEnv {
                 ("XDG_CONFIG_HOME", below("config")),
                 ("XDG_CACHE_HOME", below("cache")),
                 ("XDG_RUNTIME_DIR", self.runtime.display().to_string()),
+                // Whatever is installed on this host is none of a test's.
+                ("BANGER_MODE", "user".to_owned()),
                 ("GIT_CONFIG_NOSYSTEM", "1".to_owned()),
                 // The project's own repository is above.
                 ("GIT_CEILING_DIRECTORIES", self.root.display().to_string()),
