@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-use crate::support::{ip, net, open_tap, thread_number, unshare_network};
+use crate::support::{ip, net, open_tap, thread_number, tool, unshare_network};
 
 pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -35,6 +35,7 @@ impl Guest {
     pub(crate) fn on(slot: u32) -> Self {
         let address = net().address(slot).unwrap();
         let tap = open_tap(&banger_system::net::tap(slot)).unwrap();
+        forwards(slot);
         // The host need not ask for its address.
         let text: Vec<String> = mac(address).iter().map(|b| format!("{b:02x}")).collect();
         ip(&format!("neigh replace {address} lladdr {} dev br-fc", text.join(":")));
@@ -95,6 +96,16 @@ impl Guest {
             let left = rustix::time::Timespec::try_from(left).unwrap();
             poll(&mut [PollFd::new(&self.tap, PollFlags::IN)], Some(&left)).unwrap();
         }
+    }
+}
+
+/// Waits until a tap's port of the bridge takes frames: the kernel has it do so a moment after the tap was opened.
+pub(crate) fn forwards(slot: u32) {
+    let deadline = Instant::now() + LIMIT;
+    let name = banger_system::net::tap(slot);
+    while !tool("ip", &format!("-d -o link show {name}"), "").contains("bridge_slave state forwarding") {
+        assert!(Instant::now() < deadline, "`{name}` does not come up");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -253,6 +253,7 @@ fn machines_go_on_while_the_network_is_set_up_again() {
                 text.join(":")
             ));
         }
+        [0, 1].into_iter().for_each(forwards);
         works("after the bridge was removed");
         // Rules of taps that somebody removed go.
         ip("link del tap-fc-5");
