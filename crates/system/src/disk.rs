@@ -21,6 +21,26 @@ pub const fn changes(disk: u64) -> u64 {
     (1 + tables + chunks + 1) * CHUNK
 }
 
+/// Length of the part of the file that says what it is.
+pub const HEADER: usize = 16;
+/// How it begins.
+const MAGIC: u32 = 0x7041_6e53;
+
+/// The header of a file of changes that the kernel has given up on, made good again; none if it is good, or no such header.
+///
+/// When the host's disk is full, a change cannot be written, and the kernel marks all of them invalid, for good. Those that were written
+/// before are whole. Once there is room again a stopped machine can go on with them: to the guest it is as if the power had failed.
+pub fn revalidated(header: [u8; HEADER]) -> Option<[u8; HEADER]> {
+    let word = |n: usize| u32::from_le_bytes([header[n * 4], header[n * 4 + 1], header[n * 4 + 2], header[n * 4 + 3]]);
+    // Magic, valid, version, sectors of a chunk.
+    if word(0) != MAGIC || word(1) != 0 || word(2) != 1 || word(3) == 0 {
+        return None;
+    }
+    let mut good = header;
+    good[4] = 1;
+    Some(good)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -29,8 +49,25 @@ mod tests {
     fn there_is_room_for_every_chunk_and_little_more() {
         for disk in [1, CHUNK, CHUNK + 1, 1 << 30, 10 << 30, MAX_DISK] {
             let file = changes(disk);
-            assert!(file > disk && file % CHUNK == 0);
+            assert!(file > disk && file.is_multiple_of(CHUNK));
             assert!(file < disk + disk / 500 + 5 * CHUNK, "{disk}: {file}");
+        }
+    }
+    #[test]
+    fn only_what_was_given_up_is_made_good() {
+        let header = |words: [u32; 4]| {
+            let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+            <[u8; HEADER]>::try_from(bytes).unwrap()
+        };
+        let good = header([1_883_336_275, 1, 1, 32]);
+        assert_eq!(revalidated(header([1_883_336_275, 0, 1, 32])), Some(good));
+        for other in [
+            [1_883_336_275, 1, 1, 32],
+            [0, 0, 0, 0],
+            [1_883_336_275, 0, 2, 32],
+            [7, 0, 1, 32],
+        ] {
+            assert_eq!(revalidated(header(other)), None, "{other:?}");
         }
     }
 }

@@ -159,6 +159,16 @@ pub(super) fn all(ctx: &Ctx) -> Vec<(PathBuf, MachineId)> {
     found
 }
 
+/// The processes in a machine's control groups.
+pub(super) fn processes(ctx: &Ctx, machine: &MachineId) -> Vec<u32> {
+    let own = all(ctx).into_iter().filter(|(_, whose)| whose == machine);
+    own.flat_map(|(dir, _)| {
+        let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect::<Vec<u32>>()
+    })
+    .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,5 +220,10 @@ mod tests {
         );
         std::fs::create_dir_all(base.join("banger.slice/banger-machine-00112233aabbccdd.scope")).unwrap();
         assert_eq!(all(&ctx)[0].1, id);
+        assert!(processes(&ctx, &id).is_empty());
+        let scope = base.join("banger.slice/banger-machine-00112233aabbccdd.scope");
+        std::fs::write(scope.join("cgroup.procs"), "7\n8\n").unwrap();
+        assert_eq!(processes(&ctx, &id), [7, 8]);
+        assert!(processes(&ctx, &MachineId::parse("ffeeddccbbaa9988").unwrap()).is_empty());
     }
 }

@@ -136,7 +136,7 @@ fn started(ctx: &Ctx, launch: &Launch, output: &OwnedFd, files: Vec<OwnedFd>) ->
     let mut child = spawn::start(jailer, &arguments(ctx, launch, cgroup), output)
         .map_err(|e| failed(format!("start {}", jailer.display()), e))?;
     let pid = child.id();
-    let ready = scoped(systemd, launch, pid, limits)
+    let ready = scoped(ctx, systemd, launch, pid, limits)
         .and_then(|()| wait(&root, &watch, &mut child))
         .and_then(|()| jail::let_in(ctx, &root))
         .and_then(|()| jail::open(ctx, &root));
@@ -159,9 +159,9 @@ fn started(ctx: &Ctx, launch: &Launch, output: &OwnedFd, files: Vec<OwnedFd>) ->
     }
 }
 
-fn scoped(systemd: bool, launch: &Launch, pid: u32, limits: Limits) -> Result<(), HelperError> {
+fn scoped(ctx: &Ctx, systemd: bool, launch: &Launch, pid: u32, limits: Limits) -> Result<(), HelperError> {
     if systemd {
-        scope::start(&launch.machine, pid, limits)?;
+        scope::start(ctx, &launch.machine, pid, limits)?;
     }
     Ok(())
 }
@@ -284,10 +284,10 @@ pub(crate) fn scope(
     if !scope::available() {
         return Ok(None);
     }
-    let unit = scope::start(machine, pid, Limits::owners(memory_mib))?;
-    // Had its number become another process's in the meantime, that one would be in the scope now.
+    let unit = scope::start(ctx, machine, pid, Limits::owners(memory_mib))?;
+    // Had its number become another process's in the meantime, that one would be in the scope now: it is nobody that banger knows, and
+    // no worse off there.
     if has_ended(&pidfd) {
-        scope::end(machine)?;
         return Err(gone());
     }
     Ok(Some(unit))

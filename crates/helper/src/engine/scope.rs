@@ -12,9 +12,9 @@ use banger_system::helper::{HelperCode, HelperError};
 use banger_system::id::MachineId;
 use banger_system::names;
 
-use super::cgroup::Limits;
+use super::cgroup::{self, Limits};
 use super::dbus::{self, Message, Value, Writer};
-use crate::ctx::{error, failed};
+use crate::ctx::{Ctx, error, failed};
 
 /// Is there where systemd runs (`sd_booted`).
 const BOOTED: &str = "/run/systemd/system";
@@ -140,16 +140,29 @@ impl Manager {
     }
 }
 
-/// Puts a process into the machine's scope.
-pub(super) fn start(machine: &MachineId, pid: u32, limits: Limits) -> Result<String, HelperError> {
+/// Puts a process into the machine's scope. One that is in it already stays there; one in which something else runs is not touched.
+pub(super) fn start(ctx: &Ctx, machine: &MachineId, pid: u32, limits: Limits) -> Result<String, HelperError> {
     let unit = names::scope(machine);
+    let inside = cgroup::processes(ctx, machine);
+    if inside.contains(&pid) {
+        return Ok(unit);
+    }
+    if !inside.is_empty() {
+        return Err(error(
+            HelperCode::Conflict,
+            format!("something runs in the scope {unit}: {inside:?}"),
+        ));
+    }
     let deadline = Instant::now() + PATIENCE;
     loop {
         match start_once(machine, &unit, pid, limits) {
             Ok(()) => return Ok(unit),
-            // One of an engine that has ended: it is cleared away, which systemd does in its own time.
+            // One of an engine that has ended, and so empty: it is cleared away, which systemd does in its own time.
             Err(Refusal::Named(name, _)) if name.ends_with(".UnitExists") && Instant::now() < deadline => {
-                clear(&unit).map_err(|e| failed(format!("end the old scope {unit}"), e))?;
+                if cgroup::processes(ctx, machine).is_empty() {
+                    let stopped = Manager::connect().and_then(|mut manager| stop(&mut manager, &unit));
+                    stopped.map_err(|e| failed(format!("end the old scope {unit}"), e))?;
+                }
                 std::thread::sleep(BETWEEN);
             }
             Err(Refusal::Named(name, _)) if name.ends_with(".UnitExists") => {
@@ -201,6 +214,10 @@ fn clear(unit: &str) -> Result<(), Refusal> {
     if is_gone(&killed) {
         return Ok(());
     }
+    stop(&mut manager, unit)
+}
+
+fn stop(manager: &mut Manager, unit: &str) -> Result<(), Refusal> {
     let mut body = Writer::default();
     body.string(unit);
     body.string("replace");
