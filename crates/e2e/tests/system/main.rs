@@ -16,8 +16,11 @@ use std::process::ExitCode;
 mod harness;
 mod installed;
 mod lab;
+mod root_helper;
 
+mod disk;
 mod install;
+mod jail;
 mod promises;
 mod survive;
 mod user_mode;
@@ -29,6 +32,8 @@ fn main() -> ExitCode {
         install::scenarios(),
         survive::scenarios(),
         user_mode::scenarios(),
+        disk::scenarios(),
+        jail::scenarios(),
     ];
     harness::run(scenarios.into_iter().flatten().collect())
 }
