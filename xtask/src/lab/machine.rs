@@ -321,12 +321,18 @@ impl Machine {
     /// An archive of what the guest collects.
     pub(super) fn logs(&mut self, time: Duration) -> Result<Vec<u8>, String> {
         let end = Instant::now() + time;
-        // After a run that hung, its output is still coming.
-        let answer = self.port.ask("logs", end, "the lab's logs", &mut |_| {})?;
+        let mut answer = self.port.ask("logs", end, "the lab's logs", &mut |_| {})?;
+        if answer.starts_with("exit ") {
+            // Of a run that hung, and has been ended.
+            self.port.rest(end, &mut |_| {})?;
+            answer = self.port.line(end, "the lab's logs", &mut |_| {})?;
+        }
         let size = answer
             .strip_prefix("logs ")
             .and_then(|s| s.parse().ok())
             .ok_or_else(|| format!("the lab gives logs with `{answer}`"))?;
+        // All that came before has been read: what comes now is the archive.
+        self.port.say("send")?;
         self.port.bytes(size, end)
     }
 
@@ -388,10 +394,14 @@ impl Port {
     }
 
     fn ask(&mut self, line: &str, end: Instant, what: &str, output: &mut dyn FnMut(&[u8])) -> Result<String, String> {
+        self.say(line)?;
+        self.line(end, what, output)
+    }
+
+    fn say(&mut self, line: &str) -> Result<(), String> {
         self.control
             .write_all(format!("{line}\n").as_bytes())
-            .map_err(|e| format!("the lab is gone: {e}"))?;
-        self.line(end, what, output)
+            .map_err(|e| format!("the lab is gone: {e}"))
     }
 
     /// The next line of the control port. What arrives at the output port meanwhile is handed over.
