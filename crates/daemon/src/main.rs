@@ -23,6 +23,8 @@ fn main() -> ExitCode {
             mode = run::Mode::System;
             None
         }
+        [banger_image::builder::ASK, recipe] => return ask_builder(recipe),
+        ["--builder"] => return builder(),
         ["--version" | "-V"] => {
             let _ = writeln!(
                 std::io::stdout(),
@@ -49,6 +51,40 @@ fn main() -> ExitCode {
         }
     };
     start(mode, ready_fd)
+}
+
+/// Has the builder bootstrap an image: its output is ours.
+fn ask_builder(recipe: &str) -> ExitCode {
+    let socket = banger_image::builder::socket().unwrap_or_default();
+    match banger_image::builder::ask(&socket, recipe) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(words) => {
+            let _ = writeln!(std::io::stderr(), "error: {words}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The builder itself, for one connection: systemd gives it as standard input.
+fn builder() -> ExitCode {
+    let serve = || {
+        let stream = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned()?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
+        let outcome = runtime.block_on(banger_image::builder::serve(stream.into()));
+        // A tool that was ended cleans up after itself; whatever is left then is ended with the unit.
+        runtime.shutdown_timeout(std::time::Duration::from_secs(10));
+        outcome
+    };
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "error: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn start(mode: run::Mode, ready_fd: Option<OwnedFd>) -> ExitCode {

@@ -47,6 +47,33 @@ pub(crate) async fn bootstrap(
     target: PathBuf,
     progress: &Progress,
 ) -> Result<Ingested> {
+    let run = match crate::builder::socket() {
+        Some(socket) => crate::builder::asking(recipe, &socket, BUILD_DEADLINE),
+        None => prepare(recipe, &scratch).await?,
+    };
+    let run = run
+        .shown(format!("mmdebstrap {}", recipe.suite))
+        .hold(scratch)
+        .hold(staging);
+    let (cancel, _guard) = Cancel::new();
+    let mut lines = BootstrapProgress::default();
+    let told = progress.clone();
+    let listener = progress.clone();
+    let name = recipe.name;
+    progress.begin(Step::DownloadPackages);
+    run.stream(
+        move |line| {
+            if let Some((step, done, total)) = lines.line(line) {
+                told.items(step, done, total);
+            }
+        },
+        move |stdout| ingest(cancel.reader(stdout), name, Scrub::FreshInstall, &target, &listener),
+    )
+    .await
+}
+
+/// The run of the bootstrap tool that writes a recipe's tar stream.
+pub(crate) async fn prepare(recipe: &'static Recipe, scratch: &Scratch) -> Result<Run> {
     let root = rustix::process::geteuid().is_root();
     // Looked for first: the missing tool is what the user must hear about.
     MMDEBSTRAP.find()?;
@@ -63,30 +90,11 @@ pub(crate) async fn bootstrap(
         .arg(format!("--variant={}", recipe.variant))
         .arg(format!("--include={}", recipe.packages.join(",")))
         .args(recipe.dpkg_options.iter().map(|filter| format!("--dpkgopt={filter}")))
-        .env("TMPDIR", &scratch.path)
-        .shown(format!("mmdebstrap {}", recipe.suite))
-        .hold(scratch)
-        .hold(staging);
+        .env("TMPDIR", &scratch.path);
     for (kind, proxy) in proxies().await {
         run = run.arg(format!("--aptopt=Acquire::{kind}::Proxy \"{proxy}\""));
     }
-    run = run.arg(recipe.suite).arg("-").args(mirrors(recipe.suite).await);
-
-    let (cancel, _guard) = Cancel::new();
-    let mut lines = BootstrapProgress::default();
-    let told = progress.clone();
-    let listener = progress.clone();
-    let name = recipe.name;
-    progress.begin(Step::DownloadPackages);
-    run.stream(
-        move |line| {
-            if let Some((step, done, total)) = lines.line(line) {
-                told.items(step, done, total);
-            }
-        },
-        move |stdout| ingest(cancel.reader(stdout), name, Scrub::FreshInstall, &target, &listener),
-    )
-    .await
+    Ok(run.arg(recipe.suite).arg("-").args(mirrors(recipe.suite).await))
 }
 
 /// Where the bootstrap tool works: inside the store for root; for others in the system's place for temporary files, as the tool's other

@@ -15,6 +15,7 @@
 //! Archives, packages and images are hostile input here: every length is bounded and nothing panics on them.
 
 pub mod build;
+pub mod builder;
 pub mod digest;
 pub mod disk;
 pub mod error;

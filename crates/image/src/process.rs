@@ -117,7 +117,12 @@ type Held = Vec<Box<dyn Any + Send>>;
 impl Run {
     /// A run of `program` that is ended after `deadline`.
     pub fn new(program: Program, deadline: Duration) -> Result<Self> {
-        let mut command = Command::new(program.find()?);
+        Ok(Self::of(&program.find()?, deadline).shown(program.name))
+    }
+
+    /// The same of a program whose path is known.
+    pub(crate) fn of(program: &Path, deadline: Duration) -> Self {
+        let mut command = Command::new(program);
         command
             .env_clear()
             .env("PATH", search_path())
@@ -135,12 +140,12 @@ impl Run {
             .stderr(Stdio::piped())
             .process_group(0)
             .kill_on_drop(true);
-        Ok(Self {
-            shown: program.name.to_owned(),
+        Self {
+            shown: program.display().to_string(),
             command,
             deadline,
             held: Vec::new(),
-        })
+        }
     }
 
     /// Adds an argument.

@@ -3,9 +3,10 @@
 //! ```text
 //!   /etc/banger/install.toml              root 0644   who the owner is; which firecracker and jailer
 //!   /etc/banger/config.toml               root 0644   configuration of the daemon
-//!   /etc/systemd/system/bangerd.service, bangerd-root.service
+//!   /etc/systemd/system/{bangerd.service,bangerd-root.service,banger.slice,banger-build.socket,banger-build@.service}
 //!   /usr/local/bin/{banger,bangerd}, /usr/local/lib/banger/{banger-helper,banger-shim,banger-agent}
 //!   /run/banger/                          owner 0700  bangerd.sock (0600), sockets of the machines
+//!   /run/banger-build.sock                owner 0600  where the daemon has images bootstrapped (banger-build.socket)
 //!   /run/banger-root/                     root 0711   bangerd-root.sock (0600, the owner's)
 //!   /var/lib/banger/                      root 0711
 //!   /var/lib/banger/state/                owner 0700  database, store, disks
@@ -94,6 +95,11 @@ impl Layout {
     /// The helper's socket.
     pub fn helper_socket(&self) -> PathBuf {
         self.at("run/banger-root/bangerd-root.sock")
+    }
+
+    /// The socket behind which images are built.
+    pub fn build_socket(&self) -> PathBuf {
+        self.at("run/banger-build.sock")
     }
 
     /// What lasts, root's part: state and jails are in it.

@@ -1,6 +1,6 @@
 //! The systemd units of system mode: their whole text, and what must never be missing from them.
 //!
-//! Two units, each of which can be restarted, killed or replaced without a machine noticing ([`promised`] says by which directives),
+//! Two services, each of which can be restarted, killed or replaced without a machine noticing ([`promised`] says by which directives),
 //! and the slice of the machines, which are in scopes of their own outside of both.
 //!
 //! **What a machine's engine inherits.** QEMU is started by the daemon, Firecracker by the helper: scopes move them to another control
@@ -21,6 +21,10 @@ use crate::names::SLICE;
 pub const DAEMON: &str = "bangerd.service";
 /// Name of the helper's unit.
 pub const HELPER: &str = "bangerd-root.service";
+/// Name of the socket behind which images are built.
+pub const BUILD_SOCKET: &str = "banger-build.socket";
+/// Name of the unit that builds an image, for one connection to the socket.
+pub const BUILD: &str = "banger-build@.service";
 /// First line of every unit that is banger's. A unit without it is somebody else's.
 pub const MARK: &str =
     "# Written by `banger system install`, which also replaces it; your own settings belong into a drop-in.";
@@ -51,11 +55,17 @@ pub enum Unit {
     Daemon,
     /// `banger.slice`
     Slice,
+    /// `banger-build.socket`
+    BuildSocket,
+    /// `banger-build@.service`: bootstraps an image, which takes programs with special rights that the daemon may not start.
+    Build,
 }
 
 impl Unit {
     /// All of them, in the order in which they are started.
-    pub const ALL: [Self; 3] = [Self::Slice, Self::Helper, Self::Daemon];
+    pub const ALL: [Self; 5] = [Self::Slice, Self::Build, Self::BuildSocket, Self::Helper, Self::Daemon];
+    /// Those that are started with the host, in order.
+    pub const STARTED: [Self; 3] = [Self::Helper, Self::BuildSocket, Self::Daemon];
 
     /// Its name.
     pub fn name(self) -> &'static str {
@@ -63,6 +73,8 @@ impl Unit {
             Self::Helper => HELPER,
             Self::Daemon => DAEMON,
             Self::Slice => SLICE,
+            Self::BuildSocket => BUILD_SOCKET,
+            Self::Build => BUILD,
         }
     }
 
@@ -77,6 +89,8 @@ impl Unit {
             Self::Helper => helper(setting),
             Self::Daemon => daemon(setting),
             Self::Slice => slice(),
+            Self::BuildSocket => build_socket(setting),
+            Self::Build => build(setting),
         }
     }
 }
@@ -128,7 +142,7 @@ pub fn promised(unit: Unit) -> Vec<(&'static str, String)> {
             ("CapabilityBoundingSet", CAPABILITIES.join(" ")),
         ],
         Unit::Daemon => vec![("ProtectHome", "read-only".to_owned())],
-        Unit::Slice => return Vec::new(),
+        Unit::Slice | Unit::BuildSocket | Unit::Build => return Vec::new(),
     };
     both.iter().map(|(k, v)| (*k, (*v).to_owned())).chain(own).collect()
 }
@@ -206,13 +220,15 @@ fn daemon(setting: &Setting<'_>) -> String {
         "{MARK}
 [Unit]
 Description=banger, private machines for {user}
-Wants={HELPER}
-After={HELPER} network.target systemd-resolved.service
+Wants={HELPER} {BUILD_SOCKET}
+After={HELPER} {BUILD_SOCKET} network.target systemd-resolved.service
 
 [Service]
 Type=notify
 User={user}
-{groups}{root}# Where images are bootstrapped: /tmp is read-only here, and often too small.
+{groups}{root}# What bootstraps images takes special rights.
+Environment=BANGER_BUILDER={socket}
+# /tmp is read-only here.
 Environment=TMPDIR=/var/tmp
 ExecStart={program} --system
 Restart=on-failure
@@ -245,6 +261,53 @@ WantedBy=multi-user.target
         user = setting.user(),
         program = layout.bin().join("bangerd").display(),
         state = layout.state().display(),
+        socket = layout.build_socket().display(),
+    )
+}
+
+fn build_socket(setting: &Setting<'_>) -> String {
+    format!(
+        "{MARK}
+[Unit]
+Description=banger, images to be built
+
+[Socket]
+ListenStream={socket}
+SocketUser={user}
+SocketMode=0600
+Accept=yes
+MaxConnections=4
+RemoveOnStop=yes
+
+[Install]
+WantedBy=sockets.target
+",
+        socket = setting.layout.build_socket().display(),
+        user = setting.user(),
+    )
+}
+
+/// Not hardened like the services: the tool makes a user namespace and a whole system in it. It does only what it is asked for, and it
+/// can be asked for the names of recipes only.
+fn build(setting: &Setting<'_>) -> String {
+    format!(
+        "{MARK}
+[Unit]
+Description=banger, building an image
+CollectMode=inactive-or-failed
+
+[Service]
+User={user}
+ExecStart={program} --builder
+StandardInput=socket
+StandardOutput=journal
+StandardError=journal
+Environment=TMPDIR=/var/tmp
+UMask=0077
+TimeoutStopSec=15s
+",
+        user = setting.user(),
+        program = setting.layout.bin().join("bangerd").display(),
     )
 }
 

@@ -115,7 +115,7 @@ fn take_back(layout: &Layout, done: Done, manager: &dyn Manager, mut error: Erro
         let run = match unit {
             Unit::Helper => layout.helper_run(),
             Unit::Daemon => layout.run(),
-            Unit::Slice => continue,
+            Unit::Slice | Unit::BuildSocket | Unit::Build => continue,
         };
         tried(files::remove_tree(&run).map(|_| ()));
     }

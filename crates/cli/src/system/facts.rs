@@ -173,7 +173,7 @@ pub(crate) fn read(ground: &Ground, wanted: &Wanted, manager: &dyn Manager) -> R
             ours,
         )?);
     }
-    let states = [Unit::Helper, Unit::Daemon].map(|unit| Ok((unit, manager.state(unit)?)));
+    let states = Unit::STARTED.map(|unit| Ok((unit, manager.state(unit)?)));
     Ok(Facts {
         systemd: ground.host("run/systemd/system").is_dir(),
         cgroup2: ground.host("sys/fs/cgroup/cgroup.controllers").is_file(),

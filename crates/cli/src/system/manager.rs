@@ -56,8 +56,11 @@ pub(crate) trait Manager {
     /// The last lines of a unit's log.
     fn log(&self, unit: Unit) -> Vec<String>;
 
-    /// Waits until the service of a unit answers.
+    /// Waits until the service of a unit answers, where there is one.
     fn wait(&self, unit: Unit) -> Result<()> {
+        if !matches!(unit, Unit::Helper | Unit::Daemon) {
+            return Ok(());
+        }
         let deadline = Instant::now() + ANSWER_DEADLINE;
         loop {
             let why = match self.version(unit) {
@@ -232,7 +235,11 @@ impl Manager for Systemd<'_> {
     }
 
     fn stop(&self, unit: Unit) -> Result<()> {
-        self.verb("stop", unit)
+        match unit {
+            // All that are at work.
+            Unit::Build => self.systemctl(&["stop", "banger-build@*.service"]).map(|_| ()),
+            _ => self.verb("stop", unit),
+        }
     }
 
     fn restart(&self, unit: Unit) -> Result<()> {
@@ -251,7 +258,7 @@ impl Manager for Systemd<'_> {
                 Answer::Pong { version, .. } => Ok(version),
                 other => Err(format!("it answers a ping with {other:?}")),
             },
-            Unit::Slice => Err("a slice is no service".to_owned()),
+            _ => Err(format!("{} is no service", unit.name())),
         }
     }
 

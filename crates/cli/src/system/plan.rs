@@ -134,6 +134,7 @@ fn concerns(facts: &Facts, role: Role, unit: Unit) -> bool {
         // The daemon gives the other two to every machine, and reads them when it starts.
         Role::Program("bangerd" | "banger-shim" | "banger-agent") => unit == Unit::Daemon,
         Role::Program(_) => false,
+        // A build that is going on keeps its unit as it was.
         Role::Unit(which) => which == unit,
         // Both read it when they start. Which version it was is not for them.
         Role::Record => facts

@@ -111,7 +111,7 @@ pub(crate) fn clear_host(ground: &Ground, manager: &dyn Manager, net: &Network) 
 /// Removes what an installation made. Everything is tried.
 pub(crate) fn remove(ground: &Ground, manager: &dyn Manager, purge: bool, outcome: &mut Outcome) {
     let layout = &ground.layout;
-    for unit in [Unit::Daemon, Unit::Helper] {
+    for unit in Unit::STARTED.into_iter().rev() {
         let state = manager.state(unit).unwrap_or_default();
         if state.active {
             outcome.tried("stop", unit.name(), manager.stop(unit).map(|()| true));
@@ -120,7 +120,8 @@ pub(crate) fn remove(ground: &Ground, manager: &dyn Manager, purge: bool, outcom
             outcome.tried("disable", unit.name(), manager.disable(unit).map(|()| true));
         }
     }
-    // The slice is there as long as a machine was, whether it is a file or not.
+    // These are there as long as somebody needs them, and fail to be stopped when they are not.
+    let _ = manager.stop(Unit::Build);
     let _ = manager.stop(Unit::Slice);
     let mut reload = false;
     for unit in Unit::ALL {
@@ -140,7 +141,7 @@ pub(crate) fn remove(ground: &Ground, manager: &dyn Manager, purge: bool, outcom
     }
     if reload {
         outcome.tried("reload", "units of systemd", manager.reload().map(|()| true));
-        for unit in [Unit::Daemon, Unit::Helper] {
+        for unit in Unit::STARTED {
             manager.forget(unit);
         }
     }

@@ -249,12 +249,16 @@ fn a_fresh_host_gets_everything_and_a_second_run_changes_nothing() {
             "create banger-agent",
             "create install.toml",
             "create banger.slice",
+            "create banger-build@.service",
+            "create banger-build.socket",
             "create bangerd-root.service",
             "create bangerd.service",
             "reload units of systemd",
             "enable bangerd-root.service",
+            "enable banger-build.socket",
             "enable bangerd.service",
             "start bangerd-root.service",
+            "start banger-build.socket",
             "start bangerd.service",
         ]
     );
@@ -263,8 +267,10 @@ fn a_fresh_host_gets_everything_and_a_second_run_changes_nothing() {
         [
             "reload",
             "enable bangerd-root.service",
+            "enable banger-build.socket",
             "enable bangerd.service",
             "start bangerd-root.service",
+            "start banger-build.socket",
             "start bangerd.service",
         ]
     );
@@ -580,7 +586,7 @@ fn a_step_that_fails_takes_back_all_before_it() {
             let host = make();
             host.fake.take_heard();
             let before = host.tree();
-            let states = |host: &Host| [Unit::Helper, Unit::Daemon].map(|u| host.fake.state(u).unwrap());
+            let states = |host: &Host| Unit::STARTED.map(|u| host.fake.state(u).unwrap());
             let services = states(&host);
             let steps = host.plan().unwrap();
             let mut step = 0;
@@ -700,8 +706,11 @@ fn nothing_is_left_but_what_is_said() {
                 "resolver_clear",
                 "network_remove",
                 "disable bangerd.service",
+                "stop banger-build.socket",
+                "disable banger-build.socket",
                 "stop bangerd-root.service",
                 "disable bangerd-root.service",
+                "stop banger-build@.service",
                 "stop banger.slice",
                 "reload",
             ]

@@ -9,8 +9,10 @@ use crate::lab;
 /// What installing and uninstalling touch: files with rights and owners, interfaces, addresses, rules, routes of names, units.
 const LISTING: &str = "
     cd /
-    find etc usr/local run/banger* run/systemd/system var/lib/banger var/tmp dev/banger dev/mapper dev/loop[0-9]* \
-        -not -path 'etc/resolv.conf' -printf '%p %M %u:%g\n' 2>/dev/null | sort
+    find etc usr/local run/banger run/banger-root run/systemd/system var/tmp dev/banger dev/mapper \
+        -not -path 'etc/resolv.conf' -printf '%p %M %u:%g\\n' 2>/dev/null | sort
+    # What is in the owner's state is the daemon's to change.
+    find var/lib/banger -maxdepth 1 -printf '%p %M %u:%g\\n' 2>/dev/null | sort
     echo '--- interfaces'; ip -o -br link | sed 's/ .*//' | sort; ip -o -br address | sort
     echo '--- rules'; nft list ruleset
     echo '--- forwarding'; cat /proc/sys/net/ipv4/ip_forward

@@ -153,7 +153,8 @@ impl Store {
         let staging = Arc::new(Staging::new(&self.root)?);
         let dir = staging.path().join("image");
         files::make_dir(&dir)?;
-        let scratch = if rustix::process::geteuid().is_root() {
+        // Whoever else bootstraps has one of its own.
+        let scratch = if rustix::process::geteuid().is_root() || crate::builder::socket().is_some() {
             Scratch::inside(staging.path())?
         } else {
             let scratch = Scratch::outside()?;

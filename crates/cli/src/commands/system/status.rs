@@ -73,7 +73,7 @@ fn checks(context: &Context, installation: &Installation) -> Vec<Check> {
     let real = *layout == Layout::default();
     for unit in Unit::ALL {
         all.push(text(unit, installation));
-        if real && unit != Unit::Slice {
+        if real && Unit::STARTED.contains(&unit) {
             all.push(service(&manager, unit));
         }
     }
