@@ -94,18 +94,12 @@ impl Start for Work {
         };
         Err(match error {
             Fault::Api(error) => {
-                // An engine that gives up says so and ends.
-                let over = match &error {
-                    ApiError::Http { source, .. } => matches!(source, HttpError::Closed | HttpError::Io(_)),
-                    ApiError::Refused { call, .. } => call.ends_with("/snapshot/load"),
-                    ApiError::Answer { .. } => false,
-                };
-                if over && let Some(record) = end(&mut begun.reports).await {
-                    // What it said of its end is better than how it ended, where both are known.
-                    return Err(match error {
-                        ApiError::Refused { .. } => fault(&begun.handles.control, limit, error),
-                        _ => died(ENGINE, &self.plan.paths, Some(&record)),
-                    });
+                // An engine that gives up closes its socket first.
+                let gone = |source: &HttpError| matches!(source, HttpError::Closed | HttpError::Io(_));
+                if matches!(&error, ApiError::Http { source, .. } if gone(source))
+                    && let Some(record) = end(&mut begun.reports).await
+                {
+                    return Err(died(ENGINE, &self.plan.paths, Some(&record)));
                 }
                 match error {
                     error if error.is_unreachable() => timed_out(ENGINE, "answer on its API socket", limit),
