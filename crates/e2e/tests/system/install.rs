@@ -10,6 +10,7 @@ scenarios! {
     units_are_sound: 60,
     wrong_inputs_change_nothing: 120,
     a_machine_with_all_that_root_gives_it: 420,
+    images_are_asked_for_by_name: 180,
     a_second_installation_changes_nothing: 240,
     an_installation_that_fails_is_taken_back: 240,
     uninstalling_refuses_while_machines_run: 420,
@@ -20,7 +21,16 @@ scenarios! {
 fn units_are_sound() {
     let installed = Installed::new();
     let verify = lab::root(["systemd-analyze", "verify"])
-        .args(["bangerd.service", "bangerd-root.service", "banger.slice"].map(|u| format!("/etc/systemd/system/{u}")))
+        .args(
+            [
+                "bangerd.service",
+                "bangerd-root.service",
+                "banger.slice",
+                "banger-build.socket",
+                "banger-build@.service",
+            ]
+            .map(|u| format!("/etc/systemd/system/{u}")),
+        )
         .ok();
     assert_eq!(verify.out() + &verify.err(), "");
     for (unit, directives) in [
@@ -130,6 +140,36 @@ fn a_machine_with_all_that_root_gives_it() {
     assert!(inside.out().contains(&address), "{inside:?}");
     assert_clean();
     lab::banger("vm delete --force m").ok();
+    installed.close();
+}
+
+/// What bootstraps images has more rights than the daemon: it takes names of recipes, and those from the owner only.
+fn images_are_asked_for_by_name() {
+    let installed = Installed::new();
+    let ask = |user: &str, name: &str| {
+        let words = [
+            "BANGER_BUILDER=/run/banger-build.sock",
+            "bangerd",
+            "--ask-builder",
+            name,
+        ];
+        lab::user(user, words).deadline(60).run()
+    };
+    for name in ["nonsense", "debian;id", "--setup-hook=id", ""] {
+        let done = ask(lab::OWNER, name);
+        assert!(
+            done.status == 1 && done.err().contains("there is no recipe"),
+            "{name}: {done:?}"
+        );
+    }
+    // The lab has no such tool, and no network.
+    let done = ask(lab::OWNER, "debian-slim");
+    assert!(done.status == 1 && done.err().contains("mmdebstrap"), "{done:?}");
+    let done = ask(lab::STRANGER, "debian-slim");
+    assert!(done.status == 1 && done.err().contains("ermission denied"), "{done:?}");
+    // The daemon asks there, too.
+    let done = lab::banger("image build debian").deadline(120).run();
+    assert!(done.status != 0 && done.err().contains("mmdebstrap"), "{done:?}");
     installed.close();
 }
 
