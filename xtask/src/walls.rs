@@ -55,7 +55,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("banger-helper", &["banger-system"]),
     ("banger-testkit", &[]),
     ("banger-e2e", &["banger-testkit"]),
-    ("xtask", &["banger-proto", "banger-testkit"]),
+    ("xtask", &["banger-proto", "banger-system", "banger-testkit"]),
 ];
 
 /// What small programs may be built of: everything else needs a reason and a line here.

@@ -17,6 +17,7 @@ mod figures;
 mod measure;
 mod podman;
 pub(crate) mod qmp;
+mod system;
 mod templates;
 pub(crate) mod watch;
 
@@ -101,6 +102,24 @@ const BENCHES: &[Bench] = &[
         what: "50 machines running: memory of each, all answering, nothing left",
         needs: &[Need::Base],
         run: copies::copies,
+    },
+    Bench {
+        name: "helper",
+        what: "calls of the root helper, its size and memory",
+        needs: &[Need::System],
+        run: system::helper,
+    },
+    Bench {
+        name: "adoption",
+        what: "20 machines found again by a daemon that was killed",
+        needs: &[Need::System],
+        run: system::adoption,
+    },
+    Bench {
+        name: "rounds",
+        what: "200 machines made and removed in system mode, and what they leave",
+        needs: &[Need::System],
+        run: system::rounds,
     },
     Bench {
         name: "exec",
