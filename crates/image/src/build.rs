@@ -20,6 +20,11 @@ const MMDEBSTRAP: Program = Program {
     package: "mmdebstrap",
     purpose: "build an image",
 };
+const UNSHARE: Program = Program {
+    name: "unshare",
+    package: "util-linux",
+    purpose: "build an image",
+};
 const NEWUIDMAP: Program = Program {
     name: "newuidmap",
     package: "uidmap",
@@ -76,12 +81,18 @@ pub(crate) async fn bootstrap(
 pub(crate) async fn prepare(recipe: &'static Recipe, scratch: &Scratch) -> Result<Run> {
     let root = rustix::process::geteuid().is_root();
     // Looked for first: the missing tool is what the user must hear about.
-    MMDEBSTRAP.find()?;
-    if !root {
+    let tool = MMDEBSTRAP.find()?;
+    let run = if root {
+        // For root the tool mounts what packages need while they are configured. In a mount namespace of its own that goes with it, also
+        // when it is killed.
+        Run::new(UNSHARE, BUILD_DEADLINE)?.args(["--mount", "--"]).arg(tool)
+    } else {
         NEWUIDMAP.find()?;
         check_subordinate_ids()?;
-    }
-    let mut run = Run::new(MMDEBSTRAP, BUILD_DEADLINE)?
+        Run::of(&tool, BUILD_DEADLINE)
+    };
+    let mut run = run
+        .shown(MMDEBSTRAP.name)
         .args([
             "--verbose",
             "--format=tar",
