@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use banger_system::helper::{HelperCode, HelperError};
 use rustix::fs::{Mode, OFlags, Stat};
@@ -159,6 +160,38 @@ fn bind(file: &Checked, access: Access, mark: &str) -> Result<Loop, HelperError>
         HelperCode::Failed,
         format!("cannot bind a loop device: others took {TRIES} free ones first"),
     ))
+}
+
+/// How long somebody who looked at a loop (udev) may keep it from going.
+const LETTING_GO: Duration = Duration::from_secs(5);
+
+/// The loops right below a block device.
+pub(super) fn below(ctx: &Ctx, dev: u64) -> Vec<u32> {
+    let device = format!("dev/block/{}:{}/slaves", rustix::fs::major(dev), rustix::fs::minor(dev));
+    let entries = std::fs::read_dir(ctx.sys.join(device)).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("loop")?.parse().ok())
+        .collect()
+}
+
+/// Waits until loops that have lost a user are gone, unless they have another.
+pub(super) fn wait(ctx: &Ctx, numbers: &[u32]) -> Result<(), HelperError> {
+    let deadline = Instant::now() + LETTING_GO;
+    for number in numbers {
+        let dir = ctx.sys.join(format!("block/loop{number}"));
+        let idle = || std::fs::read_dir(dir.join("holders")).is_ok_and(|mut holders| holders.next().is_none());
+        while dir.join("loop").is_dir() && idle() {
+            if Instant::now() >= deadline {
+                let text = format!(
+                    "/dev/loop{number} is still open {} s after its last disk went",
+                    LETTING_GO.as_secs()
+                );
+                return Err(error(HelperCode::Conflict, text));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    Ok(())
 }
 
 /// Number and mark of the loops that are banger's.

@@ -72,7 +72,7 @@ pub(crate) fn attach(
     });
     if made.is_err() {
         // The error that counts is the first one.
-        let _ = undo(&control, machine, role);
+        let _ = undo(ctx, &control, machine, role);
     }
     made
 }
@@ -142,15 +142,17 @@ fn device_error(what: &str, name: &str, e: &std::io::Error) -> HelperError {
     }
 }
 
-/// Removes a disk's devices: the snapshot, then what it stands on.
-fn undo(control: &Control, machine: &MachineId, role: DiskRole) -> Result<(), HelperError> {
+/// Removes a disk's devices: the snapshot, then what it stands on. Its loops go by themselves; that is waited for.
+fn undo(ctx: &Ctx, control: &Control, machine: &MachineId, role: DiskRole) -> Result<(), HelperError> {
+    let mut below = Vec::new();
     for tail in ["", BASE] {
         let name = format!("{}{tail}", names::dm_name(machine, role));
-        if own(control, &name, &format!("{}{tail}", names::dm_uuid(machine, role)))?.is_some() {
+        if let Some(info) = own(control, &name, &format!("{}{tail}", names::dm_uuid(machine, role)))? {
+            below.extend(loops::below(ctx, info.dev));
             control.remove(&name)?;
         }
     }
-    Ok(())
+    loops::wait(ctx, &below)
 }
 
 /// A device by its name, if it is there; refused if it is not what it is called.
@@ -178,7 +180,7 @@ pub(crate) fn detach(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> 
     step(nodes::remove(ctx, machine));
     if let Some(control) = Control::open()? {
         for role in ROLES {
-            step(undo(&control, machine, role));
+            step(undo(ctx, &control, machine, role));
         }
     }
     crate::dispatch::collected(

@@ -6,6 +6,8 @@
 //!
 //! **The size of a chunk** ([`banger_system::disk::CHUNK`]) is 16 KiB. Smaller chunks copy less when a part of one is written; larger
 //! ones need fewer entries in the table of changes (kept in the kernel's memory, and read when the disk is attached) and fewer commits.
+//! Measured with 49 MB of small files, 150 scattered synchronous writes and 64 MB in one piece: the changes took 133 MiB with chunks of
+//! 4 KiB, 135 with 16, 137 with 32, 142 with 64, the table of them 536, 160, 128, 128 KiB; times were within what the emulator scatters.
 
 use banger_system::disk::{CHUNK, SECTOR};
 
