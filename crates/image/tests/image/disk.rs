@@ -189,6 +189,30 @@ fn root_disks_are_grown_file_systems() {
 }
 
 #[test]
+fn whole_disks_are_grown_copies() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, disk_file) = (dir.path().join("image.ext4"), dir.path().join("root.raw"));
+    let smallest = image(&from);
+    assert!(matches!(
+        disk::create_whole(&from, &disk_file, smallest - 4096),
+        Err(Error::DiskSize { .. })
+    ));
+    assert!(!disk_file.exists());
+    disk::create_whole(&from, &disk_file, 1 << 30).unwrap();
+    let meta = std::fs::metadata(&disk_file).unwrap();
+    assert_eq!((meta.len(), meta.mode() & 0o777), (1 << 30, 0o600));
+    assert!(meta.blocks() * 512 <= smallest + (1 << 20), "the rest is holes");
+    if let Some(e2fsck) = need("e2fsck") {
+        fsck(&e2fsck, &disk_file);
+    }
+    assert!(
+        disk::create_whole(&from, &disk_file, 1 << 30).is_err(),
+        "nothing is overwritten"
+    );
+    assert!(disk_file.exists());
+}
+
+#[test]
 fn work_disks() {
     let Some(e2fsck) = need("e2fsck") else { return };
     let dir = tempfile::tempdir().unwrap();
