@@ -1,4 +1,15 @@
-//! References to machines: a name, an id, or a prefix of one that fits only one machine.
+//! References to machines: a name, an id, or a prefix of one that fits only one machine; on a bridge also `NAME.vm` and an address.
+
+/// A machine, as far as references go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Candidate<'a> {
+    /// Identifier.
+    pub id: &'a str,
+    /// Name.
+    pub name: &'a str,
+    /// Its address, where it has one.
+    pub address: Option<&'a str>,
+}
 
 /// Why a reference finds nothing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -21,16 +32,16 @@ pub enum ReferenceError {
     },
 }
 
-/// The index of the machine that a reference means. An exact name wins over an exact id, and both over prefixes.
-pub fn find<'a>(
-    reference: &str,
-    machines: impl IntoIterator<Item = (&'a str, &'a str)>,
-) -> Result<usize, ReferenceError> {
-    let machines: Vec<(&str, &str)> = machines.into_iter().collect();
+/// The index of the machine that a reference means. An exact name wins over an exact id, and both over prefixes. What has dots is no
+/// name: it is the name that the host's resolver knows, or an address.
+pub fn find<'a>(reference: &str, machines: impl IntoIterator<Item = Candidate<'a>>) -> Result<usize, ReferenceError> {
+    let machines: Vec<Candidate<'_>> = machines.into_iter().collect();
     let shown = || reference.escape_default().to_string();
     for exact in [
-        |m: &(&str, &str), r: &str| m.1 == r,
-        |m: &(&str, &str), r: &str| m.0 == r,
+        |m: &Candidate<'_>, r: &str| m.name == r,
+        |m: &Candidate<'_>, r: &str| m.id == r,
+        |m: &Candidate<'_>, r: &str| r.strip_suffix(".vm") == Some(m.name),
+        |m: &Candidate<'_>, r: &str| m.address == Some(r),
     ] {
         if let Some(index) = machines.iter().position(|m| exact(m, reference)) {
             return Ok(index);
@@ -38,17 +49,17 @@ pub fn find<'a>(
     }
     let fitting: Vec<usize> = (0..machines.len())
         .filter(|&i| {
-            !reference.is_empty() && (machines[i].0.starts_with(reference) || machines[i].1.starts_with(reference))
+            !reference.is_empty() && (machines[i].id.starts_with(reference) || machines[i].name.starts_with(reference))
         })
         .collect();
     match fitting.as_slice() {
         [one] => Ok(*one),
         [] => Err(ReferenceError::NotFound {
             reference: shown(),
-            similar: similar(reference, machines.iter().map(|m| m.1)),
+            similar: similar(reference, machines.iter().map(|m| m.name)),
         }),
         several => {
-            let mut names: Vec<String> = several.iter().map(|&i| machines[i].1.to_owned()).collect();
+            let mut names: Vec<String> = several.iter().map(|&i| machines[i].name.to_owned()).collect();
             names.sort();
             Err(ReferenceError::Ambiguous {
                 reference: shown(),
@@ -98,7 +109,11 @@ mod tests {
     ];
 
     fn lookup(reference: &str) -> Result<&'static str, ReferenceError> {
-        find(reference, MACHINES.iter().copied()).map(|i| MACHINES[i].1)
+        let candidates = MACHINES
+            .iter()
+            .zip(["10.0.0.2", "10.0.0.22"].map(Some).into_iter().chain([None, None]));
+        let candidates = candidates.map(|(&(id, name), address)| Candidate { id, name, address });
+        find(reference, candidates).map(|i| MACHINES[i].1)
     }
 
     #[test]
@@ -110,6 +125,8 @@ mod tests {
         );
         assert_eq!(lookup("aa01"), Ok("aa01"), "an exact name wins over an exact id");
         assert_eq!(lookup("cc"), Ok("database"));
+        assert_eq!((lookup("web.vm"), lookup("10.0.0.22")), (Ok("web"), Ok("web-2")));
+        assert!(lookup("we.vm").is_err() && lookup("10.0.0.").is_err() && lookup(".vm").is_err());
         assert_eq!(lookup("data"), Ok("database"));
         assert!(matches!(lookup("we"), Err(ReferenceError::Ambiguous { names, .. }) if names == ["web", "web-2"]));
         assert!(matches!(lookup(""), Err(ReferenceError::NotFound { .. })));
@@ -124,7 +141,7 @@ mod tests {
         #[test]
         fn a_whole_id_or_name_always_finds_its_machine(names in prop::collection::btree_set("[a-z]{1,6}", 1..8)) {
             let machines: Vec<(String, String)> = names.iter().enumerate().map(|(i, n)| (format!("{i:016x}"), n.clone())).collect();
-            let view = || machines.iter().map(|(i, n)| (i.as_str(), n.as_str()));
+            let view = || machines.iter().map(|(i, n)| Candidate { id: i, name: n, address: None });
             for (index, (_, name)) in machines.iter().enumerate() {
                 prop_assert_eq!(find(name, view()), Ok(index));
             }

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use banger_core::config::Config;
 use banger_core::id::MachineId;
+use banger_core::reference::{self, Candidate};
 use banger_core::spec::{Place, Shape};
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::Engine;
@@ -181,11 +182,15 @@ impl Services {
     }
 
     /// The machine that a reference means.
-    pub fn find(&self, reference: &str) -> Result<Arc<Machine>, ApiError> {
+    pub fn find(&self, wanted: &str) -> Result<Arc<Machine>, ApiError> {
         let machines = self.machines();
-        let names: Vec<(String, String)> = machines.iter().map(|m| (m.id.to_string(), m.name())).collect();
-        let index = banger_core::reference::find(reference, names.iter().map(|(i, n)| (i.as_str(), n.as_str())))
-            .map_err(IntoApi::into_api)?;
+        let shown: Vec<_> = machines.iter().map(|m| m.show()).collect();
+        let candidates = shown.iter().map(|m| Candidate {
+            id: &m.id,
+            name: &m.name,
+            address: m.address.as_deref(),
+        });
+        let index = reference::find(wanted, candidates).map_err(IntoApi::into_api)?;
         Ok(machines[index].clone())
     }
 

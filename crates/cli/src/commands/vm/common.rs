@@ -224,13 +224,19 @@ pub(crate) fn resolve(references: &[String], machines: &[Machine]) -> Vec<Result
     let mut seen = HashSet::new();
     references
         .iter()
-        .filter_map(
-            |wanted| match reference::find(wanted, machines.iter().map(|m| (m.id.as_str(), m.name.as_str()))) {
-                Ok(index) => seen.insert(index).then(|| Ok(machines[index].clone())),
-                Err(error) => Some(Err(unresolved(&error))),
-            },
-        )
+        .filter_map(|wanted| match reference::find(wanted, machines.iter().map(candidate)) {
+            Ok(index) => seen.insert(index).then(|| Ok(machines[index].clone())),
+            Err(error) => Some(Err(unresolved(&error))),
+        })
         .collect()
+}
+
+fn candidate(m: &Machine) -> reference::Candidate<'_> {
+    reference::Candidate {
+        id: &m.id,
+        name: &m.name,
+        address: m.address.as_deref(),
+    }
 }
 
 fn unresolved(error: &reference::ReferenceError) -> Error {
