@@ -68,9 +68,12 @@ pub(crate) fn scenario(name: &str, seconds: u64, run: fn()) -> Trial {
     })
 }
 
-/// Runs what the command line selects.
-pub(crate) fn run(scenarios: Vec<Trial>) -> ExitCode {
-    let mut args = Arguments::from_args();
+/// Runs what the command line selects: scenarios whose names contain one of its words, or all.
+pub(crate) fn run(mut scenarios: Vec<Trial>) -> ExitCode {
+    let (flags, names): (Vec<String>, Vec<String>) = std::env::args().skip(1).partition(|word| word.starts_with('-'));
+    let program = std::env::args().next().unwrap_or_default();
+    let mut args = Arguments::from_iter(std::iter::once(program).chain(flags));
+    scenarios.retain(|s| names.is_empty() || names.iter().any(|name| s.name().contains(name.as_str())));
     if !Path::new(MARKER).is_file() && !args.list {
         println!("skipped: scenarios of system mode run in the lab: cargo xtask lab run");
         return ExitCode::SUCCESS;
