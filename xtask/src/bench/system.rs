@@ -50,10 +50,12 @@ impl Helper {
         let mut body = vec![0; u32::from_be_bytes(length) as usize];
         self.0.read_exact(&mut body).expect("the whole answer");
         let took = milliseconds(begun.elapsed());
-        match serde_json::from_slice(&body).expect("an answer") {
-            Reply::Ok(answer) => (answer, took),
-            Reply::Error(e) => panic!("the helper refused: {e} {:?}", e.details),
-        }
+        let reply: Reply = serde_json::from_slice(&body).expect("an answer");
+        let answer = match reply {
+            Reply::Ok(answer) => Ok(answer),
+            Reply::Error(e) => Err(e),
+        };
+        (answer.expect("the helper does it"), took)
     }
 }
 

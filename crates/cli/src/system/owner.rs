@@ -70,7 +70,7 @@ pub(crate) fn has_group(text: &str, name: &str) -> bool {
 mod tests {
     use super::*;
 
-    const USERS: &str = "root:x:0:0:root:/root:/bin/bash\nbroken:x:nine:9::/home/b:/bin/sh\n\
+    const USERS: &str = "root:x:0:0:root:/root:/bin/bash\nbroken:x:nine:9::/srv/b:/bin/sh\n\
                          dev:x:1000:1001:Dev,,,:/home/dev:/bin/bash\nnowhere:x:7:7:::/bin/sh\n";
 
     #[test]

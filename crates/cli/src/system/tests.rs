@@ -136,7 +136,7 @@ impl Host {
         host.write(
             "etc/passwd",
             &format!(
-                "root:x:0:0::/root:/bin/sh\ndev:x:{}:{}::/home/dev:/bin/sh\nother:x:4321:4321::/home/other:/bin/sh\n",
+                "root:x:0:0::/root:/bin/sh\ndev:x:{}:{}::/home/dev:/bin/sh\nother:x:4321:4321::/srv/other:/bin/sh\n",
                 owner.0, owner.1
             ),
         );
