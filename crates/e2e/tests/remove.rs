@@ -14,6 +14,7 @@ tests! { MACHINES;
     gone_after_control_c_on_a_terminal,
     gone_when_the_client_is_killed,
     a_detached_machine_stays,
+    what_nobody_owns_is_found_and_removed,
 }
 
 fn nothing_is_left(env: &TestEnv) {
@@ -141,5 +142,35 @@ fn a_detached_machine_stays() {
     assert!(done.err().contains("spec:"), "{}", done.err());
     assert_eq!(env.machine_state("stays"), "running");
     env.sh("stays", "true").code(0);
+    env.close();
+}
+
+fn what_nobody_owns_is_found_and_removed() {
+    let env = crate::harness::machine("audit");
+    let orphans = |audit: &serde_json::Value| audit["orphans"].as_u64().expect("a number");
+    let audit = env.api("GET", "/v1/audit", None);
+    assert_eq!(orphans(&audit), 0, "{audit}");
+    let kinds = |kind: &str| {
+        audit["objects"]
+            .as_array()
+            .map_or(0, |o| o.iter().filter(|o| o["kind"] == kind).count())
+    };
+    assert_eq!((kinds("process"), kinds("socket"), kinds("file")), (1, 1, 1), "{audit}");
+    // Sockets of a machine that is stopped, and files of one that never was.
+    let id = env.machine("m")["id"].as_str().expect("an id").to_owned();
+    let files = env.state().join("machines/ffeeddccbbaa0011");
+    std::fs::create_dir(&files).expect("a directory");
+    env.ok("vm stop m");
+    let stray = env.runtime().join("m").join(&id);
+    std::fs::create_dir(&stray).expect("a directory");
+    let found = env.api("GET", "/v1/audit", None);
+    assert_eq!(orphans(&found), 2, "{found}");
+    let fixed = env.api("POST", "/v1/audit/fix", None);
+    assert_eq!(orphans(&fixed), 0, "{fixed}");
+    assert!(!files.exists() && !stray.exists());
+    // The machine itself has lost nothing.
+    env.ok("vm start m");
+    env.sh("m", "true").code(0);
+    assert_eq!(orphans(&env.api("GET", "/v1/audit", None)), 0);
     env.close();
 }

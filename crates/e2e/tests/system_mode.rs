@@ -21,6 +21,8 @@ tests! { SYSTEM;
     a_copy_has_an_address_of_its_own,
     rounds_leave_nothing,
     an_orphan_is_found_and_removed,
+    many_machines_are_taken_charge_of,
+    what_needs_a_bridge_or_may_not_have_one,
 }
 
 /// Whether a machine reaches a TCP port: a refusal is an answer too.
@@ -51,6 +53,14 @@ fn a_machine_on_the_bridge() {
         (machine["address"].as_str(), machine["spec"]["network"].as_str()),
         (Some("172.16.0.2"), Some("bridge"))
     );
+    let checks = env.api("GET", "/v1/doctor", None);
+    for name in ["mode", "helper", "bridge", "forwarding", "names", "storage", "auto"] {
+        let row = checks["checks"]
+            .as_array()
+            .and_then(|all| all.iter().find(|c| c["name"] == name));
+        let row = row.unwrap_or_else(|| panic!("no check `{name}`"));
+        assert_ne!(row["level"], "fail", "{row}");
+    }
     // What the guest has is what it was given.
     let shown = env.sh("m", "ip -4 addr show || cat /proc/net/fib_trie").code(0);
     assert!(shown.out().contains("172.16.0.2"), "{}", shown.out());
@@ -255,5 +265,58 @@ fn an_orphan_is_found_and_removed() {
     env.root_sh("ip link add foreign0 type bridge").code(0);
     env.api("POST", "/v1/audit/fix", None);
     assert_eq!(env.root_sh("ip link show foreign0").status, 0);
+    env.close();
+}
+
+/// With `BANGER_TEST_FIGURES=1` twenty of them, and how long it took.
+fn many_machines_are_taken_charge_of() {
+    let env = SystemEnv::new("many");
+    let figures = std::env::var_os("BANGER_TEST_FIGURES").is_some();
+    let names: Vec<String> = (0..if figures { 20 } else { 4 }).map(|n| format!("m{n}")).collect();
+    for name in &names {
+        env.create(name, &[]);
+    }
+    let engines = |env: &SystemEnv| names.iter().map(|name| env.engine(name).pid).collect::<Vec<_>>();
+    let before = engines(&env);
+    env.end_daemon(Signal::KILL);
+    let begun = Instant::now();
+    env.start_daemon();
+    if figures {
+        eprintln!(
+            "{} machines after {:?}, the start of the daemon included",
+            names.len(),
+            begun.elapsed()
+        );
+    }
+    assert_eq!(engines(&env), before);
+    for name in &names {
+        env.sh(name, "true").code(0);
+    }
+    env.close();
+}
+
+fn what_needs_a_bridge_or_may_not_have_one() {
+    let env = SystemEnv::new("kinds");
+    let refused = env
+        .banger(["vm", "create", "--name", "x", "--network", "none", "--net-group", "a"])
+        .run();
+    assert_ne!(refused.status, 0);
+    assert!(refused.err().contains("bridge"), "{}", refused.err());
+    env.create("alone", &["--network", "none"]);
+    assert!(env.machine("alone")["address"].is_null());
+    assert!(
+        env.audit().iter().all(|(kind, _, _)| kind != "interface"),
+        "{:?}",
+        env.audit()
+    );
+    // Its place in the network is its own all the same.
+    env.create("m", &["--no-nat"]);
+    assert_eq!(address(&env, "m"), "172.16.0.3");
+    assert!(!reaches(&env, "m", &system::OUTSIDE.to_string(), 9));
+    env.ok("vm stop alone");
+    env.ok("vm delete --force alone m");
+    // The smallest place is given again.
+    env.create("n", &[]);
+    assert_eq!(address(&env, "n"), "172.16.0.2");
     env.close();
 }
