@@ -298,6 +298,8 @@ CollectMode=inactive-or-failed
 
 [Service]
 User={user}
+# Not one of its own, which would stay when it has ended.
+Slice=system.slice
 ExecStart={program} --builder
 StandardInput=socket
 StandardOutput=journal

@@ -223,11 +223,13 @@ impl Manager for Systemd<'_> {
     }
 
     fn enable(&self, unit: Unit) -> Result<()> {
-        self.systemctl(&["--quiet", "enable", unit.name()]).map(|_| ())
+        self.systemctl(&["--quiet", "--no-reload", "enable", unit.name()])
+            .map(|_| ())
     }
 
     fn disable(&self, unit: Unit) -> Result<()> {
-        self.systemctl(&["--quiet", "disable", unit.name()]).map(|_| ())
+        self.systemctl(&["--quiet", "--no-reload", "disable", unit.name()])
+            .map(|_| ())
     }
 
     fn start(&self, unit: Unit) -> Result<()> {

@@ -7,12 +7,12 @@ use crate::installed::{Installed, assert_clean, assert_same, failures, listing};
 use crate::lab;
 
 scenarios! {
-    units_are_sound: 60,
-    wrong_inputs_change_nothing: 120,
+    units_are_sound: 240,
+    wrong_inputs_change_nothing: 240,
     a_machine_with_all_that_root_gives_it: 420,
-    images_are_asked_for_by_name: 180,
-    a_second_installation_changes_nothing: 240,
-    an_installation_that_fails_is_taken_back: 240,
+    images_are_asked_for_by_name: 300,
+    a_second_installation_changes_nothing: 360,
+    an_installation_that_fails_is_taken_back: 480,
     uninstalling_refuses_while_machines_run: 420,
     state_outlives_an_uninstallation: 360,
 }

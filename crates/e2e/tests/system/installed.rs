@@ -13,11 +13,11 @@ const LISTING: &str = "
         -not -path 'etc/resolv.conf' -printf '%p %M %u:%g\\n' 2>/dev/null | sort
     # What is in the owner's state is the daemon's to change.
     find var/lib/banger -maxdepth 1 -printf '%p %M %u:%g\\n' 2>/dev/null | sort
-    echo '--- interfaces'; ip -o -br link | sed 's/ .*//' | sort; ip -o -br address | sort
+    echo '--- interfaces'; ip -o -br link | sed 's/ .*//' | sort; ip -o address | sed 's/ *valid_lft.*//' | cut -d' ' -f2- | sort
     echo '--- rules'; nft list ruleset
     echo '--- forwarding'; cat /proc/sys/net/ipv4/ip_forward
     echo '--- names'; resolvectl domain | grep -v ': *$' || true
-    echo '--- block devices'; dmsetup ls; losetup --list --noheadings
+    echo '--- block devices'; dmsetup ls | grep -v '^No devices' || true; losetup --list --noheadings
     echo '--- mounts'; findmnt --noheadings --raw --output TARGET | grep banger || true
     echo '--- control groups'; find /sys/fs/cgroup -name '*banger*' -not -name 'banger-lab*' | grep -v banger-lab || true
     echo '--- units'; systemctl list-units --all --no-legend --plain 'banger*' | grep -v banger-lab || true
