@@ -173,6 +173,12 @@ pub(crate) fn remove(ground: &Ground, manager: &dyn Manager, purge: bool, outcom
             layout.config().display()
         ));
     }
+    let forwarding = std::fs::read_to_string(ground.host("proc/sys/net/ipv4/ip_forward")).unwrap_or_default();
+    if forwarding.trim() == "1" {
+        outcome
+            .kept
+            .push("net.ipv4.ip_forward = 1: others may rely on it; the host's next start sets it anew".to_owned());
+    }
     // The record goes last: as long as it is there, all this can be done again.
     if outcome.failed.is_empty() {
         outcome.tried(

@@ -15,7 +15,6 @@ const LISTING: &str = "
     find var/lib/banger -maxdepth 1 -printf '%p %M %u:%g\\n' 2>/dev/null | sort
     echo '--- interfaces'; ip -o -br link | sed 's/ .*//' | sort; ip -o address | sed 's/ *valid_lft.*//' | cut -d' ' -f2- | sort
     echo '--- rules'; nft list ruleset
-    echo '--- forwarding'; cat /proc/sys/net/ipv4/ip_forward
     echo '--- names'; resolvectl domain | grep -v ': *$' || true
     echo '--- block devices'; dmsetup ls | grep -v '^No devices' || true; losetup --list --noheadings
     echo '--- mounts'; findmnt --noheadings --raw --output TARGET | grep banger || true
