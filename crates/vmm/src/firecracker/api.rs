@@ -247,28 +247,6 @@ pub struct VmConfig {
     /// Its drives.
     #[serde(default)]
     pub drives: Vec<DriveInfo>,
-    /// What it has booted from.
-    #[serde(default, rename = "boot-source", skip_serializing_if = "Option::is_none")]
-    pub boot_source: Option<BootInfo>,
-}
-
-impl VmConfig {
-    /// It has booted, and does not go on from something that was saved: then Firecracker knows no kernel.
-    pub fn has_booted(&self) -> bool {
-        let kernel = self
-            .boot_source
-            .as_ref()
-            .and_then(|boot| boot.kernel_image_path.as_deref());
-        kernel.is_some_and(|kernel| !kernel.is_empty())
-    }
-}
-
-/// The kernel in [`VmConfig`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BootInfo {
-    /// Its file.
-    #[serde(default)]
-    pub kernel_image_path: Option<String>,
 }
 
 /// A drive in [`VmConfig`].

@@ -33,7 +33,7 @@ const KERNEL_LINE: usize = 1800;
 const MAX_VCPU: u32 = 32;
 
 /// Directory of the links, in a machine's own.
-const LINKS: &str = "engine";
+pub(crate) const LINKS: &str = "engine";
 
 /// The directory of a machine's links.
 pub(crate) fn links(paths: &MachinePaths) -> PathBuf {
@@ -174,7 +174,8 @@ pub fn check(plan: &BootPlan) -> Result<(), EngineError> {
 /// What comes first, whether a machine boots or goes on.
 pub fn first(names: &Names) -> Result<Vec<Put>, EngineError> {
     let logger = Logger {
-        level: "Warning".to_owned(),
+        // Warnings tell of every look of a guest for a device that is not there, and fill the console with them.
+        level: "Error".to_owned(),
         show_level: true,
     };
     let mut puts = vec![put("/logger", &logger)?];
@@ -278,7 +279,7 @@ pub fn args(plan: &BootPlan, control: &Path) -> Result<Vec<String>, EngineError>
         "--log-path",
         "/dev/stderr",
         "--level",
-        "Warning",
+        "Error",
     ]
     .map(str::to_owned)
     .to_vec())

@@ -16,11 +16,12 @@ use banger_core::plan::MachinePaths;
 use banger_system::names::{self, jail};
 
 use super::api::{ApiError, Client};
-use super::{BINARY, ENGINE, Firecracker};
+use super::{BINARY, ENGINE, Firecracker, config};
 use crate::engine::{EngineError, Handles, Liveness};
 use crate::host;
 use crate::identity::{self, Expected, Mismatch, Process, Stat};
 use crate::jail::Jail;
+use crate::start::io_error;
 
 /// Why a machine's engine is not there. Each means that there is none, not that it cannot be told.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -333,18 +334,40 @@ pub(super) fn resolve(
     handles: &Handles,
     told: impl Iterator<Item = String>,
 ) -> Result<Vec<PathBuf>, EngineError> {
-    let root = match jail_of(firecracker, handles)? {
-        Some((jail, id)) => jail.chroot(&id),
-        None => {
-            let cwd = firecracker.proc().join(handles.pid.to_string()).join("cwd");
-            fs::read_link(&cwd).map_err(|e| crate::start::io_error(format!("read {}", cwd.display()), e))?
-        }
-    };
+    let root = root(firecracker, handles)?;
     let on_host = |path: String| {
         let path = root.join(path.trim_start_matches('/'));
         fs::read_link(&path).unwrap_or(path)
     };
-    Ok(told.map(on_host).collect())
+    // The engine names them in an order of its own, another one each time.
+    let mut files: Vec<PathBuf> = told.map(on_host).collect();
+    files.sort();
+    Ok(files)
+}
+
+/// The directory from which an engine names its files.
+fn root(firecracker: &Firecracker, handles: &Handles) -> Result<PathBuf, EngineError> {
+    if let Some((jail, id)) = jail_of(firecracker, handles)? {
+        return Ok(jail.chroot(&id));
+    }
+    let cwd = firecracker.proc().join(handles.pid.to_string()).join("cwd");
+    fs::read_link(&cwd).map_err(|e| io_error(format!("read {}", cwd.display()), e))
+}
+
+/// Whether a machine goes on from what was saved: then its memory is there under the name by which the engine was told. Firecracker
+/// itself does not say: it saves from what kernel a machine has booted, and shows that again.
+pub(super) fn goes_on(firecracker: &Firecracker, handles: &Handles) -> Result<bool, EngineError> {
+    let jailed = jail_of(firecracker, handles)?.is_some();
+    let root = root(firecracker, handles)?;
+    let dir = if jailed { root } else { root.join(config::LINKS) };
+    // Without the directory nothing could be told.
+    fs::symlink_metadata(&dir).map_err(|e| io_error(format!("look at {}", dir.display()), e))?;
+    let memory = dir.join(jail::MEMORY);
+    match fs::symlink_metadata(&memory) {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(io_error(format!("look at {}", memory.display()), e)),
+    }
 }
 
 /// Finds a machine's engine.

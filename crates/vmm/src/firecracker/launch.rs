@@ -341,6 +341,10 @@ fn link(plan: &BootPlan) -> io::Result<()> {
     for disk in &plan.disks {
         symlink(&disk.path, dir.join(jail::disk(disk.serial)))?;
     }
+    // By which a save tells what the machine was started with.
+    if let Some(saved) = &plan.resume {
+        symlink(&saved.memory, dir.join(jail::MEMORY))?;
+    }
     let pipe = config::metrics_pipe(&plan.paths);
     remove(&pipe)?;
     mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;

@@ -83,7 +83,7 @@ impl Saving for Job {
         }
         let ran = info.state == State::Running;
         let prepared = match &self.plan.memory {
-            Some(saved) => Some(self.prepare(&mut client, saved).await?),
+            Some(saved) => Some(self.prepare(saved).await?),
             None => None,
         };
         self.wanted.check()?;
@@ -149,9 +149,9 @@ impl Saving for Job {
 
 impl Job {
     /// Decides how memory is saved, and makes the file that is written over. The guest goes on.
-    async fn prepare(&self, client: &mut Client, saved: &Saved) -> Result<Prepared, EngineError> {
+    async fn prepare(&self, saved: &Saved) -> Result<Prepared, EngineError> {
         let proc = self.firecracker.proc();
-        let booted = client.config().await.map_err(|e| self.fault(e))?.has_booted();
+        let booted = !find::goes_on(&self.firecracker, &self.handles)?;
         if booted != self.plan.base.is_none() {
             let why = match booted {
                 true => "the machine was not started with a memory file",
@@ -275,10 +275,16 @@ impl Job {
         }
         for _ in 0..GO_ON {
             match find::command_client(&self.firecracker, &self.handles).await {
-                Ok(client) => match self.resume(client).await {
-                    Ok(()) => return,
-                    Err(error) => fault = Some(error),
-                },
+                Ok(mut client) => {
+                    // Where only the answer was lost, or it never stopped.
+                    if client.info().await.is_ok_and(|info| info.state == State::Running) {
+                        return;
+                    }
+                    match self.resume(client).await {
+                        Ok(()) => return,
+                        Err(error) => fault = Some(error),
+                    }
+                }
                 Err(error) => fault = Some(error),
             }
             if matches!(

@@ -380,7 +380,7 @@ fn perform(shared: &Shared, call: &str, body: &Value) -> Result<Option<Value>, S
 /// State is a line of JSON; memory is written as the real one writes it.
 fn create(machine: &mut Machine, body: &Value) -> Result<(), String> {
     let told = |e: io::Error| e.to_string();
-    let state = json!({ "memory_mib": machine.memory_mib, "uds": machine.uds, "drives": machine.drives });
+    let state = json!({ "memory_mib": machine.memory_mib, "uds": machine.uds, "drives": machine.drives, "kernel": machine.kernel });
     fs::write(text(body, "snapshot_path")?, state.to_string()).map_err(told)?;
     let path = text(body, "mem_file_path")?;
     let file = OpenOptions::new()
@@ -420,6 +420,8 @@ fn load(shared: &Shared, machine: &mut Machine, body: &Value) -> Result<(), Stri
         opened.map_err(|e| format!("{path}: {e}"))?;
         machine.drives.insert(name.clone(), drive.clone());
     }
+    // As the real one, whatever its documentation says of it.
+    machine.kernel = Some(state["kernel"].clone());
     machine.memory = Some(Memory::new((machine.memory_mib << 20) as usize, Some(&file)));
     (machine.state, machine.restored) = (State::Paused, true);
     channel(shared, machine, text(&state, "uds")?)

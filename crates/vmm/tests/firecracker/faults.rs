@@ -173,7 +173,7 @@ async fn a_load_that_fails_leaves_nothing() {
 async fn a_save_that_fails_leaves_nothing_and_the_machine_runs() {
     let dir = tempfile::tempdir().unwrap();
     let driver = quick(dir.path());
-    for (number, call) in ["GET /vm/config", "PUT /snapshot/create"].into_iter().enumerate() {
+    for (number, call) in ["PATCH /vm", "PUT /snapshot/create"].into_iter().enumerate() {
         let faults = [refuse("disk full"), Fault::HangUp, Fault::Garbage];
         for (fault, row) in faults.into_iter().zip('a'..) {
             let bed = Bed::new();
