@@ -18,23 +18,37 @@ const ASKED: Duration = Duration::from_secs(5);
 /// How long killed ones have to be gone.
 const KILLED: Duration = Duration::from_secs(2);
 
-/// `SIGRTMIN+4`: systemd's own way to be told to power off.
+/// `SIGRTMIN+4` and `SIGRTMIN+5`: systemd's own ways to be told to power off, and to restart.
 const POWER_OFF: i32 = 38;
+const RESTART: i32 = 39;
+
+/// Whether this machine ends by a restart. Firecracker's has no power to cut: its engine ends when the guest resets the processor
+/// through the keyboard controller, and its kernel line says so.
+fn ends_by_restart() -> bool {
+    let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    restarts(&line)
+}
+
+fn restarts(line: &str) -> bool {
+    line.split_ascii_whitespace().any(|word| word == "reboot=k")
+}
 
 /// Has the init do it.
 pub(crate) fn through_init(init: &str) {
     // Whatever the init does and however it ends, what was written before is on the disk.
     rustix::fs::sync();
     if handover::is_systemd(init) {
-        match sys::kill(Pid::INIT, POWER_OFF) {
+        let signal = if ends_by_restart() { RESTART } else { POWER_OFF };
+        match sys::kill(Pid::INIT, signal) {
             Ok(()) => return,
             Err(e) => say(&format!("can't signal the init: {e}")),
         }
     } else {
-        match Command::new("poweroff").env("PATH", crate::session::PATH).status() {
+        let program = if ends_by_restart() { "reboot" } else { "poweroff" };
+        match Command::new(program).env("PATH", crate::session::PATH).status() {
             Ok(status) if status.success() => return,
-            Ok(status) => say(&format!("`poweroff` failed: {status}")),
-            Err(e) => say(&format!("can't run `poweroff`: {e}")),
+            Ok(status) => say(&format!("`{program}` failed: {status}")),
+            Err(e) => say(&format!("can't run `{program}`: {e}")),
         }
     }
     down(true);
@@ -59,8 +73,13 @@ pub(crate) fn off() -> ! {
     let _ = rustix::mount::unmount("/root", UnmountFlags::empty());
     let _ = rustix::mount::mount_remount("/root", MountFlags::RDONLY, "");
     let _ = rustix::mount::mount_remount("/", MountFlags::RDONLY, "");
+    let end = if ends_by_restart() {
+        RebootCommand::Restart
+    } else {
+        RebootCommand::PowerOff
+    };
     loop {
-        if let Err(e) = rustix::system::reboot(RebootCommand::PowerOff) {
+        if let Err(e) = rustix::system::reboot(end) {
             say(&format!("can't power off: {e}"));
             let _ = rustix::system::reboot(RebootCommand::Restart);
         }
@@ -104,4 +123,15 @@ fn programs() -> Vec<Pid> {
     let runs =
         |pid: &i32| *pid != 1 && pid.cast_unsigned() != own && std::fs::read_link(format!("/proc/{pid}/exe")).is_ok();
     numbers.filter(runs).filter_map(Pid::from_raw).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::restarts;
+
+    #[test]
+    fn the_kernel_line_says_how_it_ends() {
+        assert!(restarts("console=ttyS0 reboot=k pci=off"));
+        assert!(!restarts("console=ttyS0 reboot=t") && !restarts(""));
+    }
 }
