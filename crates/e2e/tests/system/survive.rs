@@ -7,6 +7,7 @@ use crate::lab;
 scenarios! {
     qemu_outlives_services: 900,
     firecracker_outlives_services: 900,
+    qemu_is_saved_and_copied: 900,
     firecracker_is_saved_and_copied: 900,
 }
 
@@ -130,10 +131,23 @@ fn restarted(unit: &str, old: i32) {
     lab::wait_unit(unit, "active");
 }
 
+fn qemu_is_saved_and_copied() {
+    let installed = Installed::new();
+    saved_and_copied("qemu");
+    installed.close();
+}
+
 fn firecracker_is_saved_and_copied() {
     let Some(options) = firecracker_options() else { return };
     let installed = Installed::with(&options);
-    lab::banger("vm run -d --name m --image debian-slim --engine firecracker")
+    saved_and_copied("firecracker");
+    installed.close();
+    lab::root(["rm", "-f", "/opt/firecracker", "/opt/jailer"]).ok();
+}
+
+/// Snapshot, rollback, copies, suspension and waking: memory and disks are one moment, and every copy has an address of its own.
+fn saved_and_copied(engine: &str) {
+    lab::banger(&format!("vm run -d --name m --image debian-slim --engine {engine}"))
         .deadline(240)
         .ok();
     lab::banger("vm exec m -- sh -c echo>/root/before").ok();
@@ -167,6 +181,4 @@ fn firecracker_is_saved_and_copied() {
             .deadline(120)
             .ok();
     }
-    installed.close();
-    lab::root(["rm", "-f", "/opt/firecracker", "/opt/jailer"]).ok();
 }
