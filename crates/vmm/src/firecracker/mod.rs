@@ -172,7 +172,8 @@ impl Firecracker {
             Ok(Ok(true)) => Ok(stream),
             Ok(Ok(false)) => Err(EngineError::Silent { engine: ENGINE }),
             Ok(Err(e)) => Err(cannot(e)),
-            Err(_) => Err(late()),
+            // The engine took the call, and has nobody to pass it to before the guest's kernel has its device.
+            Err(_) => Err(EngineError::Silent { engine: ENGINE }),
         }
     }
 

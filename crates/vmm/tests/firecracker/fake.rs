@@ -34,6 +34,8 @@ pub struct Script {
     pub listens_after: u64,
     /// The guest takes this many calls less than it gets, and a negative number: none.
     pub silent_calls: i64,
+    /// And holds so many before that without an answer, as while the guest's kernel has no device yet.
+    pub held_calls: i64,
     /// What a call meets, by method and path.
     pub faults: BTreeMap<String, Fault>,
 }
@@ -452,8 +454,14 @@ fn guest(mut stream: UnixStream, shared: &Shared) -> Option<()> {
     {
         let mut machine = shared.lock().unwrap();
         machine.calls += 1;
-        let silent = machine.script.silent_calls;
-        if line != b"CONNECT 1024\n" || silent < 0 || machine.calls <= silent {
+        let (held, silent) = (machine.script.held_calls, machine.script.silent_calls);
+        if machine.calls <= held {
+            drop(machine);
+            // Until the caller gives up.
+            let _ = stream.read(&mut byte);
+            return None;
+        }
+        if line != b"CONNECT 1024\n" || silent < 0 || machine.calls <= held + silent {
             return None;
         }
     }

@@ -243,11 +243,12 @@ async fn a_guest_that_takes_no_call() {
     let driver = quick(dir.path());
     let bed = Bed::new();
     bed.script(Script {
+        held_calls: 1,
         silent_calls: 2,
         ..Default::default()
     });
     let handles = bed.launch(&driver).await;
-    for _ in 0..2 {
+    for _ in 0..3 {
         let error = driver.connect_agent(&handles).await.unwrap_err();
         assert!(matches!(error, EngineError::Silent { .. }), "{error:?}");
     }
