@@ -46,6 +46,10 @@ impl Installed {
     pub(crate) fn with(options: &str) -> Self {
         // What the kernel brings up when it is first asked for is there before and after.
         lab::sh("modprobe -a dm_snapshot loop tun bridge nf_tables kvm_amd; true").code(0);
+        // What a scenario before left when it failed is not this one's.
+        if Path::new("/etc/banger/install.toml").exists() {
+            lab::sudo_banger("system uninstall --purge --yes").deadline(240).run();
+        }
         let before = listing();
         // Kernel and image first: no daemon has run in it yet.
         lab::root(["install", "-d", "-m", "711", "/var/lib/banger"]).ok();
