@@ -11,7 +11,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -110,9 +110,16 @@ pub(crate) fn check_maps(proc: &Path, pid: u32, base: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives back what a file keeps of zeros.
+/// Gives back what a file keeps of zeros. Its content stays as it is, and so do its permissions: what came out of a jail is nobody's
+/// to write.
 pub(crate) fn punch_zeros(path: &Path) -> io::Result<()> {
-    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let permissions = fs::metadata(path)?.permissions();
+    let mut writable = permissions.clone();
+    writable.set_mode(permissions.mode() | 0o200);
+    fs::set_permissions(path, writable)?;
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    fs::set_permissions(path, permissions)?;
+    let file = file?;
     let mut buffer = vec![0; 1 << 20];
     for range in data(&file)? {
         // Pages as the file has them, whatever the stretches are.
