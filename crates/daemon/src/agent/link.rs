@@ -37,6 +37,9 @@ const MAX_HEADERS: u32 = 16 * 1024;
 /// How long the engine may take to accept a connection to the guest channel.
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// How often a channel is opened again that is closed while the two greet each other: a restored guest resets what was open when it
+/// was saved, and may take a new connection for one of those.
+const RESETS: u32 = 5;
 /// How soon a guest that did not take the call is called again.
 const REDIAL: Duration = Duration::from_millis(25);
 
@@ -187,8 +190,15 @@ impl Link {
             old.driver.abort();
             drop(old);
         }
-        let stream = self.dialled(deadline).await?;
-        let channel = shake(stream, nonce()?, deadline).await?;
+        let mut resets = 0;
+        let channel = loop {
+            let stream = self.dialled(deadline).await?;
+            match shake(stream, nonce()?, deadline).await {
+                Err(HandshakeError::Closed) if resets < RESETS => resets += 1,
+                shaken => break shaken?,
+            }
+            sleep(REDIAL).await;
+        };
         let connection = start(channel).await.map_err(|source| LinkError::Broken {
             doing: "connecting".to_owned(),
             source,
