@@ -118,7 +118,7 @@ pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) 
         }
         Request::NetworkRemove { net } => {
             let _held = locks.network();
-            done(net::remove(locks, &net))
+            done(net::remove(ctx, locks, &net))
         }
         Request::TapsWarm { net, slots } => {
             bounded(slots.len())?;

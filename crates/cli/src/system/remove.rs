@@ -177,7 +177,7 @@ pub(crate) fn remove(ground: &Ground, manager: &dyn Manager, purge: bool, outcom
     if forwarding.trim() == "1" {
         outcome
             .kept
-            .push("net.ipv4.ip_forward = 1: others may rely on it; the host's next start sets it anew".to_owned());
+            .push("net.ipv4.ip_forward = 1: banger does not set it; whoever did may need it".to_owned());
     }
     // The record goes last: as long as it is there, all this can be done again.
     if outcome.failed.is_empty() {

@@ -262,17 +262,7 @@ fn network(system: &System) -> Vec<Check> {
             Some(hint.to_owned()),
         )
     });
-    let forward = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap_or_default();
-    checks.push(if forward.trim() == "1" {
-        check("forwarding", CheckLevel::Pass, "net.ipv4.ip_forward is 1", None)
-    } else {
-        check(
-            "forwarding",
-            CheckLevel::Fail,
-            "net.ipv4.ip_forward is not 1: machines reach nothing outside",
-            None,
-        )
-    });
+    checks.push(forwarding(Path::new("/proc"), bridge));
     let dns = system.dns();
     checks.push(if dns.is_empty() {
         let hint = "name some: dns = [\"…\"] under [network] in the configuration";
@@ -292,6 +282,45 @@ fn network(system: &System) -> Vec<Check> {
         )
     });
     checks
+}
+
+/// Whether bridge and uplinks forward. Uplinks as the main table of routes has them; the helper looks at the others too.
+fn forwarding(proc: &Path, bridge: &str) -> Check {
+    let forwards = |name: &str| {
+        let file = proc.join("sys/net/ipv4/conf").join(name).join("forwarding");
+        std::fs::read_to_string(file).is_ok_and(|text| text.trim() != "0")
+    };
+    let uplinks = uplinks(&std::fs::read_to_string(proc.join("net/route")).unwrap_or_default());
+    if uplinks.is_empty() {
+        let hint = "machines reach what is outside by interfaces with a default route; docs/network.md";
+        let text = "the host has no default route: machines reach nothing outside";
+        return check("forwarding", CheckLevel::Warn, text, Some(hint.to_owned()));
+    }
+    let all = || std::iter::once(bridge).chain(uplinks.iter().map(String::as_str));
+    let not: Vec<&str> = all().filter(|name| !forwards(name)).collect();
+    if not.is_empty() {
+        let text = format!("{} does not forward: machines reach nothing outside", not.join(", "));
+        let hint = "the daemon has it do so within seconds, unless the whole host forwards (net.ipv4.ip_forward): then it is a setting of yours";
+        return check("forwarding", CheckLevel::Fail, text, Some(hint.to_owned()));
+    }
+    let text = format!("between {bridge} and {}", uplinks.join(", "));
+    check("forwarding", CheckLevel::Pass, text, None)
+}
+
+/// Interfaces of default routes in `/proc/net/route`: name, destination, gateway, flags, three more, mask.
+fn uplinks(routes: &str) -> Vec<String> {
+    let mut found: Vec<String> = Vec::new();
+    for line in routes.lines().skip(1) {
+        let words: Vec<&str> = line.split_ascii_whitespace().collect();
+        if let [name, destination, .., mask, _, _, _] = words[..]
+            && (destination, mask) == ("00000000", "00000000")
+            && name != "*"
+            && !found.iter().any(|known| known == name)
+        {
+            found.push(name.to_owned());
+        }
+    }
+    found
 }
 
 /// Whether names below `.vm` are answered, and by whom they are asked for.
@@ -324,6 +353,27 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn bridge_and_uplinks_have_to_forward() {
+        let tmp = tempfile::tempdir().unwrap();
+        let looked = || forwarding(tmp.path(), "br-fc");
+        assert_eq!(looked().level, CheckLevel::Warn);
+        std::fs::create_dir_all(tmp.path().join("net")).unwrap();
+        let routes = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n\
+                      eth0\t00000000\t010200C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n\
+                      eth0\t00000000\t020200C0\t0003\t0\t0\t9\t00000000\t0\t0\t0\n\
+                      docker0\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n";
+        std::fs::write(tmp.path().join("net/route"), routes).unwrap();
+        for (name, value) in [("br-fc", "1\n"), ("eth0", "0\n")] {
+            let dir = tmp.path().join("sys/net/ipv4/conf").join(name);
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join("forwarding"), value).unwrap();
+        }
+        assert!(looked().level == CheckLevel::Fail && looked().message.starts_with("eth0 does not"));
+        std::fs::write(tmp.path().join("sys/net/ipv4/conf/eth0/forwarding"), "1\n").unwrap();
+        assert!(looked().level == CheckLevel::Pass && looked().message.ends_with("and eth0"));
+    }
 
     #[test]
     fn a_program_of_roots_is_roots_alone() {

@@ -15,6 +15,7 @@ mod jail;
 pub mod rules;
 mod upkeep;
 mod upstream;
+mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};

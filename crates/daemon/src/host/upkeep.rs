@@ -1,5 +1,5 @@
-//! What is looked after while the daemon runs: that the network is as it has to be, that idle taps are there, that no machine's
-//! changes of disk have run out of space.
+//! What is looked after while the daemon runs: that the network is as it has to be (at once when the host's routes change), that idle
+//! taps are there, that no machine's changes of disk have run out of space.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -11,12 +11,15 @@ use banger_system::helper::DiskStatus;
 use tokio::time::Instant;
 
 use super::System;
+use super::ways::Ways;
 use crate::dns;
 use crate::machine::Machine;
 use crate::services::Services;
 
 /// How often everything is looked at.
 const OFTEN: Duration = Duration::from_secs(10);
+/// Time between two looks, at least, when routes change.
+const SPACING: Duration = Duration::from_secs(1);
 /// How often the host's resolver is told again: it may have been restarted.
 const SELDOM: Duration = Duration::from_secs(60);
 
@@ -25,6 +28,7 @@ pub async fn watch(services: Arc<Services>) {
     let Some(system) = services.hosting.get().cloned() else {
         return;
     };
+    let ways = Ways::listen();
     let mut told = None;
     let mut routed: Option<(bool, Instant)> = None;
     loop {
@@ -42,13 +46,14 @@ pub async fn watch(services: Arc<Services>) {
             }
         }
         // Between two such looks only the taps that were taken are made up for: whoever takes one finds the rules whole, or says so.
-        let next = Instant::now() + OFTEN;
+        let (soonest, next) = (Instant::now() + SPACING, Instant::now() + OFTEN);
         disks(&services, &system).await;
         loop {
             tell_once(&mut told, system.warm(used(&services)).await);
             tokio::select! {
                 () = tokio::time::sleep_until(next) => break,
                 () = system.due.notified() => {}
+                () = async { ways.changed().await; tokio::time::sleep_until(soonest).await } => break,
                 () = services.stopping.cancelled() => return,
             }
         }

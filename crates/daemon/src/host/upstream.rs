@@ -27,13 +27,16 @@ pub(super) fn read(root: &Path) -> Vec<Ipv4Addr> {
     Vec::new()
 }
 
-/// The servers of a `resolv.conf`; those on the host's own loopback are of no use to a guest.
+/// The servers of a `resolv.conf`; those on the host's own loopback, and link-local ones, are of no use to a guest.
 fn parse(text: &str) -> Vec<Ipv4Addr> {
     let server = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let keyword = words.next()? == "nameserver";
         let address: Ipv4Addr = words.next().filter(|_| keyword)?.parse().ok()?;
-        let reachable = !(address.is_loopback() || address.is_unspecified() || address.is_multicast());
+        // Link-local ones are where some clouds have both names and secrets: machines do not reach that range.
+        let closed =
+            address.is_loopback() || address.is_unspecified() || address.is_multicast() || address.is_link_local();
+        let reachable = !closed;
         reachable.then_some(address)
     };
     text.lines().filter_map(server).take(MOST).collect()
@@ -45,7 +48,7 @@ mod tests {
 
     #[test]
     fn only_servers_that_a_guest_reaches() {
-        let text = "# x\nsearch lan\nnameserver 127.0.0.53\nnameserver ::1\nnameserver 192.168.1.1\n nameserver 9.9.9.9 \nnameserver x\n";
+        let text = "# x\nsearch lan\nnameserver 127.0.0.53\nnameserver 169.254.169.254\nnameserver ::1\nnameserver 192.168.1.1\n nameserver 9.9.9.9 \nnameserver x\n";
         assert_eq!(parse(text), [Ipv4Addr::new(192, 168, 1, 1), Ipv4Addr::new(9, 9, 9, 9)]);
         assert!(parse("nameserver\n\0\nnameserver 127.0.0.1").is_empty());
         let tmp = tempfile::tempdir().unwrap();

@@ -49,16 +49,17 @@ pub(crate) fn ensure(ctx: &Ctx, links: &mut Links, net: &Network) -> Result<u32,
     links
         .set_address(link.index, net.gateway(), net.prefix())
         .map_err(cannot)?;
-    // What comes from it comes from its network; nobody is told of shorter ways past the rules; it speaks for no other address.
+    // What comes from it comes from its network; nobody is told of shorter ways past the rules; it speaks for no other address. Last,
+    // when rules and address are right: what comes from it is forwarded.
     for (setting, value) in [
         ("rp_filter", "1"),
         ("send_redirects", "0"),
         ("accept_redirects", "0"),
         ("arp_ignore", "1"),
+        ("forwarding", "1"),
     ] {
         sysctl(ctx, &format!("ipv4/conf/{name}/{setting}"), value).map_err(cannot)?;
     }
-    sysctl(ctx, "ipv4/ip_forward", "1").map_err(|e| failed("have the host forward packets", e))?;
     Ok(link.index)
 }
 

@@ -1,9 +1,11 @@
 //! Network interfaces: the bridge and taps, read and changed by rtnetlink.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::Ipv4Addr;
 
 use super::netlink::{Message, Socket, attributes, each, find, text, u32_at};
+use super::uplinks;
 
 const AF_UNSPEC: u8 = libc::AF_UNSPEC as u8;
 const AF_INET: u8 = libc::AF_INET as u8;
@@ -62,6 +64,13 @@ impl Links {
     pub(crate) fn named(&mut self, name: &str) -> io::Result<Option<Link>> {
         let message = Message::new(libc::RTM_GETLINK, 0, &interface(AF_UNSPEC, 0, 0, 0)).text(libc::IFLA_IFNAME, name);
         Ok(self.0.get(&message)?.and_then(|body| parse(&body)))
+    }
+
+    /// Numbers of the interfaces by which routes to everywhere lead ([`super::uplinks`]).
+    pub(crate) fn defaults(&mut self) -> io::Result<BTreeSet<u32>> {
+        let message = Message::new(libc::RTM_GETROUTE, 0, &uplinks::routes());
+        let found = self.0.dump_where(&message, uplinks::everywhere)?;
+        Ok(found.iter().flat_map(|body| uplinks::interfaces(body)).collect())
     }
 
     /// Makes a bridge, which is down yet.

@@ -3,6 +3,7 @@
 //! * [`netlink`]: the socket; [`links`]: interfaces over it; [`tun`]: what only `/dev/net/tun` can,
 //! * [`bridge`], [`taps`]: what is banger's among them, and nothing else,
 //! * [`rules`]: text and elements, pure; [`nft`]: reading and changing them,
+//! * [`uplinks`]: by which interfaces machines reach what is outside,
 //! * [`foreign`]: what others' firewalls are told; [`resolver`]: the host's resolver.
 //!
 //! Nothing is remembered: whose an interface is says its alias, what may pass say the sets, and both are read anew by every call.
@@ -16,8 +17,9 @@ mod resolver;
 mod rules;
 mod taps;
 mod tun;
+mod uplinks;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use banger_system::helper::{Answer, EngineUser, HelperError, HostObject, ObjectKind, TapRules};
 use banger_system::id::MachineId;
@@ -28,6 +30,7 @@ use crate::ctx::{Ctx, failed};
 use crate::dispatch::{Locks, collected};
 use links::{Link, Links};
 use nft::{Family, Tables};
+use rules::Elements;
 
 /// The kernel did not say what is there.
 fn unread(e: std::io::Error) -> HelperError {
@@ -39,19 +42,51 @@ pub(crate) fn setup(ctx: &Ctx, net: &Network, told: &[TapRules]) -> Result<(), H
     let mut links = Links::open().map_err(unread)?;
     bridge::find(&mut links, net)?;
     bridge::remove_others(&mut links, net)?;
-    // The rules are there before the bridge carries anything, and before the host forwards.
+    // The rules are there before the bridge carries anything, and before anything is forwarded.
     let all = links.all().map_err(unread)?;
     let (there, idle) = taps::slots(&all, net);
+    let uplinks = uplinks::names(&links.defaults().map_err(unread)?, &all);
     let mut tables = Tables::open().map_err(unread)?;
-    let had = tables.elements(net).map_err(unread)?.unwrap_or_default();
-    nft::apply(&rules::tables(net, &rules::wanted(told, &there, &idle, &had)))?;
+    let have = tables.elements(net).map_err(unread)?;
+    let had = have.clone().unwrap_or_default();
+    let forwarding = uplinks::look(ctx, &had.forwarding, &uplinks).map_err(unread)?;
+    let want = Elements {
+        uplinks,
+        forwarding: forwarding.noted.clone(),
+        ..rules::wanted(told, &there, &idle, &had)
+    };
+    // Rules that are right stay: with them the kernel would forget how many connections each machine has.
+    let bound = rules::bound(connections(ctx));
+    let right = tables.own_are(net, bound).map_err(unread)?;
+    nft::apply(&match have.filter(|_| right) {
+        Some(have) => rules::changes(net, &have, &want),
+        None => rules::tables(net, bound, &want),
+    })?;
     let bridge = bridge::ensure(ctx, &mut links, net)?;
     taps::attach_all(&mut links, net, &all, bridge)?;
-    foreign::let_through(&mut tables, net)
+    let mut failures = uplinks::apply(ctx, &forwarding);
+    if failures.is_empty() && !forwarding.off.is_empty() {
+        let mut less = want.clone();
+        less.forwarding.retain(|name| !forwarding.off.contains(name));
+        failures.extend(
+            nft::apply(&rules::changes(net, &want, &less))
+                .err()
+                .map(|e| e.to_string()),
+        );
+    }
+    let told = foreign::let_through(&mut tables, net, &want.uplinks);
+    failures.extend(told.err().map(|e| e.to_string()));
+    collected("cannot set up all of the network".to_owned(), failures)
+}
+
+/// How many connections the kernel keeps for the whole host; none where it does not say.
+fn connections(ctx: &Ctx) -> Option<u32> {
+    let file = ctx.proc.join("sys/net/netfilter/nf_conntrack_max");
+    std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
 /// The opposite. Refused while a machine's tap is there.
-pub(crate) fn remove(locks: &Locks, net: &Network) -> Result<(), HelperError> {
+pub(crate) fn remove(ctx: &Ctx, locks: &Locks, net: &Network) -> Result<(), HelperError> {
     let mut links = Links::open().map_err(unread)?;
     let bridge = bridge::find(&mut links, net)?;
     let all = links.all().map_err(unread)?;
@@ -75,6 +110,11 @@ pub(crate) fn remove(locks: &Locks, net: &Network) -> Result<(), HelperError> {
         step(done.map_err(|e| failed(format_args!("remove the bridge `{}`", link.name), e)));
     }
     let mut tables = Tables::open().map_err(unread)?;
+    // What banger switched on and nobody else has taken over is switched off, as long as the rules that hold it are there.
+    let noted = tables.elements(net).map_err(unread)?.unwrap_or_default().forwarding;
+    let forwarding = uplinks::look(ctx, &noted, &BTreeSet::new()).map_err(unread)?;
+    let forwarded = uplinks::apply(ctx, &forwarding);
+    step(collected("cannot switch off forwarding".to_owned(), forwarded));
     step(nft::apply(&rules::remove()));
     failures.extend(foreign::take_back(&mut tables, net));
     collected("cannot remove all of the network".to_owned(), failures)

@@ -157,12 +157,12 @@ impl Socket {
 
     /// Has something done.
     pub(crate) fn act(&mut self, message: &Message) -> io::Result<()> {
-        self.round(message, ACK).map(drop)
+        self.round(message, ACK, |_| true).map(drop)
     }
 
     /// Asks for one thing; none where it is not there.
     pub(crate) fn get(&mut self, message: &Message) -> io::Result<Option<Vec<u8>>> {
-        match self.round(message, ACK) {
+        match self.round(message, ACK, |_| true) {
             Ok(round) => Ok(round.found.into_iter().next()),
             Err(e) if absent(&e) => Ok(None),
             Err(e) => Err(e),
@@ -171,8 +171,13 @@ impl Socket {
 
     /// Asks for everything of a kind, without gaps: what changes meanwhile has it begin again.
     pub(crate) fn dump(&mut self, message: &Message) -> io::Result<Vec<Vec<u8>>> {
+        self.dump_where(message, |_| true)
+    }
+
+    /// The same, of which only some is kept while it arrives: there may be very many.
+    pub(crate) fn dump_where(&mut self, message: &Message, keep: fn(&[u8]) -> bool) -> io::Result<Vec<Vec<u8>>> {
         for _ in 0..DUMPS {
-            let round = self.round(message, DUMP)?;
+            let round = self.round(message, DUMP, keep)?;
             if !round.interrupted {
                 return Ok(round.found);
             }
@@ -181,7 +186,7 @@ impl Socket {
     }
 
     /// Sends a message and reads up to the end of its answer.
-    fn round(&mut self, message: &Message, flags: u16) -> io::Result<Round> {
+    fn round(&mut self, message: &Message, flags: u16, keep: fn(&[u8]) -> bool) -> io::Result<Round> {
         self.sequence += 1;
         let bytes = message.bytes(flags, self.sequence);
         rustix::net::sendto(&self.fd, &bytes, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
@@ -195,14 +200,14 @@ impl Socket {
             if whole > count {
                 return Err(io::Error::other("an answer of the kernel is too long"));
             }
-            if self.take(count, &mut round)? {
+            if self.take(count, &mut round, keep)? {
                 return Ok(round);
             }
         }
     }
 
     /// Takes the messages of one datagram. True: that was the end.
-    fn take(&self, count: usize, round: &mut Round) -> io::Result<bool> {
+    fn take(&self, count: usize, round: &mut Round, keep: fn(&[u8]) -> bool) -> io::Result<bool> {
         let mut left = &self.buffer[..count];
         while let Some(length) = u32_at(left, 0) {
             let length = length as usize;
@@ -225,7 +230,8 @@ impl Socket {
                     };
                 }
                 libc::NLMSG_NOOP => {}
-                _ => round.found.push(body.to_vec()),
+                _ if keep(body) => round.found.push(body.to_vec()),
+                _ => {}
             }
         }
         Ok(false)

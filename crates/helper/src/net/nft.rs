@@ -1,5 +1,6 @@
 //! Tables of rules in the kernel: read by netlink, changed by `nft -f -`.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::time::Duration;
 
@@ -97,6 +98,13 @@ impl Tables {
         Ok(count)
     }
 
+    /// Whether banger's rules are these: as many, and with the mark of this release and network.
+    pub(crate) fn own_are(&mut self, net: &Network, bound: u32) -> io::Result<bool> {
+        let mark = rules::mark(net, bound);
+        let marked = self.commented(Family::Ip, NFT_TABLE, "forward")?;
+        Ok(marked.iter().any(|rule| rule.comment == mark) && self.own_rules()? == rules::count(net))
+    }
+
     /// What is in banger's sets; none where a table or set is missing. What no slot of the network stands for is left out.
     pub(crate) fn elements(&mut self, net: &Network) -> io::Result<Option<Elements>> {
         let (Some(guests), Some(pairs), Some(nat)) = (
@@ -106,7 +114,14 @@ impl Tables {
         ) else {
             return Ok(None);
         };
+        // Those that an older release did not have yet are empty.
+        let mut names = |set: &str| -> io::Result<BTreeSet<String>> {
+            let keys = self.keys(Family::Ip, set)?.unwrap_or_default();
+            Ok(keys.iter().filter_map(|key| rules::interface(key)).collect())
+        };
         Ok(Some(Elements {
+            uplinks: names("uplinks")?,
+            forwarding: names("forwarding")?,
             guests: guests.iter().filter_map(|key| rules::guest_slot(net, key)).collect(),
             nat: nat.iter().filter_map(|key| rules::nat_slot(net, key)).collect(),
             pairs: pairs.iter().filter_map(|key| rules::pair_slots(key)).collect(),

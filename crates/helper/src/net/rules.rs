@@ -3,7 +3,9 @@
 //! Two tables of banger's own. What passes is decided by their sets, so that a machine is a few elements:
 //!
 //! * `bridge banger`: `guests` (tap, MAC, address) is all that a machine may send as; `pairs` (tap, tap) who reaches whom,
-//! * `ip banger`: `nat` are the addresses that reach what is outside.
+//! * `ip banger`: `nat` are the addresses that reach what is outside; `uplinks` the interfaces by which they do; `forwarding` the
+//!   interfaces that forward only because banger had them do so, from which nothing else is forwarded; `connections` how many each
+//!   machine has.
 //!
 //! What has no element is dropped, so a tap whose elements are missing is closed, not open.
 
@@ -24,7 +26,23 @@ pub(crate) const GUEST_KEY: usize = NAME + 8 + 4;
 /// Bytes of a key of `pairs`.
 const PAIR_KEY: usize = 2 * NAME;
 
-/// What is in the sets, by slots.
+/// Where clouds keep what they tell their machines, credentials among it, besides [`RESOLVER`]: the link-local range (nearly all of
+/// them), Alibaba, Oracle's older cloud, Equinix Metal.
+const METADATA: &str = "169.254.0.0/16, 100.100.100.200, 192.0.0.192, 192.80.8.124";
+/// The same of Azure, where this address is the name server as well: port 53 stays open.
+const RESOLVER: &str = "168.63.129.16";
+/// Part of the table of connections that one machine can have, and its bounds.
+const SHARE: u32 = 64;
+const CONNECTIONS: (u32, u32) = (512, 4096);
+/// Table of connections where the kernel does not say how large its own is.
+const TABLE: u32 = 65_536;
+
+/// How many connections one machine may have, from how many the kernel keeps for the whole host.
+pub(crate) fn bound(kept: Option<u32>) -> u32 {
+    (kept.unwrap_or(TABLE) / SHARE).clamp(CONNECTIONS.0, CONNECTIONS.1)
+}
+
+/// What is in the sets: by slots, and names of interfaces.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Elements {
     /// Slots whose machines may send.
@@ -33,6 +51,10 @@ pub(crate) struct Elements {
     pub(crate) nat: BTreeSet<u32>,
     /// Slots of which the first reaches the second; both directions are in it.
     pub(crate) pairs: BTreeSet<(u32, u32)>,
+    /// Interfaces by which machines reach what is outside.
+    pub(crate) uplinks: BTreeSet<String>,
+    /// Interfaces that forward because banger had them do so.
+    pub(crate) forwarding: BTreeSet<String>,
 }
 
 impl Elements {
@@ -115,11 +137,26 @@ pub(crate) fn wanted(told: &[TapRules], there: &BTreeSet<u32>, idle_taps: &BTree
 }
 
 /// Text of both tables with their elements: they are replaced at one stroke, nothing passes unfiltered meanwhile.
-pub(crate) fn tables(net: &Network, elements: &Elements) -> String {
-    let (bridge, gateway, t) = (net.bridge(), net.gateway(), NFT_TABLE);
+pub(crate) fn tables(net: &Network, bound: u32, elements: &Elements) -> String {
     let mut text = remove();
-    let _ = write!(
-        text,
+    text.push_str(&rules(net, bound, &mark(net, bound)));
+    text.push_str(&changes(net, &Elements::default(), elements));
+    text
+}
+
+/// What says, as the comment of a rule, which rules these are: the same for the same rules of the same network.
+pub(crate) fn mark(net: &Network, bound: u32) -> String {
+    // FNV-1a: it tells releases and settings apart, nothing else hangs on it.
+    let text = rules(net, bound, &net.cidr());
+    let digest = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |digest, byte| {
+        (digest ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    format!("rules {digest:016x}")
+}
+
+fn rules(net: &Network, bound: u32, mark: &str) -> String {
+    let (bridge, gateway, t) = (net.bridge(), net.gateway(), NFT_TABLE);
+    format!(
         r#"table bridge {t} {{
  set guests {{ type ifname . ether_addr . ipv4_addr; }}
  set pairs {{ type ifname . ifname; }}
@@ -140,6 +177,13 @@ pub(crate) fn tables(net: &Network, elements: &Elements) -> String {
 }}
 table ip {t} {{
  set nat {{ type ipv4_addr; }}
+ set uplinks {{ type ifname; }}
+ set forwarding {{ type ifname; }}
+ set connections {{ type ipv4_addr; size 65535; flags dynamic; }}
+ chain prerouting {{
+  type filter hook prerouting priority -150; policy accept;
+  iifname "{bridge}" ct state new add @connections {{ ip saddr ct count over {bound} }} drop
+ }}
  chain input {{
   type filter hook input priority -10; policy accept;
   iifname != "{bridge}" accept
@@ -150,27 +194,30 @@ table ip {t} {{
  chain forward {{
   type filter hook forward priority -10; policy accept;
   iifname "{bridge}" oifname "{bridge}" meta mark {PAIR_MARK:#x} accept
-  iifname "{bridge}" ip daddr 169.254.0.0/16 drop
+  iifname "{bridge}" oifname != @uplinks drop
+  iifname "{bridge}" ip daddr {{ {METADATA} }} drop
+  iifname "{bridge}" ip daddr {RESOLVER} th dport != 53 drop
   iifname "{bridge}" ct status dnat drop
-  iifname "{bridge}" oifname != "{bridge}" ip saddr @nat accept
-  iifname "{bridge}" drop
+  iifname "{bridge}" ip saddr @nat accept
+  iifname "{bridge}" drop comment "{mark}"
   oifname "{bridge}" ct state established,related ip daddr @nat accept
   oifname "{bridge}" drop
+  iifname @forwarding ct state established,related accept
+  iifname @forwarding ct status dnat accept
+  iifname @forwarding drop
  }}
  chain postrouting {{
   type nat hook postrouting priority 100; policy accept;
-  oifname != "{bridge}" ip saddr @nat masquerade
+  oifname @uplinks ip saddr @nat masquerade
  }}
 }}
 "#
-    );
-    text.push_str(&changes(net, &Elements::default(), elements));
-    text
+    )
 }
 
 /// How many rules both tables have.
 pub(crate) fn count(net: &Network) -> usize {
-    let text = tables(net, &Elements::default());
+    let text = rules(net, 0, "");
     text.lines()
         .filter(|line| line.starts_with("  ") && !line.starts_with("  type "))
         .count()
@@ -199,6 +246,13 @@ pub(crate) fn changes(net: &Network, have: &Elements, want: &Elements) -> String
             "nat",
             nat.map(|address| address.to_string()).collect(),
         );
+        for (set, from, to) in [
+            ("uplinks", &from.uplinks, &to.uplinks),
+            ("forwarding", &from.forwarding, &to.forwarding),
+        ] {
+            let names = to.difference(from).map(|name| format!("\"{name}\""));
+            statement(&mut text, verb, "ip", set, names.collect());
+        }
         let pairs = to.pairs.difference(&from.pairs);
         let pairs = pairs.map(|(a, b)| format!("\"{}\" . \"{}\"", tap(*a), tap(*b)));
         statement(&mut text, verb, "bridge", "pairs", pairs.collect());
@@ -271,6 +325,17 @@ pub(crate) fn slot_of(net: &Network, address: Ipv4Addr) -> Option<u32> {
     near.into_iter()
         .flatten()
         .find(|slot| net.address(*slot) == Ok(address))
+}
+
+/// The interface of a key of a set of names; none where it is not one that can be written into a rule.
+pub(crate) fn interface(key: &[u8]) -> Option<String> {
+    Some(super::netlink::text(key)).filter(|name| writable(name))
+}
+
+/// Whether an interface's name can be written into a rule as it is: the kernel allows quotes and stars as well.
+pub(crate) fn writable(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'@');
+    !name.is_empty() && name.len() < NAME && name.bytes().all(plain)
 }
 
 fn name_key(name: &str) -> [u8; NAME] {

@@ -35,7 +35,7 @@ fn the_elements_of_a_machine() {
 #[test]
 fn tables_name_only_what_is_bangers() {
     let net = Network::parse("br-fc-x", "10.9.0.1/24").unwrap();
-    let text = tables(&net, &Elements::default());
+    let text = tables(&net, 1024, &Elements::default());
     for line in text.lines().filter(|line| line.contains("table ")) {
         assert!(line.ends_with(" banger") || line.ends_with(" banger {"), "{line}");
     }
@@ -75,6 +75,43 @@ fn one_side_alone_makes_no_pair() {
             .len(),
         2
     );
+}
+
+#[test]
+fn one_machine_has_a_small_part_of_the_hosts_connections() {
+    assert_eq!(
+        [None, Some(262_144), Some(65_536), Some(1000), Some(u32::MAX)].map(bound),
+        [1024, 4096, 1024, 512, 4096]
+    );
+}
+
+#[test]
+fn rules_are_known_by_their_mark() {
+    let net = Network::default();
+    assert_eq!(mark(&net, 1024), mark(&net, 1024));
+    let others = [
+        mark(&net, 1025),
+        mark(&Network::parse("br-fc", "172.16.0.1/25").unwrap(), 1024),
+        mark(&Network::parse("br-fc-x", "172.16.0.1/24").unwrap(), 1024),
+    ];
+    assert!(others.iter().all(|other| *other != mark(&net, 1024)));
+    assert!(tables(&net, 1024, &Elements::default()).contains(&mark(&net, 1024)));
+}
+
+#[test]
+fn interfaces_are_elements_and_only_names_that_can_be_written() {
+    let net = Network::default();
+    let mut elements = Elements::default();
+    elements.uplinks.insert("eth0.5".to_owned());
+    elements.forwarding.insert("eth0.5".to_owned());
+    assert_eq!(
+        changes(&net, &Elements::default(), &elements),
+        "add element ip banger uplinks { \"eth0.5\" }\nadd element ip banger forwarding { \"eth0.5\" }\n"
+    );
+    for bad in ["", "a\"b", "eth*", "a b", "a{b", "a;b", "abcdefghijklmnop"] {
+        assert!(!writable(bad), "{bad}");
+    }
+    assert_eq!(interface(b"wlp3s0\0\0\0\0\0\0\0\0\0\0").as_deref(), Some("wlp3s0"));
 }
 
 fn any_rules() -> impl Strategy<Value = TapRules> {

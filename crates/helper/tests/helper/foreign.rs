@@ -73,7 +73,7 @@ fn other_firewalls_keep_what_they_have() {
             .lines()
             .filter(|line| line.contains("comment \"banger "))
             .collect();
-        assert_eq!(marked.len(), 2, "{during}");
+        assert_eq!(marked.len(), 3, "{during}");
         assert!(
             marked
                 .iter()

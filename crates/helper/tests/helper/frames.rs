@@ -11,7 +11,17 @@ use crate::support::{ip, net, open_tap, thread_number, tool, unshare_network};
 
 pub(crate) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
-pub(crate) const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// Where clouds keep what they tell their machines.
+pub(crate) const METADATA: [Ipv4Addr; 5] = [
+    Ipv4Addr::new(169, 254, 169, 254),
+    Ipv4Addr::new(168, 63, 129, 16),
+    Ipv4Addr::new(100, 100, 100, 200),
+    Ipv4Addr::new(192, 0, 0, 192),
+    Ipv4Addr::new(192, 80, 8, 124),
+];
+/// A network of the host's that is not outside, as Docker has it: the host's address there, and a container's.
+pub(crate) const INNER_HOST: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
+pub(crate) const CONTAINER: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 2);
 const LIMIT: Duration = Duration::from_secs(10);
 
 pub(crate) type Mac = [u8; 6];
@@ -52,7 +62,12 @@ impl Guest {
 
     /// Sends a datagram to an address, by way of the bridge.
     pub(crate) fn say(&self, to: Ipv4Addr, port: u16, text: &str) {
-        let packet = ipv4(self.address, to, 17, &udp(4000, port, text));
+        self.say_from(4000, to, port, text);
+    }
+
+    /// The same from another port: another connection.
+    pub(crate) fn say_from(&self, from: u16, to: Ipv4Addr, port: u16, text: &str) {
+        let packet = ipv4(self.address, to, 17, &udp(from, port, text));
         self.send(&ethernet(mac(net().gateway()), self.mac, 0x0800, &packet));
     }
 
@@ -158,7 +173,7 @@ pub(crate) fn arp(operation: u16, from: (Mac, Ipv4Addr), to: (Mac, Ipv4Addr)) ->
     .concat()
 }
 
-fn checksum(bytes: &[u8]) -> u16 {
+pub(crate) fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes
         .chunks(2)
         .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
@@ -169,15 +184,31 @@ fn checksum(bytes: &[u8]) -> u16 {
     !u16::try_from(sum).unwrap()
 }
 
-/// Somebody on the network that the host is in: a socket there, at port 7 of [`OUTSIDE`] and [`METADATA`].
+/// Somebody on a network that the host is in: sockets there.
 #[derive(Debug)]
 pub(crate) struct Outside {
+    /// At port 7 of its addresses, [`METADATA`] among them.
     pub(crate) socket: UdpSocket,
+    /// At port 53.
+    pub(crate) names: UdpSocket,
     _namespace: mpsc::Sender<()>,
 }
 
 impl Outside {
+    /// [`OUTSIDE`], to which the host's default route leads, over the interface `out0`.
     pub(crate) fn new() -> Self {
+        let outside = Self::beside("out0", HOST, OUTSIDE);
+        ip(&format!("route add default via {OUTSIDE}"));
+        outside
+    }
+
+    /// [`CONTAINER`], on the interface `docker0`, which is no way to anywhere else.
+    pub(crate) fn container() -> Self {
+        Self::beside("docker0", INNER_HOST, CONTAINER)
+    }
+
+    /// Somebody at `there`, whose default route leads to the host, which is `here` and has this interface.
+    pub(crate) fn beside(interface: &'static str, host: Ipv4Addr, address: Ipv4Addr) -> Self {
         let (here, there) = mpsc::channel();
         let (hold, held) = mpsc::channel::<()>();
         let (go, gone) = mpsc::channel::<()>();
@@ -185,29 +216,30 @@ impl Outside {
             unshare_network();
             here.send((thread_number(), None)).unwrap();
             gone.recv().unwrap();
-            for line in [
-                "link set lo up".to_owned(),
-                "link set out1 up".to_owned(),
-                format!("addr add {OUTSIDE}/24 dev out1"),
-                format!("addr add {METADATA}/32 dev out1"),
-            ] {
-                ip(&line);
+            ip("link set lo up");
+            ip("link set peer up");
+            ip(&format!("addr add {address}/24 dev peer"));
+            for address in METADATA {
+                ip(&format!("addr add {address}/32 dev peer"));
             }
-            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 7)).unwrap();
-            here.send((0, Some(socket))).unwrap();
+            ip(&format!("route add default via {host}"));
+            let sockets = [7, 53].map(|port| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap());
+            here.send((0, Some(sockets))).unwrap();
             let _ = held.recv();
         });
         let (thread, _) = there.recv().unwrap();
-        ip("link add out0 type veth peer name out1");
-        ip(&format!("link set out1 netns {thread}"));
-        ip(&format!("addr add {HOST}/24 dev out0"));
-        ip("link set out0 up");
-        ip(&format!("route add {METADATA}/32 via {OUTSIDE}"));
+        ip(&format!("link add {interface} type veth peer name peer"));
+        ip(&format!("link set peer netns {thread}"));
+        ip(&format!("addr add {host}/24 dev {interface}"));
+        ip(&format!("link set {interface} up"));
         go.send(()).unwrap();
-        let socket = there.recv().unwrap().1.unwrap();
-        socket.set_read_timeout(Some(LIMIT)).unwrap();
+        let [socket, names] = there.recv().unwrap().1.unwrap();
+        for socket in [&socket, &names] {
+            socket.set_read_timeout(Some(LIMIT)).unwrap();
+        }
         Self {
             socket,
+            names,
             _namespace: hold,
         }
     }
@@ -217,5 +249,12 @@ impl Outside {
         let mut buffer = [0; 2048];
         let (count, from) = self.socket.recv_from(&mut buffer).expect("nothing arrived outside");
         (String::from_utf8_lossy(&buffer[..count]).into_owned(), from)
+    }
+
+    /// Nothing came that has not been heard: what the host itself says is the next.
+    pub(crate) fn nothing_but(&self, address: Ipv4Addr, marker: &str) {
+        let host = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        host.send_to(marker.as_bytes(), (address, 7)).unwrap();
+        assert_eq!(self.heard().0, marker);
     }
 }

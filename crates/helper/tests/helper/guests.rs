@@ -147,10 +147,16 @@ fn the_outside_is_reached_by_translation_or_not_at_all() {
         let host = UdpSocket::bind((net().gateway(), 0)).unwrap();
         host.send_to(b"marker", (b.address, 5)).unwrap();
         assert_eq!(b.until("marker").len(), 1, "an open connection ends as well");
-        // The address by which clouds hand out secrets.
-        a.say(METADATA, 7, "secrets");
+        // The addresses by which clouds hand out secrets; Azure's name server is one of them.
+        for address in METADATA {
+            a.say(address, 7, "secrets");
+        }
         a.say(OUTSIDE, 7, "marker");
         assert_eq!(outside.heard().0, "marker");
+        a.say(METADATA[1], 53, "question");
+        let mut buffer = [0; 64];
+        let (count, _) = outside.names.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..count], b"question");
     });
 }
 

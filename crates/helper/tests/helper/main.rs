@@ -7,3 +7,4 @@ mod gates;
 mod guests;
 mod rounds;
 mod support;
+mod uplinks;
