@@ -255,8 +255,9 @@ fn remove(ctx: &Ctx, locks: &Locks, net: &Network, machine: &MachineId) -> Resul
             net::drop_all(locks, net, machine)
         })
     });
-    step("disks", disk::detach(ctx, machine));
+    // The jail's nodes lead to the disks: they are worthless before the disks' numbers are free.
     step("jail", engine::remove_jail(ctx, machine));
+    step("disks", disk::detach(ctx, machine));
     collected(format!("cannot remove everything of machine {machine}"), failures)
 }
 

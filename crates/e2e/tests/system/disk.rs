@@ -1,9 +1,11 @@
 //! Block devices of machines, with the kernel's own device-mapper.
 
 use std::fs::OpenOptions;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 
 use crate::harness::scenarios;
@@ -16,6 +18,7 @@ scenarios! {
     a_full_disk_of_the_host_concerns_one_machine: 60,
     what_is_not_bangers_is_left_alone: 60,
     a_disk_in_use_is_not_removed: 60,
+    a_kept_descriptor_leads_to_no_other_device: 60,
 }
 
 const ONE: &str = "00112233aabbccdd";
@@ -199,8 +202,46 @@ fn a_disk_in_use_is_not_removed() {
     let held = OpenOptions::new().read(true).open(&node).unwrap();
     let refused = helper.call("disks_detach", json!({"machine": ONE}), &[]).unwrap_err();
     assert!(refused.contains("is still in use"), "{refused}");
-    assert!(!node.exists(), "its name is gone all the same: nobody else comes to it");
+    assert_eq!(at(&node, 0).unwrap(), "base", "a refusal changes nothing");
     drop(held);
     helper.detach(ONE);
     nothing_left(&helper);
+}
+
+/// The owner keeps a descriptor of the node. The number of the device that is gone is the next device's: that one stays closed.
+fn a_kept_descriptor_leads_to_no_other_device() {
+    let helper = Helper::start();
+    let node = helper.attach(ONE, &base(), &changes("cow"));
+    let number = std::fs::metadata(&node).unwrap().rdev();
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let place = as_dev(|| rustix::fs::open(&node, flags, Mode::empty())).unwrap();
+    let again = format!("/proc/self/fd/{}", place.as_raw_fd());
+    as_dev(|| rustix::fs::open(&again, OFlags::RDWR, Mode::empty())).unwrap();
+    helper.detach(ONE);
+    sh("dmsetup create secret --table '0 8 zero'; dmsetup mknodes").code(0);
+    let secret = sh("stat --dereference --format=%Hr:%Lr /dev/mapper/secret").out();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    assert_eq!(secret.trim(), format!("{major}:{minor}"), "else this says nothing");
+    for flags in [OFlags::RDONLY, OFlags::RDWR] {
+        let opened = as_dev(|| rustix::fs::open(&again, flags, Mode::empty()));
+        assert_eq!(opened.map(drop), Err(rustix::io::Errno::ACCESS));
+    }
+    sh("dmsetup remove secret").code(0);
+    nothing_left(&helper);
+}
+
+/// Does something as the owner.
+fn as_dev<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    use rustix::process::{Gid, Uid};
+    use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+    std::thread::scope(|scope| {
+        let as_them = || {
+            let (user, group) = (Uid::from_raw(1000), Gid::from_raw(1000));
+            set_thread_groups(&[]).unwrap();
+            set_thread_res_gid(group, group, group).unwrap();
+            set_thread_res_uid(user, user, user).unwrap();
+            work()
+        };
+        scope.spawn(as_them).join().unwrap()
+    })
 }

@@ -32,6 +32,8 @@ const TABLE_LOAD: u8 = 9;
 const TABLE_STATUS: u8 = 12;
 
 const READONLY: u32 = 1;
+/// [`TABLE_STATUS`] answers with the tables, not with their state.
+const STATUS_TABLE: u32 = 1 << 4;
 const BUFFER_FULL: u32 = 1 << 8;
 /// Nobody waits for pages to be written when a table becomes active for the first time.
 const SKIP_LOCKFS: u32 = 1 << 10;
@@ -243,19 +245,25 @@ impl Control {
 
     /// Kind and status of a device's targets.
     pub(super) fn status(&self, name: &str) -> io::Result<Vec<(String, String)>> {
-        self.grow(name, TABLE_STATUS).map(|bytes| decode(&bytes))
+        self.grow(name, TABLE_STATUS, 0).map(|bytes| decode(&bytes))
+    }
+
+    /// Kind and parameters of a device's targets, as the kernel works by them.
+    pub(super) fn table(&self, name: &str) -> io::Result<Vec<(String, String)>> {
+        self.grow(name, TABLE_STATUS, STATUS_TABLE).map(|bytes| decode(&bytes))
     }
 
     /// The names of all devices.
     pub(super) fn names(&self) -> io::Result<Vec<String>> {
-        self.grow("", LIST_DEVICES).map(|bytes| names(&bytes))
+        self.grow("", LIST_DEVICES, 0).map(|bytes| names(&bytes))
     }
 
     /// A call whose answer may be longer than the room for it.
-    fn grow(&self, name: &str, command: u8) -> io::Result<Vec<u8>> {
+    fn grow(&self, name: &str, command: u8, flags: u32) -> io::Result<Vec<u8>> {
         let mut room = 16 << 10;
         loop {
             let mut buffer = Buffer::new(name, room);
+            buffer.put(OFF_FLAGS, &flags.to_ne_bytes());
             self.call(command, &mut buffer)?;
             if buffer.u32(OFF_FLAGS) & BUFFER_FULL == 0 {
                 return Ok(buffer.bytes());
@@ -264,6 +272,22 @@ impl Control {
             if room > MOST {
                 return Err(io::ErrorKind::OutOfMemory.into());
             }
+        }
+    }
+
+    /// Waits until a device is open no more. One that is not there is fine.
+    pub(super) fn unused(&self, name: &str) -> Result<(), HelperError> {
+        let deadline = Instant::now() + REMOVAL;
+        loop {
+            let info = self.info(name).map_err(|e| failed(format!("look for {name}"), e))?;
+            let open = info.map_or(0, |info| info.open);
+            if open == 0 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(in_use(name, open));
+            }
+            std::thread::sleep(BETWEEN);
         }
     }
 
@@ -279,11 +303,7 @@ impl Control {
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                     if Instant::now() >= deadline {
                         let open = self.info(name).ok().flatten().map_or(0, |info| info.open);
-                        let text = format!(
-                            "the block device {name} is still in use ({open} times) after {} s",
-                            REMOVAL.as_secs()
-                        );
-                        return Err(error(HelperCode::Conflict, text));
+                        return Err(in_use(name, open));
                     }
                     std::thread::sleep(BETWEEN);
                 }
@@ -291,6 +311,14 @@ impl Control {
             }
         }
     }
+}
+
+fn in_use(name: &str, open: u32) -> HelperError {
+    let text = format!(
+        "the block device {name} is still in use ({open} times) after {} s",
+        REMOVAL.as_secs()
+    );
+    error(HelperCode::Conflict, text)
 }
 
 #[cfg(test)]

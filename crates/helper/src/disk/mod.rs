@@ -26,7 +26,6 @@ use banger_system::id::MachineId;
 use banger_system::names;
 
 use crate::ctx::{Ctx, error, failed};
-use crate::engine::dir::Dir;
 use dm::Control;
 use gate::{Access, Checked};
 
@@ -71,8 +70,8 @@ pub(crate) fn attach(
         EngineUser::Jail(_) => Ok(None),
     });
     if made.is_err() {
-        // The error that counts is the first one.
-        let _ = undo(ctx, &control, machine, role);
+        // The error that counts is the first one. The node goes first, as always.
+        let _ = nodes::remove_one(ctx, machine, role).and_then(|()| undo(ctx, &control, machine, role));
     }
     made
 }
@@ -169,24 +168,57 @@ fn own(control: &Control, name: &str, uuid: &str) -> Result<Option<dm::Info>, He
     }
 }
 
-/// Removes the devices of a machine, and every node of theirs first.
+/// Removes the devices of a machine, and every node of theirs first. Refused, with nothing changed, while an engine or a jail may use
+/// them, or anybody has one open.
 pub(crate) fn detach(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+    crate::engine::check_none(ctx, machine)?;
+    let control = Control::open()?;
+    if let Some(control) = &control {
+        for role in ROLES {
+            let name = names::dm_name(machine, role);
+            // One that is not banger's is told of below.
+            if let Ok(Some(_)) = own(control, &name, &names::dm_uuid(machine, role)) {
+                control.unused(&name)?;
+            }
+        }
+    }
     let mut failures = Vec::new();
     let mut step = |result: Result<(), HelperError>| {
         if let Err(e) = result {
             failures.push(e.message);
         }
     };
-    step(nodes::remove(ctx, machine));
-    if let Some(control) = Control::open()? {
-        for role in ROLES {
-            step(undo(ctx, &control, machine, role));
+    match nodes::remove(ctx, machine) {
+        Ok(()) => {
+            if let Some(control) = &control {
+                for role in ROLES {
+                    step(undo(ctx, control, machine, role));
+                }
+            }
         }
+        // The device stays as long as there is a node that leads to its number.
+        failed => step(failed),
     }
     crate::dispatch::collected(
         format!("cannot remove all block devices of machine {machine}"),
         failures,
     )
+}
+
+/// Removes every node whose device was removed by somebody else.
+pub(crate) fn remove_stale_nodes(ctx: &Ctx) -> Result<(), HelperError> {
+    let machines = nodes::machines(ctx)?;
+    let control = Control::open()?;
+    for (machine, role) in machines.iter().flat_map(|machine| ROLES.map(|role| (machine, role))) {
+        let found = match &control {
+            Some(control) => own(control, &names::dm_name(machine, role), &names::dm_uuid(machine, role))
+                .ok()
+                .flatten(),
+            None => None,
+        };
+        nodes::remove_stale(ctx, machine, role, found.map(|info| info.dev))?;
+    }
+    Ok(())
 }
 
 /// How the devices of a machine are.
@@ -260,16 +292,12 @@ pub(crate) fn inventory(ctx: &Ctx) -> Result<Vec<HostObject>, HelperError> {
             machine: MachineId::parse(whose).ok(),
         });
     }
-    if let Some(nodes) = Dir::find_path(&ctx.layout.nodes())? {
-        for name in nodes.names()? {
-            if let Ok(machine) = MachineId::parse(&name) {
-                objects.push(HostObject {
-                    kind: ObjectKind::Node,
-                    name: nodes.path().join(&name).display().to_string(),
-                    machine: Some(machine),
-                });
-            }
-        }
+    for machine in nodes::machines(ctx)? {
+        objects.push(HostObject {
+            kind: ObjectKind::Node,
+            name: ctx.layout.nodes().join(machine.as_str()).display().to_string(),
+            machine: Some(machine),
+        });
     }
     Ok(objects)
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::engine::tests::{OWNER, context, is_root};
+use crate::engine::tests::{OWNER, as_user, context, is_root, kept, may_open};
 
 fn id() -> MachineId {
     MachineId::parse("00112233aabbccdd").unwrap()
@@ -208,4 +208,72 @@ fn nodes_are_the_owners_and_go_with_their_directory() {
     nodes::remove(&files.ctx, &id()).unwrap();
     nodes::remove(&files.ctx, &id()).unwrap();
     assert!(!made.parent().unwrap().exists());
+}
+
+/// The owner keeps all that can be kept of a node: a descriptor, another name, an access control list. None leads to the device that
+/// gets its number next.
+#[test]
+fn a_node_that_is_gone_is_worthless() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o711)).unwrap();
+    let ctx = context(dir.path());
+    let mine = dir.path().join("mine");
+    std::fs::create_dir(&mine).unwrap();
+    chown(&mine, Some(OWNER), Some(OWNER)).unwrap();
+    let node = nodes::make(&ctx, &id(), DiskRole::Root, rustix::fs::makedev(240, 255)).unwrap();
+    let work = nodes::make(&ctx, &id(), DiskRole::Work, rustix::fs::makedev(240, 254)).unwrap();
+    let (place, other) = (kept(OWNER, &node), kept(OWNER, &work));
+    assert!(may_open(OWNER, &place) && may_open(OWNER, &other), "else this test says nothing");
+    let name = mine.join("name");
+    as_user(OWNER, || std::fs::hard_link(&node, &name)).unwrap();
+    // user::rw-, user:OWNER:rw-, group::---, mask::rw-, other::---
+    let mut list = 2u32.to_le_bytes().to_vec();
+    for (tag, bits, id) in [
+        (1u16, 6u16, u32::MAX),
+        (2, 6, OWNER),
+        (4, 0, u32::MAX),
+        (0x10, 6, u32::MAX),
+        (0x20, 0, u32::MAX),
+    ] {
+        list.extend(tag.to_le_bytes());
+        list.extend(bits.to_le_bytes());
+        list.extend(id.to_le_bytes());
+    }
+    as_user(OWNER, || {
+        // Where the file system has no such lists there is nothing to keep.
+        let _ = rustix::fs::setxattr(&name, "system.posix_acl_access", &list, rustix::fs::XattrFlags::empty());
+    });
+    nodes::remove_one(&ctx, &id(), DiskRole::Root).unwrap();
+    assert!(may_open(OWNER, &other), "the other disk's node is another's");
+    assert!(!may_open(OWNER, &place));
+    assert!(!may_open(OWNER, &kept(OWNER, &name)), "another name, or a list");
+    let meta = std::fs::symlink_metadata(&name).unwrap();
+    assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o707), (0, 0, 0));
+    nodes::remove(&ctx, &id()).unwrap();
+    assert!(!may_open(OWNER, &other));
+    // What is made in place of another is so after that one was made worthless.
+    nodes::make(&ctx, &id(), DiskRole::Root, rustix::fs::makedev(240, 255)).unwrap();
+    let old = kept(OWNER, &node);
+    nodes::make(&ctx, &id(), DiskRole::Root, rustix::fs::makedev(240, 253)).unwrap();
+    assert!(!may_open(OWNER, &old) && may_open(OWNER, &kept(OWNER, &node)));
+}
+
+#[test]
+fn a_node_whose_device_somebody_else_removed_goes() {
+    if !is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let ctx = context(dir.path());
+    let number = rustix::fs::makedev(240, 255);
+    let node = nodes::make(&ctx, &id(), DiskRole::Root, number).unwrap();
+    nodes::remove_stale(&ctx, &id(), DiskRole::Root, Some(number)).unwrap();
+    nodes::remove_stale(&ctx, &id(), DiskRole::Work, None).unwrap();
+    assert!(node.exists(), "it is its device's");
+    remove_stale_nodes(&ctx).unwrap();
+    assert!(!node.exists(), "there is no such device");
 }

@@ -4,7 +4,7 @@
 //! `openat2` would say the same in fewer calls, but a unit with `RestrictSUIDSGID` has none (its filter cannot look at the mode).
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -250,6 +250,28 @@ impl Dir {
         }
     }
 
+    /// Removes a name; a device node is made worthless first ([`disarm`]). None there is fine.
+    pub(crate) fn retire(&self, name: impl AsRef<OsStr>) -> Result<(), HelperError> {
+        let name = name.as_ref();
+        if let Some((node, stat)) = self.place(name)?
+            && matches!(
+                FileType::from_raw_mode(stat.st_mode),
+                FileType::BlockDevice | FileType::CharacterDevice
+            )
+        {
+            disarm(&node).map_err(|e| failed(format!("disarm the node {}", self.at(name)), e))?;
+        }
+        self.unlink(name)
+    }
+
+    /// Makes the directory root's, mode 0700: from now on no other user changes what is in it.
+    pub(crate) fn seize(&self) -> Result<(), HelperError> {
+        let (uid, gid) = root();
+        rustix::fs::fchown(&self.fd, Some(uid), Some(gid))
+            .and_then(|()| rustix::fs::fchmod(&self.fd, Mode::from_raw_mode(0o700)))
+            .map_err(|e| failed(format!("make {} root's", self.path.display()), e))
+    }
+
     /// Removes an empty directory. None there is fine.
     pub(crate) fn rmdir(&self, name: impl AsRef<OsStr>) -> Result<(), HelperError> {
         let name = name.as_ref();
@@ -314,6 +336,24 @@ impl Dir {
         let all = self.some_names(usize::MAX)?;
         Ok(all.into_iter().filter_map(|name| name.into_string().ok()).collect())
     }
+}
+
+/// User and group of this process: root's, where it is not a test's.
+fn root() -> (Uid, Gid) {
+    (rustix::process::geteuid(), rustix::process::getegid())
+}
+
+/// Makes a device node worthless for everybody but root, whoever holds a descriptor of it (`O_PATH`), a hard link or a bind mount of it.
+///
+/// A node's number outlives its device: the kernel gives it to the next device. To open the node again by a kept descriptor
+/// (`/proc/self/fd/N`) the kernel asks for the rights of the **node**, so these have to go before the name does. The owner goes first:
+/// whom the node belongs to could give the rights back. Mode 0 is also the mask of an access control list that the owner may have set.
+/// What is already open for reading or writing is not concerned: it keeps its device from being removed.
+fn disarm(node: &OwnedFd) -> rustix::io::Result<()> {
+    let (uid, gid) = root();
+    rustix::fs::chownat(node, c"", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
+    let path = format!("/proc/self/fd/{}", node.as_raw_fd());
+    rustix::fs::chmodat(rustix::fs::CWD, path, Mode::empty(), AtFlags::empty())
 }
 
 /// An error of making something: a full file system is worth its own word.

@@ -75,14 +75,9 @@ pub(crate) fn launch(ctx: &Ctx, launch: &Launch, fds: Vec<OwnedFd>) -> Result<(u
         .next()
         .ok_or_else(|| error(HelperCode::BadRequest, "an engine's output has to go somewhere"))?;
     check_output(&output)?;
-    if let Ok(engine) = find::engine(ctx, &launch.machine) {
-        return Err(error(
-            HelperCode::Conflict,
-            format!(
-                "machine {} has an engine already: process {}",
-                launch.machine, engine.pid
-            ),
-        ));
+    if let Some(pid) = process(ctx, &launch.machine) {
+        let text = format!("machine {} has an engine already: process {pid}", launch.machine);
+        return Err(error(HelperCode::Conflict, text));
     }
     let programs = &ctx.record.firecracker;
     program::check(&programs.firecracker)?;
@@ -335,6 +330,35 @@ pub(crate) fn end(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
     ))
 }
 
+/// Refuses while an engine of a machine's runs, or a jail of it is there: its nodes lead to the machine's disks, opened or not yet.
+pub(crate) fn check_none(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+    check_ended(ctx, machine)?;
+    if jail::all(ctx)?.contains(machine) {
+        let text = format!("machine {machine} has a jail, with nodes of its disks; machine_remove removes both");
+        return Err(error(HelperCode::Conflict, text));
+    }
+    Ok(())
+}
+
+/// Refuses while a jailed engine of a machine's runs, or is being started.
+fn check_ended(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+    match process(ctx, machine) {
+        Some(pid) => Err(error(
+            HelperCode::Conflict,
+            format!("the engine of machine {machine} (process {pid}) is still there"),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// The process that is a machine's jailed engine, or is on its way to becoming it.
+fn process(ctx: &Ctx, machine: &MachineId) -> Option<u32> {
+    match find::engine(ctx, machine) {
+        Ok(engine) => Some(engine.pid),
+        Err(_) => find::jailer(&ctx.proc, machine),
+    }
+}
+
 /// Removes a machine's scope with what runs in it. None there is fine.
 pub(crate) fn end_scope(_ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
     if scope::available() {
@@ -344,8 +368,9 @@ pub(crate) fn end_scope(_ctx: &Ctx, machine: &MachineId) -> Result<(), HelperErr
     }
 }
 
-/// Removes a machine's jail: directory and control group. None there is fine.
+/// Removes a machine's jail: directory and control group. None there is fine. Refused while its engine runs.
 pub(crate) fn remove_jail(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+    check_ended(ctx, machine)?;
     let mut failures = jail::remove(ctx, machine).err().unwrap_or_default();
     if !scope::available() {
         failures.extend(cgroup::remove(ctx, machine).err());

@@ -42,6 +42,43 @@ pub(crate) fn context(root: &Path) -> Ctx {
     }
 }
 
+/// Does something as another user: a thread of its own changes its user, the process does not.
+pub(crate) fn as_user<T: Send>(uid: u32, work: impl FnOnce() -> T + Send) -> T {
+    use rustix::fs::{Gid, Uid};
+    use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+    std::thread::scope(|scope| {
+        let as_them = || {
+            let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+            set_thread_groups(&[]).unwrap();
+            set_thread_res_gid(group, group, group).unwrap();
+            set_thread_res_uid(user, user, user).unwrap();
+            work()
+        };
+        scope.spawn(as_them).join().unwrap()
+    })
+}
+
+/// A place of a user's, kept (`O_PATH`).
+pub(crate) fn kept(uid: u32, path: &Path) -> OwnedFd {
+    use rustix::fs::{Mode, OFlags};
+    as_user(uid, || {
+        rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap()
+    })
+}
+
+/// Whether the rights of a kept place let a user open it again. What is behind it does not matter: that is asked afterwards.
+pub(crate) fn may_open(uid: u32, place: &OwnedFd) -> bool {
+    use rustix::fs::{Mode, OFlags};
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/self/fd/{}", place.as_raw_fd());
+    let flags = [OFlags::RDONLY, OFlags::WRONLY, OFlags::RDWR];
+    let refused = |flags| {
+        let opened = as_user(uid, || rustix::fs::open(&path, flags | OFlags::NONBLOCK, Mode::empty()));
+        matches!(opened, Err(rustix::io::Errno::ACCESS))
+    };
+    !flags.into_iter().all(refused)
+}
+
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
@@ -434,4 +471,49 @@ fn a_signal_for_nobody_is_fine() {
     other.kill().unwrap();
     other.wait().unwrap();
     assert_eq!(open(&host.ctx, &id()).map_err(|e| e.code), Err(HelperCode::NotFound));
+}
+
+/// A node's number is given to the next device. Who kept a descriptor, or a name, of a node of the jail must get nowhere with it.
+#[test]
+fn nodes_of_a_jail_that_is_gone_are_worthless() {
+    let Some(host) = Host::new() else { return };
+    let root = host.running();
+    let user = jail_uid(SLOT);
+    std::fs::create_dir_all(root.join("dev/net")).unwrap();
+    let mut kept_nodes = Vec::new();
+    for (name, kind) in [
+        ("root", FileType::BlockDevice),
+        ("dev/net/tun", FileType::CharacterDevice),
+        ("hidden", FileType::BlockDevice),
+    ] {
+        let path = root.join(name);
+        let number = rustix::fs::makedev(240, 255);
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, number).unwrap();
+        chown(&path, Some(user), Some(user)).unwrap();
+        let place = kept(user, &path);
+        assert!(may_open(user, &place), "{name}: else this test says nothing");
+        kept_nodes.push((name, place));
+    }
+    // A link of the owner's file is not the jail's to change.
+    let memory = host.file("memory", 0o444, OWNER);
+    std::fs::hard_link(&memory, root.join("memory")).unwrap();
+    remove_jail(&host.ctx, &id()).unwrap();
+    for (name, place) in kept_nodes {
+        assert!(!may_open(user, &place), "{name}");
+        assert!(!may_open(OWNER, &place), "{name}");
+    }
+    let meta = std::fs::metadata(&memory).unwrap();
+    assert_eq!((meta.uid(), meta.mode() & 0o7777), (OWNER, 0o444));
+}
+
+#[test]
+fn disks_are_not_detached_while_a_jail_is_there() {
+    let Some(host) = Host::new() else { return };
+    let root = host.running();
+    let refused = crate::disk::detach(&host.ctx, &id()).unwrap_err();
+    assert_eq!(refused.code, HelperCode::Conflict, "{refused}");
+    assert!(root.exists());
+    remove_jail(&host.ctx, &id()).unwrap();
+    assert_eq!(crate::disk::detach(&host.ctx, &id()), Ok(()));
 }

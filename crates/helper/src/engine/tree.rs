@@ -2,6 +2,9 @@
 //!
 //! From descriptor to descriptor, without following a link, without leaving the mount that it began on. What cannot be removed is
 //! told, and does not keep the rest from going.
+//!
+//! Every directory becomes root's before anything in it is removed, so that a process of the jail's user that is left cannot exchange
+//! names meanwhile; every device node is made worthless before its name goes ([`Dir::retire`]).
 
 use std::ffi::OsStr;
 
@@ -33,7 +36,7 @@ pub(super) fn remove(parent: &Dir, name: &str) -> Result<(), Vec<String>> {
         return Ok(());
     };
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-        return parent.unlink(name).map_err(text);
+        return parent.retire(name).map_err(text);
     }
     let Some(top) = parent.find(name).map_err(text)? else {
         return Ok(());
@@ -84,6 +87,9 @@ impl Removal<'_> {
                 return;
             }
         }
+        if !self.note(dir.seize()) {
+            return;
+        }
         loop {
             let names = match dir.some_names(BATCH) {
                 Ok(names) => names,
@@ -111,7 +117,7 @@ impl Removal<'_> {
             Err(e) => return self.note(Err(e)),
         };
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-            return self.note(dir.unlink(name));
+            return self.note(dir.retire(name));
         }
         if depth >= DEEP {
             return self.bring_up(dir, name);
