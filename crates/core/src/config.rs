@@ -46,8 +46,9 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "RawNetworkConfig")]
 pub struct NetworkConfig {
-    /// Bridge and addresses.
-    pub net: Network,
+    /// Bridge and addresses, where one of them is named. It is `system install` that goes by it, and writes it into the record of the
+    /// installation.
+    pub net: Option<Network>,
     /// Name servers of the guests; those of the host when absent.
     pub dns: Option<Vec<Ipv4Addr>>,
     /// Idle taps that are made ahead.
@@ -59,7 +60,7 @@ pub struct NetworkConfig {
 impl Default for NetworkConfig {
     fn default() -> Self {
         Self {
-            net: Network::default(),
+            net: None,
             dns: None,
             tap_pool: 4,
             dns_port: 42069,
@@ -86,9 +87,10 @@ impl TryFrom<RawNetworkConfig> for NetworkConfig {
 
     fn try_from(raw: RawNetworkConfig) -> Result<Self, String> {
         let bridge = raw.bridge.as_deref().unwrap_or(DEFAULT_BRIDGE);
-        let net = match &raw.address {
-            Some(address) => Network::parse(bridge, address),
-            None => Network::new(bridge, DEFAULT_ADDRESS.0, DEFAULT_ADDRESS.1),
+        let net = match (&raw.address, &raw.bridge) {
+            (Some(address), _) => Network::parse(bridge, address).map(Some),
+            (None, Some(_)) => Network::new(bridge, DEFAULT_ADDRESS.0, DEFAULT_ADDRESS.1).map(Some),
+            (None, None) => Ok(None),
         };
         let default = Self::default();
         let config = Self {
@@ -341,7 +343,7 @@ mod tests {
              [network]\nbridge = 'br-fc-x'\naddress = '10.9.0.1/20'\ndns = ['9.9.9.9']\ntap_pool = 2\ndns_port = 5300\n",
         )
         .unwrap();
-        assert_eq!(config.network.net.cidr(), "10.9.0.0/20");
+        assert_eq!(config.network.net.unwrap().cidr(), "10.9.0.0/20");
         assert_eq!((config.network.tap_pool, config.network.dns_port), (2, 5300));
         assert_eq!(config.log_level, LogLevel::Debug);
         assert_eq!(

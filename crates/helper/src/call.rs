@@ -67,13 +67,13 @@ mod tests {
 
     /// A call of every method that has parameters of another kind.
     const CALLS: [&str; 7] = [
-        r#"{"version":1,"request":{"method":"ping"}}"#,
-        r#"{"version":1,"op":"op-00112233","request":{"method":"tap_take","params":{"net":{"bridge":"br-fc","address":"172.16.0.1","prefix":24},"machine":"00112233aabbccdd","user":"owner","rules":{"slot":1,"nat":true,"peers":[2,3]}}}}"#,
-        r#"{"version":1,"request":{"method":"tap_drop","params":{"net":{"bridge":"br-fc-x","address":"10.0.0.1","prefix":16},"machine":"00112233aabbccdd","slot":7}}}"#,
-        r#"{"version":1,"request":{"method":"disk_attach","params":{"machine":"00112233aabbccdd","role":"root","bytes":1048576,"user":{"jail":3}}}}"#,
-        r#"{"version":1,"request":{"method":"engine_launch","params":{"machine":"00112233aabbccdd","slot":1,"vcpu":2,"memory_mib":512,"files":["kernel","initrd"],"disks":["root","work"]}}}"#,
-        r#"{"version":1,"request":{"method":"engine_signal","params":{"machine":"00112233aabbccdd","signal":"KILL"}}}"#,
-        r#"{"version":1,"request":{"method":"network_setup","params":{"net":{"bridge":"br-fc","address":"172.16.0.1","prefix":24},"taps":[{"slot":0,"nat":true}]}}}"#,
+        r#"{"version":2,"request":{"method":"ping"}}"#,
+        r#"{"version":2,"op":"op-00112233","request":{"method":"tap_take","params":{"machine":"00112233aabbccdd","user":"owner","rules":{"slot":1,"nat":true,"peers":[2,3]}}}}"#,
+        r#"{"version":2,"request":{"method":"tap_drop","params":{"machine":"00112233aabbccdd","slot":7}}}"#,
+        r#"{"version":2,"request":{"method":"disk_attach","params":{"machine":"00112233aabbccdd","role":"root","bytes":1048576,"user":{"jail":3}}}}"#,
+        r#"{"version":2,"request":{"method":"engine_launch","params":{"machine":"00112233aabbccdd","slot":1,"vcpu":2,"memory_mib":512,"files":["kernel","initrd"],"disks":["root","work"]}}}"#,
+        r#"{"version":2,"request":{"method":"engine_signal","params":{"machine":"00112233aabbccdd","signal":"KILL"}}}"#,
+        r#"{"version":2,"request":{"method":"network_setup","params":{"taps":[{"slot":0,"nat":true}]}}}"#,
     ];
 
     #[test]
@@ -92,20 +92,21 @@ mod tests {
             "null",
             "[]",
             "{}",
-            r#"{"version":1}"#,
-            r#"{"version":1,"request":{"method":"run"}}"#,
-            r#"{"version":1,"op":"op-1; rm -rf /","request":{"method":"ping"}}"#,
-            r#"{"version":1,"request":{"method":"ping"},"extra":1}"#,
-            r#"{"version":1,"request":{"method":"ping"}} {}"#,
-            r#"{"version":1,"request":{"method":"tap_drop","params":{"net":{"bridge":"docker0","address":"10.0.0.1","prefix":16},"machine":"00112233aabbccdd","slot":7}}}"#,
-            r#"{"version":1,"request":{"method":"tap_drop","params":{"net":{"bridge":"br-fc","address":"8.8.8.8","prefix":16},"machine":"00112233aabbccdd","slot":7}}}"#,
-            r#"{"version":1,"request":{"method":"tap_drop","params":{"net":{"bridge":"br-fc","address":"10.0.0.1","prefix":16},"machine":"../../../../etc","slot":7}}}"#,
-            r#"{"version":1,"request":{"method":"tap_drop","params":{"net":{"bridge":"br-fc","address":"10.0.0.1","prefix":16},"machine":"00112233aabbccdd","slot":-1}}}"#,
+            r#"{"version":2}"#,
+            r#"{"version":2,"request":{"method":"run"}}"#,
+            r#"{"version":2,"op":"op-1; rm -rf /","request":{"method":"ping"}}"#,
+            r#"{"version":2,"request":{"method":"ping"},"extra":1}"#,
+            r#"{"version":2,"request":{"method":"ping"}} {}"#,
+            // The network is not the caller's to choose.
+            r#"{"version":2,"request":{"method":"network_setup","params":{"net":{"bridge":"br-fc","address":"172.16.0.1","prefix":24},"taps":[]}}}"#,
+            r#"{"version":2,"request":{"method":"tap_drop","params":{"net":{"bridge":"br-fc","address":"172.16.0.1","prefix":24},"machine":"00112233aabbccdd","slot":7}}}"#,
+            r#"{"version":2,"request":{"method":"tap_drop","params":{"machine":"../../../../etc","slot":7}}}"#,
+            r#"{"version":2,"request":{"method":"tap_drop","params":{"machine":"00112233aabbccdd","slot":-1}}}"#,
         ] {
             assert_eq!(code(bad), HelperCode::BadRequest, "{bad}");
         }
         assert_eq!(
-            code(r#"{"version":2,"request":{"method":"newer","x":1}}"#),
+            code(r#"{"version":3,"request":{"method":"newer","x":1}}"#),
             HelperCode::BadVersion
         );
         assert!(length([0, 0, 0, 0]).is_err() && length([0xff; 4]).is_err());
@@ -114,7 +115,7 @@ mod tests {
 
     #[test]
     fn deep_nesting_ends_in_an_error() {
-        let deep = format!(r#"{{"version":1,"request":{}"#, "[".repeat(60_000));
+        let deep = format!(r#"{{"version":2,"request":{}"#, "[".repeat(60_000));
         assert_eq!(parse(deep.as_bytes()).unwrap_err().code, HelperCode::BadRequest);
     }
 

@@ -105,61 +105,57 @@ pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) 
         );
         return Err(error(HelperCode::BadRequest, text));
     }
+    let net = &ctx.record.network;
     match call.request {
         Request::Ping => Ok(Answer::Pong {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
         }),
-        Request::NetworkSetup { net, taps } => {
+        Request::NetworkSetup { taps } => {
             bounded(taps.len())?;
-            taps.iter().try_for_each(|rules| check_rules(&net, rules))?;
+            taps.iter().try_for_each(|rules| check_rules(net, rules))?;
             let _held = locks.network();
-            done(net::setup(ctx, &net, &taps))
+            done(net::setup(ctx, net, &taps))
         }
-        Request::NetworkRemove { net } => {
+        Request::NetworkRemove => {
             let _held = locks.network();
-            done(net::remove(ctx, locks, &net))
+            done(net::remove(ctx, locks, net))
         }
-        Request::TapsWarm { net, slots } => {
+        Request::TapsWarm { slots } => {
             bounded(slots.len())?;
-            slots.iter().try_for_each(|slot| check_slot(&net, *slot))?;
+            slots.iter().try_for_each(|slot| check_slot(net, *slot))?;
             let _held = locks.taps(&slots);
-            done(net::warm(ctx, locks, &net, &slots))
+            done(net::warm(ctx, locks, net, &slots))
         }
-        Request::TapTake {
-            net,
-            machine,
-            user,
-            rules,
-        } => {
-            check_rules(&net, &rules)?;
+        Request::TapTake { machine, user, rules } => {
+            check_rules(net, &rules)?;
             check_user(user, Some(rules.slot))?;
             let _machine = locks.machine(&machine);
             let _held = locks.taps(&[rules.slot]);
-            net::take(ctx, locks, &net, &machine, user, &rules)
+            net::take(ctx, locks, net, &machine, user, &rules)
         }
-        Request::TapChange { net, machine, rules } => {
-            check_rules(&net, &rules)?;
+        Request::TapChange { machine, rules } => {
+            check_rules(net, &rules)?;
             let _machine = locks.machine(&machine);
             let _held = locks.taps(&[rules.slot]);
-            done(net::change(locks, &net, &machine, &rules))
+            done(net::change(locks, net, &machine, &rules))
         }
-        Request::TapDrop { net, machine, slot } => {
-            check_slot(&net, slot)?;
+        Request::TapDrop { machine, slot } => {
+            check_slot(net, slot)?;
             let _machine = locks.machine(&machine);
             let _held = locks.taps(&[slot]);
-            done(net::drop(locks, &net, &machine, slot))
+            done(net::drop(locks, net, &machine, slot))
         }
-        Request::ResolverSet { net, port } => {
+        Request::ResolverSet { port } => {
             if port == 0 {
                 return Err(error(HelperCode::BadRequest, "port 0 is no port"));
             }
             let _held = locks.network();
-            net::resolver_set(ctx, &net, port).map(|routed| Answer::Resolver { routed })
+            net::resolver_set(ctx, net, port).map(|routed| Answer::Resolver { routed })
         }
-        Request::ResolverClear { net } => {
+        Request::ResolverClear => {
             let _held = locks.network();
-            net::resolver_clear(ctx, &net).map(|()| Answer::Done)
+            net::resolver_clear(ctx, net).map(|()| Answer::Done)
         }
         Request::DiskAttach {
             machine,
@@ -173,7 +169,7 @@ pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) 
         }
         Request::DisksDetach { machine } => {
             let _machine = locks.machine(&machine);
-            done(disk::detach(ctx, &machine))
+            done(engine::check_none(ctx, &machine).and_then(|()| disk::detach(ctx, &machine)))
         }
         Request::DisksStatus { machine } => disk::status(ctx, &machine).map(|disks| Answer::Disks { disks }),
         Request::EngineLaunch {
@@ -213,13 +209,23 @@ pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) 
             memory_mib,
         } => {
             let _machine = locks.machine(&machine);
-            engine::scope(ctx, &machine, pid, start_time, memory_mib).map(|unit| Answer::Scope { unit })
+            let process = engine::Theirs { pid, start_time };
+            engine::scope(ctx, &machine, process, memory_mib).map(|unit| Answer::Scope { unit })
         }
-        Request::MachineRemove { net, machine } => {
+        Request::ShimScope {
+            machine,
+            pid,
+            start_time,
+        } => {
             let _machine = locks.machine(&machine);
-            done(remove(ctx, locks, &net, &machine))
+            let process = engine::Theirs { pid, start_time };
+            engine::shim_scope(ctx, &machine, process).map(|unit| Answer::Scope { unit })
         }
-        Request::Inventory { net } => inventory::all(ctx, &net).map(|objects| Answer::Inventory { objects }),
+        Request::MachineRemove { machine } => {
+            let _machine = locks.machine(&machine);
+            done(remove(ctx, locks, net, &machine))
+        }
+        Request::Inventory => inventory::all(ctx, net).map(|objects| Answer::Inventory { objects }),
     }
 }
 
@@ -237,16 +243,20 @@ fn done(result: Result<(), HelperError>) -> Result<Answer, HelperError> {
     result.map(|()| Answer::Done)
 }
 
-/// Everything of a machine, which is held. No step waits for the success of another; what failed is collected.
+/// Everything of a machine, which is held. All steps are tried, what failed is collected; but a jail is not taken from under an engine that
+/// lives, nor disks from a jail whose nodes lead to them.
 fn remove(ctx: &Ctx, locks: &Locks, net: &Network, machine: &MachineId) -> Result<(), HelperError> {
     let mut failures = Vec::new();
-    let mut step = |what: &str, result: Result<(), HelperError>| {
-        if let Err(e) = result {
+    let mut step = |what: &str, result: Result<(), HelperError>| match result {
+        Ok(()) => true,
+        Err(e) => {
             failures.push(format!("{what}: {e}"));
             failures.extend(e.details.into_iter().map(|detail| format!("{what}: {detail}")));
+            false
         }
     };
-    step("engine", engine::end(ctx, machine));
+    let left = |why: &str| Err(error(HelperCode::Conflict, why));
+    let ended = step("engine", engine::end(ctx, machine));
     step("scope", engine::end_scope(ctx, machine));
     step("tap", {
         // A machine that is held gets no other tap meanwhile.
@@ -255,9 +265,16 @@ fn remove(ctx: &Ctx, locks: &Locks, net: &Network, machine: &MachineId) -> Resul
             net::drop_all(locks, net, machine)
         })
     });
-    // The jail's nodes lead to the disks: they are worthless before the disks' numbers are free.
-    step("jail", engine::remove_jail(ctx, machine));
-    step("disks", disk::detach(ctx, machine));
+    let gone = match ended {
+        true => engine::remove_jail(ctx, machine),
+        false => left("left as it is, since the engine is still there"),
+    };
+    let gone = step("jail", gone);
+    let detached = match gone {
+        true => disk::detach(ctx, machine),
+        false => left("left as they are, since the jail is still there"),
+    };
+    step("disks", detached);
     collected(format!("cannot remove everything of machine {machine}"), failures)
 }
 

@@ -91,8 +91,10 @@ fn serve(root: PathBuf, notify: Option<&std::ffi::OsStr>) -> Result<(), String> 
         proc: "/proc".into(),
         sys: "/sys".into(),
     };
-    if let Err(e) = disk::remove_stale_nodes(&ctx) {
-        server::log(&[("level", "error".into()), ("msg", e.to_string().into())]);
+    for mended in [disk::remove_stale_nodes(&ctx), engine::close_jails(&ctx)] {
+        if let Err(e) = mended {
+            server::log(&[("level", "error".into()), ("msg", e.to_string().into())]);
+        }
     }
     notify::ready(notify);
     server::serve(&served, ctx, &stop).map_err(|e| e.to_string())

@@ -1,7 +1,7 @@
 //! What the daemon may ask of the root helper, and what it answers.
 //!
 //! **Rule: it derives, it does not accept.** A request carries identifiers and numbers; names, paths, rules and arguments are computed
-//! again by the helper, as root. Files come as open descriptors. No method takes a path, an argument vector or rule text.
+//! again by the helper, as root; the network is the one in the record of the installation. Files come as open descriptors. No method takes a path, an argument vector or rule text.
 //!
 //! **Framing.** A Unix stream socket. A frame is its length (four bytes, big-endian, at most [`MAX_REQUEST`] or [`MAX_REPLY`]) and so much
 //! JSON. The daemon sends a [`Call`], with its descriptors (`SCM_RIGHTS`) on the frame's first byte; the helper answers with a
@@ -10,10 +10,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::id::MachineId;
-use crate::net::Network;
 
 /// Version of this protocol.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest call in bytes.
 pub const MAX_REQUEST: u32 = 64 << 10;
 /// Longest reply in bytes.
@@ -45,27 +44,18 @@ pub enum Request {
     /// Bridge, address, forwarding and the tables of rules, as they have to be; what is there and right is left alone. Also after a
     /// foreign flush of all rules.
     NetworkSetup {
-        /// The network.
-        net: Network,
         /// Every tap that has to have rules, so that they can be made again: all machines that run.
         taps: Vec<TapRules>,
     },
     /// The opposite. Refused while a machine's tap is there.
-    NetworkRemove {
-        /// The network.
-        net: Network,
-    },
+    NetworkRemove,
     /// Makes idle taps ahead, with their rules.
     TapsWarm {
-        /// The network.
-        net: Network,
         /// Their slots: those that the daemon would give out next. Taps that are there are left alone.
         slots: Vec<u32>,
     },
     /// Makes a slot's tap a machine's, taking an idle one where there is one. Answers [`Answer::Tap`].
     TapTake {
-        /// The network.
-        net: Network,
         /// The machine.
         machine: MachineId,
         /// Who opens it.
@@ -75,8 +65,6 @@ pub enum Request {
     },
     /// Changes the rules of a machine's tap while it runs.
     TapChange {
-        /// The network.
-        net: Network,
         /// The machine.
         machine: MachineId,
         /// Its slot and rules.
@@ -84,8 +72,6 @@ pub enum Request {
     },
     /// Removes a machine's tap and its rules. One that is not there is fine.
     TapDrop {
-        /// The network.
-        net: Network,
         /// The machine.
         machine: MachineId,
         /// Its slot.
@@ -93,16 +79,11 @@ pub enum Request {
     },
     /// Has the host's resolver ask the daemon for names below `.vm`. Answers [`Answer::Resolver`].
     ResolverSet {
-        /// The network.
-        net: Network,
         /// Port of the daemon's name server on 127.0.0.1.
         port: u16,
     },
     /// The opposite.
-    ResolverClear {
-        /// The network.
-        net: Network,
-    },
+    ResolverClear,
     /// Makes the block device of a machine's disk: a device-mapper snapshot of a read-only loop over the base, whose changes go to
     /// the machine's own file. Descriptors: base (read-only), changes (read and write); regular files of the owner's. Answers
     /// [`Answer::Disk`].
@@ -173,19 +154,25 @@ pub enum Request {
         /// Memory in MiB, for the limit.
         memory_mib: u64,
     },
+    /// Gives the shim of a machine's engine a systemd scope of its own, outside the daemon's unit: a restart of that unit finds nothing
+    /// left over, and what is sent to all of the unit's processes does not end the machine's console. Without systemd it does nothing.
+    /// Answers [`Answer::Scope`].
+    ShimScope {
+        /// The machine.
+        machine: MachineId,
+        /// The shim's process; the owner's.
+        pid: u32,
+        /// Its start time, field 22 of `/proc/PID/stat`.
+        start_time: u64,
+    },
     /// Removes everything of a machine: jailed engine, scope, tap and rules, block devices, jail. All steps are tried; what failed is
     /// told in the details of the error. Nothing there is fine.
     MachineRemove {
-        /// The network.
-        net: Network,
         /// The machine.
         machine: MachineId,
     },
     /// Every host object that carries banger's mark. Answers [`Answer::Inventory`].
-    Inventory {
-        /// The network.
-        net: Network,
-    },
+    Inventory,
 }
 
 impl Request {
@@ -194,13 +181,13 @@ impl Request {
         match self {
             Self::Ping => "ping",
             Self::NetworkSetup { .. } => "network_setup",
-            Self::NetworkRemove { .. } => "network_remove",
+            Self::NetworkRemove => "network_remove",
             Self::TapsWarm { .. } => "taps_warm",
             Self::TapTake { .. } => "tap_take",
             Self::TapChange { .. } => "tap_change",
             Self::TapDrop { .. } => "tap_drop",
             Self::ResolverSet { .. } => "resolver_set",
-            Self::ResolverClear { .. } => "resolver_clear",
+            Self::ResolverClear => "resolver_clear",
             Self::DiskAttach { .. } => "disk_attach",
             Self::DisksDetach { .. } => "disks_detach",
             Self::DisksStatus { .. } => "disks_status",
@@ -209,8 +196,9 @@ impl Request {
             Self::EngineOpen { .. } => "engine_open",
             Self::EngineCollect { .. } => "engine_collect",
             Self::EngineScope { .. } => "engine_scope",
+            Self::ShimScope { .. } => "shim_scope",
             Self::MachineRemove { .. } => "machine_remove",
-            Self::Inventory { .. } => "inventory",
+            Self::Inventory => "inventory",
         }
     }
 }
@@ -481,7 +469,7 @@ mod tests {
         let text = serde_json::to_string(&call).unwrap();
         assert_eq!(
             text,
-            r#"{"version":1,"request":{"method":"engine_signal","params":{"machine":"00112233aabbccdd","signal":"USR1"}}}"#
+            r#"{"version":2,"request":{"method":"engine_signal","params":{"machine":"00112233aabbccdd","signal":"USR1"}}}"#
         );
         assert_eq!(serde_json::from_str::<Call>(&text).unwrap(), call);
         for bad in [

@@ -1,7 +1,7 @@
 //! The layout of an installation in system mode, and its record, `install.toml`.
 //!
 //! ```text
-//!   /etc/banger/install.toml              root 0644   who the owner is; which firecracker and jailer
+//!   /etc/banger/install.toml              root 0644   who the owner is; the network; which firecracker and jailer
 //!   /etc/banger/config.toml               root 0644   configuration of the daemon
 //!   /etc/systemd/system/{bangerd.service,bangerd-root.service,banger.slice,banger-build.socket,banger-build@.service}
 //!   /usr/local/bin/{banger,bangerd}, /usr/local/lib/banger/{banger-helper,banger-shim,banger-agent}
@@ -19,6 +19,8 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+
+use crate::net::Network;
 
 /// Everything below one root directory: `/`, or one of a test.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -149,6 +151,9 @@ pub struct Record {
     pub owner: Owner,
     /// Which programs were installed, and when.
     pub installed: Installed,
+    /// The network of the machines. The root helper goes by this one, whatever it is asked for; one that an older banger wrote has none.
+    #[serde(default)]
+    pub network: Network,
     /// Firecracker, where it is used.
     #[serde(default)]
     pub firecracker: Firecracker,
@@ -262,6 +267,7 @@ mod tests {
                 version: "0.1.0".into(),
                 commit: "unknown".into(),
             },
+            network: Network::parse("br-fc-x", "10.1.0.1/20").unwrap(),
             firecracker: Firecracker::default(),
         }
     }
@@ -269,8 +275,14 @@ mod tests {
     #[test]
     fn a_record_survives_its_file() {
         assert_eq!(Record::parse(&record().text()).unwrap(), record());
-        let without = record().text().split("[firecracker]").next().unwrap().to_owned();
-        assert_eq!(Record::parse(&without).unwrap(), record());
+        let without = record().text().split("[network]").next().unwrap().to_owned();
+        let old = Record {
+            network: Network::default(),
+            ..record()
+        };
+        assert_eq!(Record::parse(&without).unwrap(), old);
+        let wrong = record().text().replace("10.1.0.1", "8.8.8.8");
+        assert!(matches!(Record::parse(&wrong), Err(RecordError::Form(_))));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! * [`id`]: identifiers of machines,
 //! * [`disk`]: the sizes of a disk's changes,
 //! * [`net`]: a machine's place in the network, and everything that follows from it: address, MAC, tap, user id of its jail,
+//! * [`overlap`]: whether a network overlaps what the host has,
 //! * [`names`]: names of host objects and the marks by which an audit finds them,
 //! * [`install`]: the layout of an installation and its record, `install.toml`,
 //! * [`units`]: the text of the systemd units,
@@ -17,4 +18,5 @@ pub mod id;
 pub mod install;
 pub mod names;
 pub mod net;
+pub mod overlap;
 pub mod units;

@@ -14,6 +14,8 @@ pub const ALIAS_POOL: &str = "banger:pool";
 pub const DM_UUID_PREFIX: &str = "BANGER-";
 /// What the name of a systemd scope begins with.
 pub const SCOPE_PREFIX: &str = "banger-machine-";
+/// What the name of the systemd scope of a machine's shim begins with.
+pub const SHIM_SCOPE_PREFIX: &str = "banger-shim-";
 /// The systemd slice of all machines.
 pub const SLICE: &str = "banger.slice";
 /// Name of the engine's process in a jail.
@@ -78,6 +80,11 @@ pub fn scope(id: &MachineId) -> String {
     format!("{SCOPE_PREFIX}{id}.scope")
 }
 
+/// Name of the systemd scope of a machine's shim. It is not the engine's: the shim outlives the engine, to write down how that ended.
+pub fn shim_scope(id: &MachineId) -> String {
+    format!("{SHIM_SCOPE_PREFIX}{id}.scope")
+}
+
 /// The machine of a scope's name, or of a path in the cgroup file system that ends in it.
 pub fn of_scope(path: &str) -> Option<MachineId> {
     let name = path.rsplit('/').next()?;
@@ -95,6 +102,7 @@ mod tests {
         assert_eq!(of_alias(&alias(&id)), Some(id.clone()));
         assert_eq!(of_dm_uuid(&dm_uuid(&id, DiskRole::Work)), Some(id.clone()));
         assert_eq!(of_scope(&format!("/banger.slice/{}", scope(&id))), Some(id.clone()));
+        assert_eq!(of_scope(&shim_scope(&id)), None, "a shim is no engine");
         assert_eq!(dm_name(&id, DiskRole::Root), "fc-00112233aabbccdd-root");
         for foreign in [
             "",

@@ -8,6 +8,8 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::overlap::Block;
+
 /// Name of the bridge when the configuration has none.
 pub const DEFAULT_BRIDGE: &str = "br-fc";
 /// Address of the bridge, with its prefix, when the configuration has none.
@@ -136,6 +138,19 @@ impl Network {
     /// Length of the prefix.
     pub fn prefix(&self) -> u8 {
         self.prefix
+    }
+
+    /// Its range.
+    pub fn block(&self) -> Block {
+        Block {
+            address: self.address,
+            prefix: self.prefix,
+        }
+    }
+
+    /// `172.16.0.1/24`: the bridge's address with the prefix.
+    pub fn text(&self) -> String {
+        format!("{}/{}", self.address, self.prefix)
     }
 
     /// `172.16.0.0/24`

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use banger_system::helper::{Answer, Call, EngineUser, Reply, Request, TapRules, VERSION};
 use banger_system::id::MachineId;
 use banger_system::install::Layout;
-use banger_system::net::Network;
 use banger_testkit::{SystemEnv, binaries, processes};
 use rustix::process::Signal;
 
@@ -63,7 +62,6 @@ impl Helper {
 pub(super) fn helper(effort: Effort, report: &mut Report) {
     let env = SystemEnv::new("bench-helper");
     let mut helper = Helper::connect(&env);
-    let net = Network::default();
     let pings = (0..effort.samples(2000, 200))
         .map(|_| helper.call(Request::Ping).1)
         .collect();
@@ -81,10 +79,7 @@ pub(super) fn helper(effort: Effort, report: &mut Report) {
     for round in 0..effort.samples(60, 10) {
         let ahead = round % 2 == 0;
         if ahead {
-            helper.call(Request::TapsWarm {
-                net: net.clone(),
-                slots: vec![SLOT],
-            });
+            helper.call(Request::TapsWarm { slots: vec![SLOT] });
         }
         let rules = TapRules {
             slot: SLOT,
@@ -92,7 +87,6 @@ pub(super) fn helper(effort: Effort, report: &mut Report) {
             peers: Vec::new(),
         };
         let (answer, took) = helper.call(Request::TapTake {
-            net: net.clone(),
             machine: machine.clone(),
             user: EngineUser::Owner,
             rules,
@@ -102,7 +96,6 @@ pub(super) fn helper(effort: Effort, report: &mut Report) {
             _ => made.push(took),
         }
         helper.call(Request::TapDrop {
-            net: net.clone(),
             machine: machine.clone(),
             slot: SLOT,
         });

@@ -143,5 +143,12 @@ fn take_back(layout: &Layout, done: Done, manager: &dyn Manager, mut error: Erro
         error.details.push("what had been done was taken back".to_owned());
     }
     error.details.extend(failed);
+    if error.hint.is_none() {
+        error.hint = Some(format!(
+            "correct it and install again; what the services say: journalctl -u {} -u {}",
+            Unit::Helper.name(),
+            Unit::Daemon.name()
+        ));
+    }
     error
 }

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use banger_core::config::Config;
 use banger_system::install::{Firecracker, Installed, Owner, RECORD_VERSION, Record};
 use banger_system::names::ALIAS_BRIDGE;
-use banger_system::net::Network;
+use banger_system::net::{DEFAULT_BRIDGE, Network};
+use banger_system::overlap::{self, Block};
 use banger_system::units::{self, KVM_GROUP, Setting, Unit};
 
 use crate::error::{Error, Result};
@@ -27,6 +28,8 @@ pub(crate) struct Wanted {
     pub(crate) firecracker: Option<PathBuf>,
     /// `--jailer`
     pub(crate) jailer: Option<PathBuf>,
+    /// `--network`, address and prefix.
+    pub(crate) network: Option<String>,
     /// When, of which version and commit.
     pub(crate) installed: Option<Installed>,
 }
@@ -56,10 +59,25 @@ pub(crate) struct Facts {
     pub(crate) packaged: Vec<PathBuf>,
     /// The bridge is there and somebody else's.
     pub(crate) foreign_bridge: Option<String>,
+    /// Why the network of the machines cannot be what it is to be.
+    pub(crate) network_fault: Option<NetworkFault>,
     /// What is wrong with the programs of Firecracker that were named.
     pub(crate) engine_faults: Vec<String>,
     /// Socket of the owner's own daemon, if one listens.
     pub(crate) own_daemon: Option<PathBuf>,
+}
+
+/// Why the network of the machines cannot be what it is to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum NetworkFault {
+    /// `--network` is no network.
+    Wrong(String),
+    /// `--network` and the configuration name different ones.
+    Differs(String),
+    /// It overlaps what the host has.
+    Overlaps(String),
+    /// None that an installation tries is free.
+    NoneFree,
 }
 
 /// A directory.
@@ -125,10 +143,11 @@ pub(crate) fn read(ground: &Ground, wanted: &Wanted, manager: &dyn Manager) -> R
     let owner = choose_owner(ground, wanted, record.as_ref())?;
     let firecracker = choose_engine(wanted, record.as_ref());
     let text = read_text(&layout.config())?.unwrap_or_default();
-    let (network, broken_config) = match Config::parse(&text) {
+    let (configured, broken_config) = match Config::parse(&text) {
         Ok(config) => (config.network.net, None),
-        Err(error) => (Network::default(), Some(error.to_string())),
+        Err(error) => (None, Some(error.to_string())),
     };
+    let (network, network_fault) = choose_network(ground, wanted, configured, record.as_ref());
     let groups = read_text(&ground.host("etc/group"))?.unwrap_or_default();
     let setting = Setting {
         layout,
@@ -146,6 +165,7 @@ pub(crate) fn read(ground: &Ground, wanted: &Wanted, manager: &dyn Manager) -> R
         version: RECORD_VERSION,
         owner: owner.clone(),
         installed,
+        network: network.clone(),
         firecracker,
     };
     // A record that says the same but for the time stays, unless programs are replaced.
@@ -184,6 +204,7 @@ pub(crate) fn read(ground: &Ground, wanted: &Wanted, manager: &dyn Manager) -> R
         units: states.into_iter().collect::<Result<_>>()?,
         packaged: packaged(ground),
         foreign_bridge: foreign_bridge(ground, network.bridge()),
+        network_fault,
         engine_faults: engine_faults(ground, wanted),
         own_daemon: own_daemon(ground, owner.uid),
         wanted: wanted_record,
@@ -209,6 +230,48 @@ fn choose_owner(ground: &Ground, wanted: &Wanted, record: Option<&Record>) -> Re
     owner::find(ground.layout.root(), name)
 }
 
+/// The network of the machines: the one that is named, else the one that there is, else the first that overlaps nothing.
+fn choose_network(
+    ground: &Ground,
+    wanted: &Wanted,
+    configured: Option<Network>,
+    record: Option<&Record>,
+) -> (Network, Option<NetworkFault>) {
+    let old = record.map(|record| &record.network);
+    let bridge = configured.as_ref().or(old).map_or(DEFAULT_BRIDGE, Network::bridge);
+    let named = match wanted.network.as_deref().map(|text| Network::parse(bridge, text)) {
+        None => None,
+        Some(Ok(named)) => Some(named),
+        Some(Err(error)) => return (Network::default(), Some(NetworkFault::Wrong(error.to_string()))),
+    };
+    if let (Some(named), Some(configured)) = (&named, &configured)
+        && named != configured
+    {
+        let fault = NetworkFault::Differs(configured.text());
+        return (named.clone(), Some(fault));
+    }
+    let tables = std::fs::read_to_string(ground.host("proc").join(overlap::TABLES)).unwrap_or_default();
+    // Where the bridge is there, what it has is banger's.
+    let own = old.filter(|old| bridge_alias(ground, old.bridge()).as_deref() == Some(ALIAS_BRIDGE));
+    let blocks: Vec<Block> = own.iter().map(|own| own.block()).collect();
+    let Some(chosen) = named.or(configured).or_else(|| old.cloned()) else {
+        return match overlap::choose(DEFAULT_BRIDGE, &tables, &blocks) {
+            Some(free) => (free, None),
+            None => (Network::default(), Some(NetworkFault::NoneFree)),
+        };
+    };
+    if own == Some(&chosen) {
+        return (chosen, None);
+    }
+    let fault = overlap::find(&chosen, &tables, &blocks).map(|why| {
+        NetworkFault::Overlaps(format!(
+            "the network {} of the machines cannot be: {why}",
+            chosen.cidr()
+        ))
+    });
+    (chosen, fault)
+}
+
 fn choose_engine(wanted: &Wanted, record: Option<&Record>) -> Firecracker {
     let kept = record.map(|r| r.firecracker.clone()).unwrap_or_default();
     Firecracker {
@@ -219,6 +282,7 @@ fn choose_engine(wanted: &Wanted, record: Option<&Record>) -> Firecracker {
 
 fn same(a: &Record, b: &Record) -> bool {
     a.owner == b.owner
+        && a.network == b.network
         && a.firecracker == b.firecracker
         && a.installed.version == b.installed.version
         && a.installed.commit == b.installed.commit
@@ -360,12 +424,16 @@ fn packaged(ground: &Ground) -> Vec<PathBuf> {
 }
 
 fn foreign_bridge(ground: &Ground, bridge: &str) -> Option<String> {
-    let dir = ground.host("sys/class/net").join(bridge);
-    if !dir.exists() {
-        return None;
-    }
-    let alias = std::fs::read_to_string(dir.join("ifalias")).unwrap_or_default();
-    (alias.trim() != ALIAS_BRIDGE).then(|| bridge.to_owned())
+    bridge_alias(ground, bridge)
+        .filter(|alias| alias != ALIAS_BRIDGE)
+        .map(|_| bridge.to_owned())
+}
+
+/// The alias of an interface; none where there is no such interface.
+fn bridge_alias(ground: &Ground, name: &str) -> Option<String> {
+    let dir = ground.host("sys/class/net").join(name);
+    let alias = || std::fs::read_to_string(dir.join("ifalias")).unwrap_or_default();
+    dir.exists().then(|| alias().trim().to_owned())
 }
 
 /// Root starts these programs: nobody else may be able to change them, nor to exchange them.

@@ -157,7 +157,7 @@ impl<'a> Systemd<'a> {
                 let _ = child.kill();
                 let _ = child.wait();
                 let message = format!("waited {} s for `{shown}` to end", deadline.as_secs());
-                return Err(Error::new(Kind::Timeout, message));
+                return Err(Error::new(Kind::Timeout, message).hint(BUSY));
             }
         }
         let status = child.wait().map_err(failed)?;
@@ -178,6 +178,9 @@ impl<'a> Systemd<'a> {
         })
     }
 }
+
+/// What to do when systemd does not answer.
+const BUSY: &str = "see what systemd is busy with: systemctl list-jobs";
 
 /// Directives that are looked at as they are in force.
 const IN_FORCE: [&str; 3] = ["KillMode", "SendSIGKILL", "RuntimeDirectoryPreserve"];

@@ -17,6 +17,7 @@ pub(crate) fn find(root: &Path, name: &str) -> Result<Owner> {
             Kind::NotFound,
             format!("there is no user `{}` on this host", name.escape_default()),
         )
+        .hint("name a user of this host: --owner USER")
     })?;
     if owner.uid == 0 {
         return Err(

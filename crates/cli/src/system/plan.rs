@@ -6,7 +6,7 @@ use banger_system::units::Unit;
 use serde::Serialize;
 
 use crate::error::{Error, Kind};
-use crate::system::facts::{DirFact, Facts, FileFact, Found, Role};
+use crate::system::facts::{DirFact, Facts, FileFact, Found, NetworkFault, Role};
 use crate::system::files::{Content, Rights};
 
 /// One thing to do.
@@ -137,10 +137,10 @@ fn concerns(facts: &Facts, role: Role, unit: Unit) -> bool {
         // A build that is going on keeps its unit as it was.
         Role::Unit(which) => which == unit,
         // Both read it when they start. Which version it was is not for them.
-        Role::Record => facts
-            .record
-            .as_ref()
-            .is_none_or(|old| old.owner != facts.wanted.owner || old.firecracker != facts.wanted.firecracker),
+        Role::Record => facts.record.as_ref().is_none_or(|old| {
+            let wanted = &facts.wanted;
+            old.owner != wanted.owner || old.network != wanted.network || old.firecracker != wanted.firecracker
+        }),
     }
 }
 
@@ -223,6 +223,10 @@ fn refusals(facts: &Facts) -> Vec<Refusal> {
             "remove it, or name another bridge in /etc/banger/config.toml: [network] bridge = \"br-fc-2\"",
         );
     }
+    if let Some(fault) = &facts.network_fault {
+        let (kind, what, hint) = network_refusal(fault);
+        refuse(kind, what, hint);
+    }
     for fault in &facts.engine_faults {
         refuse(
             Kind::Invalid,
@@ -231,6 +235,25 @@ fn refusals(facts: &Facts) -> Vec<Refusal> {
         );
     }
     all
+}
+
+fn network_refusal(fault: &NetworkFault) -> (Kind, String, &'static str) {
+    const OTHER: &str = "name a network that this host does not use: --network 10.77.0.1/24, or under [network] in /etc/banger/config.toml";
+    match fault {
+        NetworkFault::Wrong(why) => (Kind::Usage, format!("--network: {why}"), OTHER),
+        NetworkFault::Differs(configured) => (
+            Kind::Usage,
+            format!("--network is not what /etc/banger/config.toml says: {configured}"),
+            "leave --network away, or change the configuration",
+        ),
+        NetworkFault::Overlaps(why) => (Kind::Conflict, why.clone(), OTHER),
+        NetworkFault::NoneFree => (
+            Kind::Conflict,
+            "no network for the machines is free: all that are tried overlap addresses or routes of this host"
+                .to_owned(),
+            OTHER,
+        ),
+    }
 }
 
 fn dir_fault(dir: &DirFact) -> Option<String> {

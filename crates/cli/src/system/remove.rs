@@ -47,8 +47,8 @@ impl Outcome {
 }
 
 /// Machines whose engines run, as the helper sees them.
-pub(crate) fn running(manager: &dyn Manager, net: &Network) -> Result<Vec<MachineId>, String> {
-    match manager.helper(Request::Inventory { net: net.clone() })? {
+pub(crate) fn running(manager: &dyn Manager) -> Result<Vec<MachineId>, String> {
+    match manager.helper(Request::Inventory)? {
         Answer::Inventory { objects } => {
             let processes = objects.into_iter().filter(|o| o.kind == ObjectKind::Process);
             let ids: BTreeSet<MachineId> = processes.filter_map(|o| o.machine).collect();
@@ -84,26 +84,22 @@ pub(crate) fn clear_host(ground: &Ground, manager: &dyn Manager, net: &Network) 
         Ok(_) => outcome.did("remove", what),
         Err(why) => outcome.failed.push(format!("cannot remove {what}: {why}")),
     };
-    let left = manager.helper(Request::Inventory { net: net.clone() });
+    let left = manager.helper(Request::Inventory);
     let machines: BTreeSet<MachineId> = match left {
         Ok(Answer::Inventory { objects }) => objects.into_iter().filter_map(|o| o.machine).collect(),
         // Then it cannot be told what is left, and the removal of the network says what is in its way.
         _ => BTreeSet::new(),
     };
     for machine in machines {
-        let net = net.clone();
         ask(
             format!("what machine {machine} left"),
-            Request::MachineRemove { net, machine },
+            Request::MachineRemove { machine },
         );
     }
-    ask(
-        "routing of names below .vm".to_owned(),
-        Request::ResolverClear { net: net.clone() },
-    );
+    ask("routing of names below .vm".to_owned(), Request::ResolverClear);
     ask(
         format!("network {} with its rules", net.bridge()),
-        Request::NetworkRemove { net: net.clone() },
+        Request::NetworkRemove,
     );
     outcome
 }

@@ -83,7 +83,7 @@ impl Manager for Fake {
     fn helper(&self, request: Request) -> Result<Answer, String> {
         self.hear(request.name().to_owned()).map_err(|e| e.message)?;
         Ok(match request {
-            Request::Inventory { .. } => Answer::Inventory {
+            Request::Inventory => Answer::Inventory {
                 objects: self.objects.borrow().clone(),
             },
             _ => Answer::Done,
@@ -424,7 +424,7 @@ fn only_what_differs_is_changed_and_only_what_it_concerns_restarted() {
 #[test]
 fn what_is_in_the_way_is_named_and_left_alone() {
     type Change = fn(&mut Host);
-    let cases: [(Change, &str, Kind); 14] = [
+    let cases: [(Change, &str, Kind); 19] = [
         (
             |h| std::fs::remove_dir_all(h.path("run/systemd")).unwrap(),
             "systemd does not run",
@@ -489,6 +489,37 @@ fn what_is_in_the_way_is_named_and_left_alone() {
                 h.write("sys/class/net/br-fc-2/address", "x");
             },
             "interface br-fc-2",
+            Kind::Conflict,
+        ),
+        (
+            |h| h.wanted.network = Some("10.0.0.1/8".into()),
+            "a prefix of /8 is not possible",
+            Kind::Usage,
+        ),
+        (
+            |h| {
+                h.write("etc/banger/config.toml", "[network]\naddress = '10.9.0.1/24'");
+                h.wanted.network = Some("10.8.0.1/24".into());
+            },
+            "not what /etc/banger/config.toml says: 10.9.0.1/24",
+            Kind::Usage,
+        ),
+        (
+            |h| {
+                h.write("proc/net/fib_trie", LAN);
+                h.wanted.network = Some("192.168.1.10/29".into());
+            },
+            "it overlaps 192.168.1.0/24",
+            Kind::Conflict,
+        ),
+        (
+            |h| h.write("etc/banger/config.toml", "[network]\naddress = '172.17.9.1/24'"),
+            "which Docker takes by default",
+            Kind::Conflict,
+        ),
+        (
+            |h| h.write("proc/net/fib_trie", PRIVATE),
+            "no network for the machines is free",
             Kind::Conflict,
         ),
         (
@@ -782,6 +813,51 @@ fn running_machines_are_seen_through_the_helper() {
             machine,
         });
     }
-    let running = remove::running(&host.fake, &Network::default()).unwrap();
+    let running = remove::running(&host.fake).unwrap();
     assert_eq!(running, [id("00112233aabbccdd")]);
+}
+
+/// The host's own network.
+const LAN: &str = "Main:\n     |-- 192.168.1.0\n        /24 link UNICAST\n";
+/// A host that has a way to every private address.
+const PRIVATE: &str = "Main:\n     |-- 10.0.0.0\n        /8 universe UNICAST\n     |-- 172.16.0.0\n        /12 universe UNICAST\n     \
+                       |-- 192.168.0.0\n        /16 universe UNICAST\n";
+
+#[test]
+fn the_network_is_chosen_once_and_kept() {
+    let network = |host: &Host| {
+        let text = std::fs::read_to_string(host.ground.layout.record()).unwrap();
+        Record::parse(&text).unwrap().network.text()
+    };
+    // A host that has the first one already.
+    let mut host = Host::new();
+    host.write(
+        "proc/net/fib_trie",
+        "Main:\n     |-- 172.16.0.0\n        /17 link UNICAST\n",
+    );
+    host.install().unwrap();
+    assert_eq!(network(&host), "172.16.200.1/24");
+    // With the bridge there, its own addresses are not in the way; nor is a network that the host joins later.
+    host.write("sys/class/net/br-fc/ifalias", "banger:bridge\n");
+    host.write(
+        "proc/net/fib_trie",
+        "Main:\n     |-- 172.16.200.0\n        /24 link UNICAST\n     |-- 172.16.0.0\n        /12 universe UNICAST\n",
+    );
+    assert_eq!(host.install().unwrap(), []);
+    // Another one, named: both services read it.
+    host.fake.take_heard();
+    host.wanted.network = Some("10.77.0.1/20".into());
+    host.install().unwrap();
+    assert_eq!(network(&host), "10.77.0.1/20");
+    let heard = host.fake.take_heard();
+    assert!(
+        heard.contains(&"restart bangerd-root.service".to_owned())
+            && heard.contains(&"restart bangerd.service".to_owned()),
+        "{heard:?}"
+    );
+    // The configuration is what counts from then on.
+    host.wanted.network = None;
+    host.write("etc/banger/config.toml", "[network]\naddress = '10.78.0.1/24'");
+    host.install().unwrap();
+    assert_eq!(network(&host), "10.78.0.1/24");
 }

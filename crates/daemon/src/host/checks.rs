@@ -262,6 +262,16 @@ fn network(system: &System) -> Vec<Check> {
             Some(hint.to_owned()),
         )
     });
+    if let Some(asked) = &system.asked {
+        let text = format!(
+            "the configuration asks for {} on {}, the installation has {} on {bridge}",
+            asked.text(),
+            asked.bridge(),
+            system.net.text()
+        );
+        let hint = "stop the machines, then: sudo banger system install";
+        checks.push(check("network", CheckLevel::Warn, text, Some(hint.to_owned())));
+    }
     checks.push(forwarding(Path::new("/proc"), bridge));
     let dns = system.dns();
     checks.push(if dns.is_empty() {

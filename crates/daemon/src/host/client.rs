@@ -363,7 +363,7 @@ fn deadline(request: &Request) -> Duration {
         Request::Ping => 2,
         Request::EngineCollect { .. } => 120,
         Request::EngineLaunch { .. } | Request::MachineRemove { .. } => 30,
-        Request::NetworkSetup { .. } | Request::TapsWarm { .. } | Request::Inventory { .. } => 30,
+        Request::NetworkSetup { .. } | Request::TapsWarm { .. } | Request::Inventory => 30,
         Request::DiskAttach { .. } | Request::DisksDetach { .. } => 20,
         _ => 10,
     })

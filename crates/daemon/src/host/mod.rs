@@ -13,6 +13,7 @@ pub mod checks;
 pub mod client;
 mod jail;
 pub mod rules;
+mod scope;
 mod upkeep;
 mod upstream;
 mod ways;
@@ -32,7 +33,6 @@ use banger_proto::error::{ApiError, ErrorCode};
 use banger_system::helper::{Answer, DiskStatus, EngineUser, HelperCode, HostObject, Request};
 use banger_system::install::{Layout, Record};
 use banger_system::net::{self, Network};
-use banger_vmm::Handles;
 use banger_vmm::jail::Jail;
 use tokio::sync::{Notify, RwLock};
 
@@ -57,8 +57,10 @@ pub struct System {
     pub layout: Layout,
     /// The record of the installation.
     pub record: Record,
-    /// The network of the machines.
+    /// The network of the machines: the one in the record.
     pub net: Network,
+    /// The one that the configuration asks for, where that is another: the next installation writes it into the record.
+    pub asked: Option<Network>,
     /// The root helper.
     pub client: Arc<Client>,
     dns: Option<Vec<Ipv4Addr>>,
@@ -113,8 +115,9 @@ impl Host {
         Self(Some(Arc::new(System {
             client: Client::new(layout.helper_socket()),
             layout,
+            net: record.network.clone(),
+            asked: config.net.clone().filter(|asked| *asked != record.network),
             record,
-            net: config.net.clone(),
             dns: config.dns.clone(),
             pool: config.tap_pool,
             members: Mutex::default(),
@@ -180,22 +183,6 @@ impl Host {
         match self.get() {
             Some(system) => system.release(id).await,
             None => Ok(()),
-        }
-    }
-
-    /// Moves an engine that the daemon started out of the daemon's own unit. That it could not be moved harms nobody but a limit.
-    pub async fn scope(&self, id: &MachineId, handles: &Handles, memory_mib: u64) {
-        let Some(system) = self.get() else { return };
-        let request = Request::EngineScope {
-            machine: id.clone(),
-            pid: handles.pid,
-            start_time: handles.start_time,
-            memory_mib,
-        };
-        match system.client.call(request).await {
-            Ok(Answer::Scope { unit }) => tracing::debug!(machine = %id, ?unit, "scope"),
-            Ok(other) => tracing::warn!(machine = %id, ?other, "the root helper answered something else"),
-            Err(e) => tracing::warn!(machine = %id, error = %e, "the engine has no scope of its own"),
         }
     }
 }
@@ -302,7 +289,6 @@ impl System {
             return Ok(Answer::Done);
         };
         let request = Request::TapTake {
-            net: self.net.clone(),
             machine: wants.id.clone(),
             user: wants.user,
             rules,
@@ -360,10 +346,7 @@ impl System {
     }
 
     async fn remove(&self, id: &MachineId) -> Result<(), ApiError> {
-        let request = Request::MachineRemove {
-            net: self.net.clone(),
-            machine: id.clone(),
-        };
+        let request = Request::MachineRemove { machine: id.clone() };
         self.call(request).await?;
         lock(&self.members).remove(id);
         Ok(())
@@ -391,7 +374,6 @@ impl System {
         };
         let Some(rules) = rules else { return Ok(()) };
         let request = Request::TapChange {
-            net: self.net.clone(),
             machine: id.clone(),
             rules,
         };
@@ -402,10 +384,7 @@ impl System {
     pub async fn setup(&self) -> Result<(), ApiError> {
         let _turn = self.turn.write().await;
         let taps = rules::all(&lock(&self.members));
-        let request = Request::NetworkSetup {
-            net: self.net.clone(),
-            taps,
-        };
+        let request = Request::NetworkSetup { taps };
         self.call(request).await.map(drop)
     }
 
@@ -417,10 +396,7 @@ impl System {
             return Ok(());
         }
         let _turn = self.turn.read().await;
-        let request = Request::TapsWarm {
-            net: self.net.clone(),
-            slots,
-        };
+        let request = Request::TapsWarm { slots };
         self.call(request).await.map(drop)
     }
 
@@ -434,7 +410,7 @@ impl System {
 
     /// Every host object that carries banger's mark.
     pub async fn inventory(&self) -> Result<Vec<HostObject>, ApiError> {
-        let request = Request::Inventory { net: self.net.clone() };
+        let request = Request::Inventory;
         match self.call(request).await? {
             Answer::Inventory { objects } => Ok(objects),
             other => Err(odd(&other)),
@@ -443,10 +419,7 @@ impl System {
 
     /// Has the host's resolver ask this daemon for names below `.vm`. False: it has none that can be told.
     pub async fn route_names(&self, port: u16) -> Result<bool, ApiError> {
-        let request = Request::ResolverSet {
-            net: self.net.clone(),
-            port,
-        };
+        let request = Request::ResolverSet { port };
         match self.call(request).await? {
             Answer::Resolver { routed } => Ok(routed),
             other => Err(odd(&other)),
@@ -455,7 +428,7 @@ impl System {
 
     /// The opposite, when nobody answers any more.
     pub async fn forget_names(&self) {
-        let request = Request::ResolverClear { net: self.net.clone() };
+        let request = Request::ResolverClear;
         let told = tokio::time::timeout(FORGET, self.client.call(request)).await;
         if !matches!(told, Ok(Ok(_))) {
             tracing::debug!("the host's resolver is not told that names are not served any more");

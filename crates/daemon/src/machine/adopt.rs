@@ -170,8 +170,11 @@ pub async fn reconcile(m: &Arc<Machine>) -> Option<(Work, bool)> {
 async fn attach(m: &Machine, handles: Handles) -> Option<Live> {
     match m.services.engine(&handles.engine).await {
         Ok(engine) => {
-            let live = Live::new(&m.id, engine, handles);
+            let live = Live::new(&m.id, engine, handles.clone());
             m.set_live(live.clone());
+            // Nothing happens to one that is in its scope already; what an older daemon left in its own unit is moved.
+            let (services, id, spec) = (m.services.clone(), m.id.clone(), m.row().spec);
+            tokio::spawn(start::scope(services, id, spec, handles));
             Some(live)
         }
         Err(e) => {

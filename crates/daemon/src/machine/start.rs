@@ -266,11 +266,12 @@ fn readable(path: &Path) -> Result<(), ApiError> {
         .map_err(|e| error::io(format_args!("let {} be read", path.display()), e))
 }
 
-/// Moves an engine that the daemon has started out of the daemon's own unit.
+/// Moves an engine that the daemon has started, and the shim of any engine, out of the daemon's own unit.
 pub async fn scope(services: Arc<Services>, id: MachineId, spec: MachineSpec, handles: Handles) {
     if !jailed(&services, &spec) {
         services.hosting.scope(&id, &handles, spec.memory_mib).await;
     }
+    services.hosting.scope_shim(&id).await;
 }
 
 /// The first interface of a machine.

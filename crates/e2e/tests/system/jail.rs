@@ -79,9 +79,9 @@ fn a_jailed_engine_from_start_to_end() {
         let meta = std::fs::symlink_metadata(path).unwrap();
         (meta.uid(), meta.gid(), meta.mode() & 0o7777)
     };
-    assert_eq!(mode(&jail(ID)), (0, 0, 0o711));
-    assert_eq!(mode(&root), (UID, 1000, 0o750));
-    assert_eq!(mode(&root.join("firecracker.socket")), (UID, 1000, 0o660));
+    assert_eq!(mode(&jail(ID)), (0, 0, 0o710));
+    assert_eq!(mode(&root), (UID, UID, 0o755));
+    assert_eq!(mode(&root.join("firecracker.socket")), (1000, UID, 0o600));
     assert_eq!(mode(&root.join("root")), (UID, UID, 0o600));
     assert_eq!(std::fs::metadata(&kernel).unwrap().nlink(), 2);
 
@@ -107,7 +107,23 @@ fn a_jailed_engine_from_start_to_end() {
     api("PUT", "vsock", &json!({"guest_cid": 3, "uds_path": "agent.sock"}));
     api("PUT", "actions", &json!({"action_type": "InstanceStart"}));
     helper.ok("engine_open", json!({"machine": ID}), &[]);
-    assert_eq!(mode(&root.join("agent.sock")), (UID, 1000, 0o660));
+    assert_eq!(mode(&root.join("agent.sock")), (1000, UID, 0o600));
+
+    // The disk is the engine's as long as there is a jail.
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let file_size = limits.lines().find(|l| l.starts_with("Max file size")).unwrap();
+    assert!(file_size.contains(&(128u64 << 20).to_string()), "{file_size}");
+    let refused = helper.call("disks_detach", json!({"machine": ID}), &[]).unwrap_err();
+    assert!(
+        refused.contains("conflict") && refused.contains("is still there"),
+        "{refused}"
+    );
+    // Somebody whose primary group is the owner's does not reach it.
+    let shared = sh(&format!(
+        "setpriv --reuid=1001 --regid=1000 --clear-groups ls {0} {0}/firecracker.socket",
+        root.display()
+    ));
+    assert_ne!(shared.status, 0);
 
     // Another helper finds it, though the pidfile says something else.
     helper.replace();

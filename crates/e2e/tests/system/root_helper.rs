@@ -88,7 +88,10 @@ impl Helper {
 
     /// A call with descriptors.
     pub(crate) fn call(&self, method: &str, params: Value, fds: &[OwnedFd]) -> Outcome {
-        let call = json!({"version": 1, "request": {"method": method, "params": params}});
+        let mut call = json!({"version": 2, "request": {"method": method}});
+        if !params.is_null() {
+            call["request"]["params"] = params;
+        }
         let bytes = serde_json::to_vec(&call).unwrap();
         let frame = [&(bytes.len() as u32).to_be_bytes()[..], &bytes].concat();
         let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
@@ -144,13 +147,13 @@ impl Helper {
     /// Removes everything of a machine.
     #[track_caller]
     pub(crate) fn remove(&self, machine: &str) {
-        self.ok("machine_remove", json!({"net": net(), "machine": machine}), &[]);
+        self.ok("machine_remove", json!({"machine": machine}), &[]);
     }
 
     /// What an audit would list: kind and name.
     #[track_caller]
     pub(crate) fn inventory(&self) -> Vec<(String, String)> {
-        let answer = self.ok("inventory", json!({"net": net()}), &[]);
+        let answer = self.ok("inventory", json!(null), &[]);
         let text = |v: &Value| v.as_str().unwrap().to_owned();
         let objects = answer["objects"].as_array().unwrap();
         objects.iter().map(|o| (text(&o["kind"]), text(&o["name"]))).collect()
@@ -182,10 +185,6 @@ fn spawn() -> Child {
 /// Parameters of `disk_attach`: 512 MiB, the root disk.
 pub(crate) fn disk(machine: &str, user: Value) -> Value {
     json!({"machine": machine, "role": "root", "bytes": 512u64 << 20, "user": user})
-}
-
-fn net() -> Value {
-    json!({"bridge": "br-fc", "address": "172.16.0.1", "prefix": 24})
 }
 
 /// A path in the owner's state directory.

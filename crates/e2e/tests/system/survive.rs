@@ -7,6 +7,7 @@ use crate::lab;
 scenarios! {
     qemu_outlives_services: 900,
     firecracker_outlives_services: 900,
+    consoles_outlive_the_daemons_unit: 600,
     qemu_is_saved_and_copied: 900,
     firecracker_is_saved_and_copied: 900,
 }
@@ -118,6 +119,61 @@ fn outlive(engine: &str) {
     assert_clean();
     lab::banger("vm delete --force m").deadline(120).ok();
     assert_clean();
+}
+
+/// The shims, which keep consoles and write down how engines end, are no part of the daemon's unit.
+fn consoles_outlive_the_daemons_unit() {
+    let installed = Installed::new();
+    lab::banger("vm run -d --name m --image debian-slim --engine qemu")
+        .deadline(240)
+        .ok();
+    let id = lab::json("vm show m")["id"].as_str().unwrap().to_owned();
+    let shim = lab::sh(&format!("pgrep -f '^banger-shim monitor banger-{id}'"))
+        .code(0)
+        .out();
+    let shim = shim.trim();
+    let scope = format!("0::/banger.slice/banger-shim-{id}.scope");
+    let moved = || std::fs::read_to_string(format!("/proc/{shim}/cgroup")).is_ok_and(|text| text.trim() == scope);
+    assert!(
+        banger_testkit::processes::reached(std::time::Duration::from_secs(30), moved),
+        "waited 30 s in vain for the shim to be in {scope}"
+    );
+    let old = lab::main_pid(DAEMON);
+    lab::root(["systemctl", "kill", "--kill-whom=all", "--signal=KILL", DAEMON]).ok();
+    restarted(DAEMON, old);
+    lab::root(["systemctl", "restart", DAEMON]).ok();
+    lab::wait_unit(DAEMON, "active");
+    let said = lab::root(["journalctl", "--no-pager", "-u", DAEMON]).ok().out();
+    for bad in ["left-over process", "unclean termination", "remains running"] {
+        assert!(!said.contains(bad), "{said}");
+    }
+    lab::banger("vm exec m -- sh -c 'echo the console goes on >/dev/console'").ok();
+    let heard = || lab::banger("vm logs m").run().out().contains("the console goes on");
+    assert!(
+        banger_testkit::processes::reached(std::time::Duration::from_secs(30), heard),
+        "waited 30 s in vain for the console"
+    );
+    // It writes down the engine's end, and ends with its scope.
+    let engine = Same::of("m").engine();
+    lab::root(["kill", "-KILL", &engine.to_string()]).ok();
+    let stopped = || lab::json("vm show m")["state"] == "stopped";
+    assert!(
+        banger_testkit::processes::reached(std::time::Duration::from_secs(60), stopped),
+        "waited 60 s in vain for the machine to be stopped"
+    );
+    let cause = lab::json("vm show m")["cause"].to_string();
+    assert!(cause.contains("SIGKILL") || cause.contains("signal 9"), "{cause}");
+    let scopes = || {
+        lab::sh("systemctl list-units --all --plain --no-legend 'banger-shim-*'")
+            .out()
+            .is_empty()
+    };
+    assert!(
+        banger_testkit::processes::reached(std::time::Duration::from_secs(30), scopes),
+        "waited 30 s in vain for the scope to go"
+    );
+    lab::banger("vm delete --force m").deadline(120).ok();
+    installed.close();
 }
 
 /// Waits until systemd has started a unit again.

@@ -51,6 +51,7 @@ pub(crate) fn attach(
     let base = gate::regular(base, "base", Access::Read, &[owner, 0])?;
     let changes = gate::regular(changes, "file of changes", Access::ReadWrite, &[owner])?;
     check_sizes(size(&base), size(&changes), bytes)?;
+    check_header(&changes)?;
     let control = Control::needed()?;
     let name = names::dm_name(machine, role);
     for name in [name.clone(), format!("{name}{BASE}")] {
@@ -95,6 +96,23 @@ fn check_sizes(base: u64, changes: u64, disk: u64) -> Result<(), HelperError> {
     Ok(())
 }
 
+/// Refuses changes whose header has the kernel work in other chunks than banger's.
+fn check_header(changes: &Checked) -> Result<(), HelperError> {
+    let mut header = [0; banger_system::disk::HEADER];
+    let read = rustix::io::pread(&changes.fd, &mut header, 0).map_err(|e| failed("read the file of changes", e))?;
+    if read == header.len() && banger_system::disk::is_usable(header) {
+        return Ok(());
+    }
+    Err(unusual())
+}
+
+fn unusual() -> HelperError {
+    error(
+        HelperCode::Denied,
+        "the file of changes is refused: its header is not that of a disk of banger's",
+    )
+}
+
 /// Loops, then the extended base where it is needed, then the snapshot.
 fn build(
     ctx: &Ctx,
@@ -124,7 +142,13 @@ fn build(
         None => below.device(),
     };
     // From here on device-mapper holds the loops.
-    make(&name, &uuid, &table::snapshot(&origin, &above.device(), bytes), false)
+    let dev = make(&name, &uuid, &table::snapshot(&origin, &above.device(), bytes), false)?;
+    // The file is the owner's, who may have written another header since it was looked at.
+    let works_by = control.table(&name).map_err(|e| device_error("look at", &name, &e))?;
+    match &works_by[..] {
+        [(_, params)] if table::has_usual_chunks(params) => Ok(dev),
+        _ => Err(unusual()),
+    }
 }
 
 fn device_error(what: &str, name: &str, e: &std::io::Error) -> HelperError {
@@ -168,10 +192,9 @@ fn own(control: &Control, name: &str, uuid: &str) -> Result<Option<dm::Info>, He
     }
 }
 
-/// Removes the devices of a machine, and every node of theirs first. Refused, with nothing changed, while an engine or a jail may use
-/// them, or anybody has one open.
+/// Removes the devices of a machine, and every node of theirs first. Refused, with nothing changed, while one is open. The caller has seen
+/// that no engine and no jail of the machine is there ([`crate::engine::check_none`]).
 pub(crate) fn detach(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
-    crate::engine::check_none(ctx, machine)?;
     let control = Control::open()?;
     if let Some(control) = &control {
         for role in ROLES {
@@ -205,7 +228,7 @@ pub(crate) fn detach(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> 
     )
 }
 
-/// Removes every node whose device was removed by somebody else.
+/// Removes every node whose device another program has removed.
 pub(crate) fn remove_stale_nodes(ctx: &Ctx) -> Result<(), HelperError> {
     let machines = nodes::machines(ctx)?;
     let control = Control::open()?;

@@ -54,7 +54,7 @@ pub(super) fn remove_one(ctx: &Ctx, machine: &MachineId, role: DiskRole) -> Resu
     }
 }
 
-/// Removes a node whose number is not its device's: the device was removed by somebody else (`dmsetup remove`), and the number may be
+/// Removes a node whose number is not its device's: another program has removed the device (`dmsetup remove`), and the number may be
 /// another device's by now. `device` is the number of the device that there is.
 pub(super) fn remove_stale(
     ctx: &Ctx,

@@ -60,6 +60,11 @@ pub(super) fn snapshot(origin: &str, changes: &str, bytes: u64) -> Vec<Target> {
     }]
 }
 
+/// Whether a snapshot's parameters, as the kernel works by them, have chunks of [`CHUNK`] bytes: `origin changes P sectors`.
+pub(super) fn has_usual_chunks(params: &str) -> bool {
+    params.split_whitespace().nth(3).and_then(|n| n.parse().ok()) == Some(CHUNK / SECTOR)
+}
+
 /// What a snapshot says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Usage {
@@ -115,6 +120,15 @@ mod tests {
             (one[0].length, one[0].kind, one[0].params.clone()),
             (8192, "snapshot", format!("253:4 7:9 P {}", CHUNK / 512))
         );
+    }
+
+    #[test]
+    fn the_size_of_chunks_is_read() {
+        let whole = snapshot("253:4", "7:9", 4 << 20);
+        assert!(has_usual_chunks(&whole[0].params));
+        for other in ["253:4 7:9 P 2097152", "253:4 7:9 P", "253:4 7:9 P x", ""] {
+            assert!(!has_usual_chunks(other), "{other}");
+        }
     }
 
     #[test]

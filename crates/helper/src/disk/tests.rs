@@ -227,7 +227,10 @@ fn a_node_that_is_gone_is_worthless() {
     let node = nodes::make(&ctx, &id(), DiskRole::Root, rustix::fs::makedev(240, 255)).unwrap();
     let work = nodes::make(&ctx, &id(), DiskRole::Work, rustix::fs::makedev(240, 254)).unwrap();
     let (place, other) = (kept(OWNER, &node), kept(OWNER, &work));
-    assert!(may_open(OWNER, &place) && may_open(OWNER, &other), "else this test says nothing");
+    assert!(
+        may_open(OWNER, &place) && may_open(OWNER, &other),
+        "else this test says nothing"
+    );
     let name = mine.join("name");
     as_user(OWNER, || std::fs::hard_link(&node, &name)).unwrap();
     // user::rw-, user:OWNER:rw-, group::---, mask::rw-, other::---
@@ -263,7 +266,7 @@ fn a_node_that_is_gone_is_worthless() {
 }
 
 #[test]
-fn a_node_whose_device_somebody_else_removed_goes() {
+fn a_node_whose_device_another_program_removed_goes() {
     if !is_root() {
         return;
     }

@@ -186,10 +186,18 @@ impl Dir {
             .map_err(|e| failed(format!("change the mode of {}", self.path.display()), e))
     }
 
-    /// Changes its group.
-    pub(crate) fn set_group(&self, gid: u32) -> Result<(), HelperError> {
-        rustix::fs::fchown(&self.fd, None, Some(Gid::from_raw(gid)))
-            .map_err(|e| failed(format!("change the group of {}", self.path.display()), e))
+    /// Closes it to everybody but root and one user, who may pass through.
+    pub(crate) fn admit(&self, uid: u32) -> Result<(), HelperError> {
+        super::acl::admit(&self.fd, uid).map_err(|e| match e {
+            Errno::OPNOTSUPP => error(
+                HelperCode::Unsupported,
+                format!(
+                    "{} is on a file system without access control lists, which jails need",
+                    self.path.display()
+                ),
+            ),
+            e => failed(format!("let user {uid} into {}", self.path.display()), e),
+        })
     }
 
     /// Opens a regular file in it for reading; none if there is nothing of that name. Anything else is refused.
@@ -300,15 +308,15 @@ impl Dir {
         .map_err(|e| failed(format!("hand over {}", self.at(name)), e))
     }
 
-    /// Makes a pipe that its owner reads and writes and its group reads. As for nodes, this must be a directory of root's.
-    pub(crate) fn fifo(&self, name: &str, uid: u32, gid: u32) -> Result<(), HelperError> {
+    /// Makes a pipe that a user writes, and that everybody reads who reaches it. As for nodes, this must be a directory of root's.
+    pub(crate) fn fifo(&self, name: &str, uid: u32) -> Result<(), HelperError> {
         self.trusted()?;
         let path = self.at(name.as_ref());
         rustix::fs::mkfifoat(&self.fd, name, Mode::from_raw_mode(0o600))
             .map_err(|e| made(e, "make the pipe", &path))?;
-        rustix::fs::chmodat(&self.fd, name, Mode::from_raw_mode(0o640), AtFlags::empty())
+        rustix::fs::chmodat(&self.fd, name, Mode::from_raw_mode(0o644), AtFlags::empty())
             .and_then(|()| {
-                let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+                let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(uid));
                 rustix::fs::chownat(&self.fd, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
             })
             .map_err(|e| failed(format!("hand over {path}"), e))
@@ -343,7 +351,7 @@ fn root() -> (Uid, Gid) {
     (rustix::process::geteuid(), rustix::process::getegid())
 }
 
-/// Makes a device node worthless for everybody but root, whoever holds a descriptor of it (`O_PATH`), a hard link or a bind mount of it.
+/// Makes a device node worthless for all users but root, also for one that holds a descriptor of it (`O_PATH`), a hard link or a bind mount of it.
 ///
 /// A node's number outlives its device: the kernel gives it to the next device. To open the node again by a kept descriptor
 /// (`/proc/self/fd/N`) the kernel asks for the rights of the **node**, so these have to go before the name does. The owner goes first:

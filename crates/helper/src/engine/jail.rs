@@ -1,12 +1,16 @@
 //! A machine's jail: the directory, made before the jailer is started, opened to the owner after, and removed.
 //!
 //! ```text
-//!   <jails>/firecracker/<id>/         root 0711: nobody else changes what is in it
-//!   <jails>/firecracker/<id>/root/    the chroot. The jailer makes it the engine's own; then its group becomes the owner's, who may
-//!                                     enter it and read in it (0750), and write nothing
+//!   <jails>/firecracker/<id>/         root 0700, and an access control list by which the owner's user passes through
+//!   <jails>/firecracker/<id>/root/    the chroot. The jailer makes it the engine's own; then it is 0755: a user who passes
+//!                                     the directory above enters it and reads in it, and writes nothing
 //!           …/root/{root,work}        block nodes of the engine's user, 0600
+//!           …/root/*.sock*            the engine's sockets; once opened the owner's, 0600
 //!           …/root/metrics            a pipe that the engine writes and the owner reads
 //! ```
+//!
+//! So two users reach what is in the chroot, guest memory included: the owner's, by the list, and the engine's, which is inside. No right
+//! comes from the owner's group, which others may have too.
 //!
 //! Whatever is looked at in the chroot after the engine has started may have been put there by a hostile engine, at any moment.
 
@@ -17,7 +21,7 @@ use banger_system::helper::{HelperCode, HelperError, JailFile};
 use banger_system::id::MachineId;
 use banger_system::names::{self, jail};
 use banger_system::net::jail_uid;
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, StatVfsMountFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatVfsMountFlags, Uid};
 use rustix::io::Errno;
 
 use super::dir::Dir;
@@ -56,7 +60,8 @@ pub(super) fn prepare(ctx: &Ctx, launch: &Launch, files: Vec<OwnedFd>) -> Result
             format!("cannot remove the old jail of machine {}", launch.machine),
         )
     })?;
-    let own = all.ensure(launch.machine.as_str(), ENTER)?;
+    let own = all.ensure(launch.machine.as_str(), 0o700)?;
+    own.admit(ctx.record.owner.uid)?;
     let root = own.ensure("root", 0o700)?;
     check_mount(&root)?;
     for (file, fd) in launch.files.iter().zip(files) {
@@ -68,7 +73,7 @@ pub(super) fn prepare(ctx: &Ctx, launch: &Launch, files: Vec<OwnedFd>) -> Result
         let dev = disk::device(&launch.machine, *role)?;
         root.block_node(jail::disk(*role), dev, uid, uid)?;
     }
-    root.fifo(jail::METRICS, uid, ctx.record.owner.gid)?;
+    root.fifo(jail::METRICS, uid)?;
     Ok(root)
 }
 
@@ -150,10 +155,25 @@ pub(super) fn same_file(ctx: &Ctx, fd: &OwnedFd, stat: &Stat) -> Result<Option<O
     Ok(((found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino)).then_some(here))
 }
 
-/// Lets the owner into the jail of an engine that has started: enter and list, no more.
-pub(super) fn let_in(ctx: &Ctx, root: &Dir) -> Result<(), HelperError> {
-    root.set_group(ctx.record.owner.gid)?;
-    root.set_mode(0o750)?;
+/// Closes the jails that there are, as [`prepare`] does: those that an older helper made were open to the owner's group.
+pub(super) fn close(ctx: &Ctx) -> Result<(), HelperError> {
+    let Some(all) = Dir::find_path(&ctx.layout.jails().join(names::FIRECRACKER))? else {
+        return Ok(());
+    };
+    for name in all.names()? {
+        if MachineId::parse(&name).is_ok()
+            && let Some(own) = all.find(&name)?
+        {
+            own.trusted()?;
+            own.admit(ctx.record.owner.uid)?;
+        }
+    }
+    Ok(())
+}
+
+/// Lets the owner into the chroot of an engine that has started: enter and list, no more.
+pub(super) fn let_in(root: &Dir) -> Result<(), HelperError> {
+    root.set_mode(0o755)?;
     // Written by the jailer, before it became the engine.
     if let Some((fd, stat)) = root.file(jail::PID)?
         && stat.st_uid == rustix::process::geteuid().as_raw()
@@ -166,7 +186,7 @@ pub(super) fn let_in(ctx: &Ctx, root: &Dir) -> Result<(), HelperError> {
 
 /// Opens the sockets that an engine has made to the owner. What is not there yet is left out.
 pub(super) fn open(ctx: &Ctx, root: &Dir) -> Result<(), HelperError> {
-    let uid = root.stat()?.st_uid;
+    let (uid, owner) = (root.stat()?.st_uid, ctx.record.owner.uid);
     for name in [jail::API, jail::AGENT] {
         let Some((fd, stat)) = root.place(name)? else { continue };
         let denied = |why: &str| {
@@ -176,6 +196,10 @@ pub(super) fn open(ctx: &Ctx, root: &Dir) -> Result<(), HelperError> {
         if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
             return denied("it is no socket");
         }
+        if stat.st_uid == owner {
+            // It has been opened already.
+            continue;
+        }
         if stat.st_uid != uid {
             return denied("it is not the engine's own");
         }
@@ -184,9 +208,9 @@ pub(super) fn open(ctx: &Ctx, root: &Dir) -> Result<(), HelperError> {
         }
         // By the descriptor: what the name leads to now does not matter any more.
         let path = ctx.proc.join(format!("self/fd/{}", fd.as_raw_fd()));
-        let gid = Gid::from_raw(ctx.record.owner.gid);
-        rustix::fs::chownat(fd.as_fd(), c"", None, Some(gid), AtFlags::EMPTY_PATH)
-            .and_then(|()| rustix::fs::chmodat(rustix::fs::CWD, &path, Mode::from_raw_mode(0o660), AtFlags::empty()))
+        let mode = Mode::from_raw_mode(0o600);
+        rustix::fs::chownat(fd.as_fd(), c"", Some(Uid::from_raw(owner)), None, AtFlags::EMPTY_PATH)
+            .and_then(|()| rustix::fs::chmodat(rustix::fs::CWD, &path, mode, AtFlags::empty()))
             .map_err(|e| failed(format!("open {} to the owner", root.path().join(name).display()), e))?;
     }
     Ok(())

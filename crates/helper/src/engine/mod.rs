@@ -12,7 +12,10 @@
 //! lost its `KillMode`. The scope is made right after the start, before there is a guest. Elsewhere the jailer makes a control group,
 //! where there are any.
 
+mod acl;
 mod cgroup;
+#[cfg(test)]
+mod closed_tests;
 mod collect;
 mod dbus;
 pub(crate) mod dir;
@@ -38,7 +41,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags, inotify};
 
 use crate::ctx::{Ctx, error, failed};
-use cgroup::Limits;
+use cgroup::{Kind, Limits};
 use dir::Dir;
 use find::{Facts, Missing};
 
@@ -48,6 +51,8 @@ const START: Duration = Duration::from_secs(10);
 const END: Duration = Duration::from_secs(10);
 /// Most processes that are killed for one machine: there is one, unless somebody broke out.
 const KILLS: usize = 64;
+/// MiB that an engine may write to one file however small its memory is: the state of its devices is some hundred KiB.
+const LEAST_FILE_MIB: u64 = 64;
 /// What an engine of the owner's is called: `banger-` and the beginning of the machine's id.
 const OWNERS: &str = "banger-";
 
@@ -133,7 +138,7 @@ fn started(ctx: &Ctx, launch: &Launch, output: &OwnedFd, files: Vec<OwnedFd>) ->
     let pid = child.id();
     let ready = scoped(ctx, systemd, launch, pid, limits)
         .and_then(|()| wait(&root, &watch, &mut child))
-        .and_then(|()| jail::let_in(ctx, &root))
+        .and_then(|()| jail::let_in(&root))
         .and_then(|()| jail::open(ctx, &root));
     let facts = Facts::read(&ctx.proc, pid);
     match (ready, facts) {
@@ -146,7 +151,7 @@ fn started(ctx: &Ctx, launch: &Launch, output: &OwnedFd, files: Vec<OwnedFd>) ->
             let _ = child.kill();
             let _ = child.wait();
             if systemd {
-                let _ = scope::end(&launch.machine);
+                let _ = scope::end(ctx, &launch.machine);
             }
             ready?;
             Err(error(HelperCode::Failed, "the engine ended as soon as it was ready"))
@@ -156,7 +161,7 @@ fn started(ctx: &Ctx, launch: &Launch, output: &OwnedFd, files: Vec<OwnedFd>) ->
 
 fn scoped(ctx: &Ctx, systemd: bool, launch: &Launch, pid: u32, limits: Limits) -> Result<(), HelperError> {
     if systemd {
-        scope::start(ctx, &launch.machine, pid, limits)?;
+        scope::start(ctx, &launch.machine, Kind::Engine, pid, limits, &|| Ok(()))?;
     }
     Ok(())
 }
@@ -169,11 +174,21 @@ fn arguments(ctx: &Ctx, launch: &Launch, cgroup: Vec<String>) -> Vec<String> {
     all.extend(["--exec-file".to_owned(), text(&ctx.record.firecracker.firecracker)]);
     all.extend(["--uid".to_owned(), uid.clone(), "--gid".to_owned(), uid]);
     all.extend(["--chroot-base-dir".to_owned(), text(&ctx.layout.jails())]);
+    all.extend([
+        "--resource-limit".to_owned(),
+        format!("fsize={}", file_limit(launch.memory_mib)),
+    ]);
     all.extend(cgroup);
     // What follows is the engine's. Its default is to log every request; what is worth a word is kept.
     let engine = ["--", "--api-sock", &format!("/{}", names::jail::API), "--level", "Warn"];
     all.extend(engine.map(str::to_owned));
     all
+}
+
+/// The longest file that an engine may write, in bytes: its memory is the longest that it has to. Disks are block devices, which the
+/// limit does not concern, its console and its metrics are pipes.
+fn file_limit(memory_mib: u64) -> u64 {
+    memory_mib.max(LEAST_FILE_MIB).saturating_mul(1 << 20)
 }
 
 /// Is told of what appears in the jail.
@@ -263,41 +278,84 @@ pub(crate) fn collect(ctx: &Ctx, machine: &MachineId, fds: Vec<OwnedFd>) -> Resu
     collect::collect(ctx, machine, into)
 }
 
+/// A process of the owner's, as the daemon names it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Theirs {
+    /// Its number.
+    pub(crate) pid: u32,
+    /// When it started, in ticks.
+    pub(crate) start_time: u64,
+}
+
 /// Puts an engine of the daemon's into a scope.
 pub(crate) fn scope(
     ctx: &Ctx,
     machine: &MachineId,
-    pid: u32,
-    start_time: u64,
+    process: Theirs,
     memory_mib: u64,
 ) -> Result<Option<String>, HelperError> {
+    let limits = Limits::owners(memory_mib);
+    own_scope(ctx, machine, Kind::Engine, process, limits, |facts| {
+        check_engine(facts, machine)
+    })
+}
+
+/// Puts the shim of an engine into a scope. It is the owner's; what it is called the owner decides.
+pub(crate) fn shim_scope(ctx: &Ctx, machine: &MachineId, process: Theirs) -> Result<Option<String>, HelperError> {
+    own_scope(ctx, machine, Kind::Shim, process, Limits::SHIM, |_| Ok(()))
+}
+
+fn own_scope(
+    ctx: &Ctx,
+    machine: &MachineId,
+    kind: Kind,
+    process: Theirs,
+    limits: Limits,
+    check: impl Fn(&Facts) -> Result<(), &'static str>,
+) -> Result<Option<String>, HelperError> {
+    let pid = process.pid;
     let gone = || error(HelperCode::NotFound, format!("process {pid} is gone"));
-    let pidfd = find::hold(pid).ok_or_else(gone)?;
-    let facts = Facts::read(&ctx.proc, pid).ok_or_else(gone)?;
-    check_owners(&facts, ctx.record.owner.uid, machine, start_time)
-        .map_err(|why| error(HelperCode::Denied, format!("process {pid} is refused: {why}")))?;
+    // Held before it is looked at. As long as it has not ended, its number is its own.
+    let held = find::hold(pid).ok_or_else(gone)?;
+    let still = || {
+        let facts = Facts::read(&ctx.proc, pid).ok_or_else(gone)?;
+        check_owners(&facts, ctx.record.owner.uid, process.start_time)
+            .and_then(|()| check(&facts))
+            .map_err(|why| error(HelperCode::Denied, format!("process {pid} is refused: {why}")))?;
+        if has_ended(&held) { Err(gone()) } else { Ok(()) }
+    };
+    still()?;
     if !scope::available() {
         return Ok(None);
     }
-    let unit = scope::start(ctx, machine, pid, Limits::owners(memory_mib))?;
-    // Had its number become another process's in the meantime, that one would be in the scope now: it is nobody that banger knows, and
-    // no worse off there.
-    if has_ended(&pidfd) {
+    let made = scope::start(ctx, machine, kind, pid, limits, &still)?;
+    if has_ended(&held) {
+        // systemd takes a number. If it was another process's by then, that one is in the scope now, and would be ended with it.
+        if made {
+            scope::take_back(ctx, machine, kind)?;
+        }
         return Err(gone());
     }
-    Ok(Some(unit))
+    Ok(Some(kind.unit(machine)))
 }
 
-/// Whether a process is an engine of the owner's, for this machine.
-fn check_owners(facts: &Facts, owner: u32, machine: &MachineId, start_time: u64) -> Result<(), &'static str> {
+/// Whether a process is the owner's, and the one that is meant.
+fn check_owners(facts: &Facts, owner: u32, start_time: u64) -> Result<(), &'static str> {
     if facts.start_time != start_time {
         Err("it did not start at that time")
     } else if facts.uids != [owner; 4] {
         Err("it is not the owner's")
-    } else if facts.comm != format!("{OWNERS}{}", machine.short()) {
-        Err("it is not this machine's engine")
     } else {
         Ok(())
+    }
+}
+
+/// Whether a process of the owner's is called as this machine's engine is.
+fn check_engine(facts: &Facts, machine: &MachineId) -> Result<(), &'static str> {
+    if facts.comm == format!("{OWNERS}{}", machine.short()) {
+        Ok(())
+    } else {
+        Err("it is not this machine's engine")
     }
 }
 
@@ -330,22 +388,20 @@ pub(crate) fn end(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
     ))
 }
 
-/// Refuses while an engine of a machine's runs, or a jail of it is there: its nodes lead to the machine's disks, opened or not yet.
-pub(crate) fn check_none(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
-    check_ended(ctx, machine)?;
-    if jail::all(ctx)?.contains(machine) {
-        let text = format!("machine {machine} has a jail, with nodes of its disks; machine_remove removes both");
-        return Err(error(HelperCode::Conflict, text));
-    }
-    Ok(())
+/// Closes the jails that an older helper has left open.
+pub(crate) fn close_jails(ctx: &Ctx) -> Result<(), HelperError> {
+    jail::close(ctx)
 }
 
-/// Refuses while a jailed engine of a machine's runs, or is being started.
-fn check_ended(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+/// Refuses while an engine of a machine's runs, or a jail of it is there: its nodes lead to the machine's disks, opened or not yet.
+pub(crate) fn check_none(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+    let conflict = |text: String| Err(error(HelperCode::Conflict, text));
     match process(ctx, machine) {
-        Some(pid) => Err(error(
-            HelperCode::Conflict,
-            format!("the engine of machine {machine} (process {pid}) is still there"),
+        Some(pid) => conflict(format!(
+            "the engine of machine {machine} (process {pid}) is still there"
+        )),
+        None if jail::all(ctx)?.contains(machine) => conflict(format!(
+            "machine {machine} has a jail, with nodes of its disks; machine_remove removes both"
         )),
         None => Ok(()),
     }
@@ -355,22 +411,23 @@ fn check_ended(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
 fn process(ctx: &Ctx, machine: &MachineId) -> Option<u32> {
     match find::engine(ctx, machine) {
         Ok(engine) => Some(engine.pid),
+        // The jail is made before the jailer is started.
+        Err(Missing::NoJail) => None,
         Err(_) => find::jailer(&ctx.proc, machine),
     }
 }
 
 /// Removes a machine's scope with what runs in it. None there is fine.
-pub(crate) fn end_scope(_ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
+pub(crate) fn end_scope(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
     if scope::available() {
-        scope::end(machine)
+        scope::end(ctx, machine)
     } else {
         Ok(())
     }
 }
 
-/// Removes a machine's jail: directory and control group. None there is fine. Refused while its engine runs.
+/// Removes a machine's jail: directory and control group. None there is fine. The caller has seen that its engine has ended.
 pub(crate) fn remove_jail(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
-    check_ended(ctx, machine)?;
     let mut failures = jail::remove(ctx, machine).err().unwrap_or_default();
     if !scope::available() {
         failures.extend(cgroup::remove(ctx, machine).err());

@@ -12,7 +12,7 @@ use banger_system::helper::{HelperCode, HelperError};
 use banger_system::id::MachineId;
 use banger_system::names;
 
-use super::cgroup::{self, Limits};
+use super::cgroup::{self, Kind, Limits};
 use super::dbus::{self, Message, Value, Writer};
 use crate::ctx::{Ctx, error, failed};
 
@@ -21,6 +21,8 @@ const BOOTED: &str = "/run/systemd/system";
 const SOCKET: &str = "/run/systemd/private";
 /// How long systemd may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a shim may take to end after its engine.
+const LAST_SHIM: Duration = Duration::from_secs(3);
 /// Between two tries while an old scope of the same name goes.
 const BETWEEN: Duration = Duration::from_millis(20);
 
@@ -140,12 +142,26 @@ impl Manager {
     }
 }
 
-/// Puts a process into the machine's scope. One that is in it already stays there; one in which something else runs is not touched.
-pub(super) fn start(ctx: &Ctx, machine: &MachineId, pid: u32, limits: Limits) -> Result<String, HelperError> {
-    let unit = names::scope(machine);
-    let inside = cgroup::processes(ctx, machine);
+/// Puts a process into one of a machine's scopes; true if the scope was made now. One that is in it already stays there; one in which
+/// something else runs is not touched. `still` says, before every try, whether the number is still the process that is meant.
+pub(super) fn start(
+    ctx: &Ctx,
+    machine: &MachineId,
+    kind: Kind,
+    pid: u32,
+    limits: Limits,
+    still: &dyn Fn() -> Result<(), HelperError>,
+) -> Result<bool, HelperError> {
+    let unit = kind.unit(machine);
+    let mut inside = cgroup::processes(ctx, machine, kind);
     if inside.contains(&pid) {
-        return Ok(unit);
+        return Ok(false);
+    }
+    // The shim of the machine's engine before this one is writing down how that ended.
+    let deadline = Instant::now() + LAST_SHIM;
+    while kind == Kind::Shim && !inside.is_empty() && Instant::now() < deadline {
+        std::thread::sleep(BETWEEN);
+        inside = cgroup::processes(ctx, machine, kind);
     }
     if !inside.is_empty() {
         return Err(error(
@@ -155,11 +171,12 @@ pub(super) fn start(ctx: &Ctx, machine: &MachineId, pid: u32, limits: Limits) ->
     }
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match start_once(machine, &unit, pid, limits) {
-            Ok(()) => return Ok(unit),
-            // One of an engine that has ended, and so empty: it is cleared away, which systemd does in its own time.
+        still()?;
+        match start_once(machine, kind, pid, limits) {
+            Ok(()) => return Ok(true),
+            // One of a process that has ended, and so empty: it is cleared away, which systemd does in its own time.
             Err(Refusal::Named(name, _)) if name.ends_with(".UnitExists") && Instant::now() < deadline => {
-                if cgroup::processes(ctx, machine).is_empty() {
+                if cgroup::processes(ctx, machine, kind).is_empty() {
                     let stopped = Manager::connect().and_then(|mut manager| stop(&mut manager, &unit));
                     stopped.map_err(|e| failed(format!("end the old scope {unit}"), e))?;
                 }
@@ -176,21 +193,24 @@ pub(super) fn start(ctx: &Ctx, machine: &MachineId, pid: u32, limits: Limits) ->
     }
 }
 
-fn start_once(machine: &MachineId, unit: &str, pid: u32, limits: Limits) -> Result<(), Refusal> {
-    let description = format!("banger, machine {machine}");
+fn start_once(machine: &MachineId, kind: Kind, pid: u32, limits: Limits) -> Result<(), Refusal> {
+    let description = match kind {
+        Kind::Engine => format!("banger, machine {machine}"),
+        Kind::Shim => format!("banger, console of machine {machine}"),
+    };
     let pids = [pid];
     let properties = [
         ("Description", Value::Text(&description)),
         ("Slice", Value::Text(names::SLICE)),
         ("PIDs", Value::Processes(&pids)),
-        // Nothing is left of it when the engine has ended, however that was.
+        // Nothing is left of it when the process has ended, however that was.
         ("CollectMode", Value::Text("inactive-or-failed")),
         ("MemoryMax", Value::Number(limits.memory)),
         ("TasksMax", Value::Number(limits.tasks)),
         ("CPUWeight", Value::Number(limits.weight)),
     ];
     let mut body = Writer::default();
-    body.string(unit);
+    body.string(&kind.unit(machine));
     body.string("fail");
     body.array(8, |w| {
         for (name, value) in &properties {
@@ -229,8 +249,21 @@ fn is_gone(result: &Result<(), Refusal>) -> bool {
     matches!(result, Err(Refusal::Named(name, _)) if name.ends_with(".NoSuchUnit"))
 }
 
-/// Ends a machine's scope with everything in it. None there is fine.
-pub(super) fn end(machine: &MachineId) -> Result<(), HelperError> {
+/// Undoes a scope whose process had ended before it was there: what is in it instead goes back among its parent's processes, unharmed,
+/// and the scope, empty, is ended.
+pub(super) fn take_back(ctx: &Ctx, machine: &MachineId, kind: Kind) -> Result<(), HelperError> {
+    let unit = kind.unit(machine);
+    let inside = cgroup::processes(ctx, machine, kind);
+    cgroup::give_back(ctx, &inside).map_err(|e| failed(format!("empty the scope {unit}"), e))?;
+    let stopped = Manager::connect().and_then(|mut manager| stop(&mut manager, &unit));
+    stopped.map_err(|e| failed(format!("end the scope {unit}"), e))
+}
+
+/// Ends a machine's scope with everything in it. None there is fine. Processes of others than the owner and the users of jails are no
+/// engines: they are moved out, not ended.
+pub(super) fn end(ctx: &Ctx, machine: &MachineId) -> Result<(), HelperError> {
     let unit = names::scope(machine);
+    let foreign = cgroup::foreign(ctx, machine);
+    cgroup::give_back(ctx, &foreign).map_err(|e| failed(format!("empty the scope {unit}"), e))?;
     clear(&unit).map_err(|e| failed(format!("end the scope {unit}"), e))
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use banger_system::helper::{HelperCode, HelperError};
 use banger_system::names::{ALIAS_BRIDGE, ALIAS_POOL, of_alias};
 use banger_system::net::{Network, tap_slot};
+use banger_system::overlap::{self, Block};
 
 use super::links::{Link, Links};
 use crate::ctx::{Ctx, error, failed};
@@ -30,6 +31,50 @@ pub(crate) fn there(links: &mut Links, net: &Network) -> Result<Link, HelperErro
         let text = format!("the bridge `{}` is not there; network_setup makes it", net.bridge());
         error(HelperCode::NotFound, text)
     })
+}
+
+/// Refuses a network that overlaps an address or a route of the host: machines, and the owner, would take what is sent to another network.
+/// One that the bridge has already is not looked at again, so that a laptop that joins another network leaves its machines as they are.
+pub(crate) fn check_network(ctx: &Ctx, links: &mut Links, net: &Network) -> Result<(), HelperError> {
+    let cannot = |e: io::Error| failed("look at the addresses of this host", e);
+    let all = links.all().map_err(cannot)?;
+    let addresses = links.addresses().map_err(cannot)?;
+    let ours = |index: u32| {
+        all.iter()
+            .find(|link| link.index == index && link.alias == ALIAS_BRIDGE)
+    };
+    let has = |(index, address, prefix): &(u32, std::net::Ipv4Addr, u8)| {
+        ours(*index).is_some_and(|link| link.name == net.bridge())
+            && (*address, *prefix) == (net.gateway(), net.prefix())
+    };
+    if addresses.iter().any(has) {
+        return Ok(());
+    }
+    let own: Vec<Block> = addresses
+        .iter()
+        .filter(|(index, ..)| ours(*index).is_some())
+        .map(|(_, address, prefix)| Block {
+            address: *address,
+            prefix: *prefix,
+        })
+        .collect();
+    let machines = |link: &&Link| tap_slot(&link.name).is_some() && of_alias(&link.alias).is_some();
+    if let (Some(link), Some(old)) = (all.iter().find(machines), own.first()) {
+        let text = format!(
+            "`{}` is still on the network {old}; the record of the installation has {}",
+            link.name,
+            net.cidr()
+        );
+        return Err(error(HelperCode::Conflict, text));
+    }
+    let tables = std::fs::read_to_string(ctx.proc.join(overlap::TABLES)).map_err(cannot)?;
+    match overlap::find(net, &tables, &own) {
+        None => Ok(()),
+        Some(why) => Err(error(
+            HelperCode::Conflict,
+            format!("the network {} of the machines is refused: {why}", net.cidr()),
+        )),
+    }
 }
 
 /// Makes the bridge as it has to be. Its number.

@@ -128,14 +128,21 @@ impl Links {
             .act(&Message::new(libc::RTM_DELLINK, 0, &interface(AF_UNSPEC, index, 0, 0)))
     }
 
+    /// Addresses of IPv4: interface, address, length of the prefix.
+    pub(crate) fn addresses(&mut self) -> io::Result<Vec<(u32, Ipv4Addr, u8)>> {
+        let dump = Message::new(libc::RTM_GETADDR, 0, &on_interface(0, 0));
+        Ok(self
+            .0
+            .dump(&dump)?
+            .iter()
+            .filter_map(|body| parse_address(body))
+            .collect())
+    }
+
     /// Has an interface have this address and no other of IPv4.
     pub(crate) fn set_address(&mut self, index: u32, address: Ipv4Addr, prefix: u8) -> io::Result<()> {
-        let dump = Message::new(libc::RTM_GETADDR, 0, &on_interface(0, 0));
         let mut there = false;
-        for body in self.0.dump(&dump)? {
-            let Some((_, had, length)) = parse_address(&body).filter(|(on, ..)| *on == index) else {
-                continue;
-            };
+        for (_, had, length) in self.addresses()?.into_iter().filter(|(on, ..)| *on == index) {
             if (had, length) == (address, prefix) {
                 there = true;
                 continue;

@@ -41,6 +41,7 @@ fn unread(e: std::io::Error) -> HelperError {
 pub(crate) fn setup(ctx: &Ctx, net: &Network, told: &[TapRules]) -> Result<(), HelperError> {
     let mut links = Links::open().map_err(unread)?;
     bridge::find(&mut links, net)?;
+    bridge::check_network(ctx, &mut links, net)?;
     bridge::remove_others(&mut links, net)?;
     // The rules are there before the bridge carries anything, and before anything is forwarded.
     let all = links.all().map_err(unread)?;

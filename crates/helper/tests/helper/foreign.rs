@@ -108,7 +108,7 @@ fn other_firewalls_keep_what_they_have() {
         for slot in [0, 1] {
             helper.ok(release(slot));
         }
-        helper.ok(Request::NetworkRemove { net: net() });
+        helper.ok(Request::NetworkRemove);
         assert_eq!(theirs(), before);
         assert_eq!(helper.inventory(), []);
     });

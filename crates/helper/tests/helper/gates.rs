@@ -8,7 +8,6 @@ use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
 use banger_system::helper::{Answer, EngineUser, HelperCode, MAX_REQUEST, Request};
-use banger_system::net::Network;
 
 use crate::support::*;
 
@@ -105,7 +104,7 @@ fn garbage_is_answered_and_costs_nothing() {
             b"{}",
             b"null",
             &[0xff; 1000],
-            b"{\"version\":1,\"request\":{\"method\":\"sh\"}}",
+            b"{\"version\":2,\"request\":{\"method\":\"sh\"}}",
         ] {
             assert_eq!(bad(bytes), HelperCode::BadRequest);
         }
@@ -117,7 +116,7 @@ fn garbage_is_answered_and_costs_nothing() {
             bad(br#"{"version":7,"request":{"method":"of later"}}"#),
             HelperCode::BadVersion
         );
-        let bridge = br#"{"version":1,"request":{"method":"network_setup","params":{"net":{"bridge":"docker0","address":"172.16.0.1","prefix":24},"taps":[]}}}"#;
+        let bridge = br#"{"version":2,"request":{"method":"network_setup","params":{"net":{"bridge":"docker0","address":"172.16.0.1","prefix":24},"taps":[]}}}"#;
         assert_eq!(bad(bridge), HelperCode::BadRequest);
         // Too long, or without length: the connection ends with an answer.
         for head in [MAX_REQUEST + 1, u32::MAX, 0] {
@@ -163,16 +162,16 @@ fn descriptors_are_counted() {
         let before = helper.descriptors();
         let file = std::fs::File::open("/dev/null").unwrap();
         let with = |call: &[u8], count: usize| helper.connect().raw(call, &vec![file.as_fd(); count]);
-        let ping = br#"{"version":1,"request":{"method":"ping"}}"#;
+        let ping = br#"{"version":2,"request":{"method":"ping"}}"#;
         assert!(with(ping, 0).is_ok());
         for count in [1, 6, 7, 100, 253] {
             assert_eq!(with(ping, count).unwrap_err().code, HelperCode::BadRequest, "{count}");
         }
-        let attach = br#"{"version":1,"request":{"method":"disk_attach","params":{"machine":"00112233aabbccdd","role":"root","bytes":512,"user":"owner"}}}"#;
+        let attach = br#"{"version":2,"request":{"method":"disk_attach","params":{"machine":"00112233aabbccdd","role":"root","bytes":512,"user":"owner"}}}"#;
         for count in [0, 1, 3] {
             assert_eq!(with(attach, count).unwrap_err().code, HelperCode::BadRequest, "{count}");
         }
-        let launch = br#"{"version":1,"request":{"method":"engine_launch","params":{"machine":"00112233aabbccdd","slot":1,"vcpu":1,"memory_mib":64,"files":["kernel","kernel"],"disks":[]}}}"#;
+        let launch = br#"{"version":2,"request":{"method":"engine_launch","params":{"machine":"00112233aabbccdd","slot":1,"vcpu":1,"memory_mib":64,"files":["kernel","kernel"],"disks":[]}}}"#;
         assert_eq!(with(launch, 3).unwrap_err().code, HelperCode::BadRequest);
         let deadline = Instant::now() + Duration::from_secs(10);
         while helper.descriptors() > before + 2 {
@@ -204,13 +203,10 @@ fn what_is_not_bangers_is_left_alone() {
         let before = links();
         for request in [
             setup(Vec::new()),
-            Request::NetworkRemove { net: net() },
+            Request::NetworkRemove,
             warm([1]),
             take(rules(1, true, &[])),
-            Request::ResolverSet {
-                net: net(),
-                port: 42069,
-            },
+            Request::ResolverSet { port: 42069 },
         ] {
             helper.refused(request, HelperCode::Denied);
         }
@@ -240,35 +236,68 @@ fn what_is_not_bangers_is_left_alone() {
         helper.refused(other, HelperCode::Conflict);
         let machine = crate::support::machine(99);
         let drop = Request::TapDrop {
-            net: net(),
             machine: machine.clone(),
             slot: 5,
         };
         helper.refused(drop, HelperCode::Denied);
         let change = Request::TapChange {
-            net: net(),
             machine: machine.clone(),
             rules: rules(5, false, &[]),
         };
         helper.refused(change, HelperCode::NotFound);
-        helper.ok(Request::MachineRemove { net: net(), machine });
-        helper.refused(Request::NetworkRemove { net: net() }, HelperCode::Conflict);
+        helper.ok(Request::MachineRemove { machine });
+        helper.refused(Request::NetworkRemove, HelperCode::Conflict);
         assert_eq!(links(), before);
-        // Another network, while a machine is on this one.
-        let moved = Network::parse("br-fc-new", "10.9.0.1/24").unwrap();
-        helper.refused(
-            Request::NetworkSetup {
-                net: moved.clone(),
-                taps: Vec::new(),
-            },
-            HelperCode::Conflict,
-        );
         helper.ok(release(5));
-        helper.ok(Request::NetworkSetup {
-            net: moved,
-            taps: Vec::new(),
-        });
-        assert!(!links().contains(" br-fc:"));
+    });
+}
+
+#[test]
+fn the_network_is_the_records_and_nothing_of_the_hosts() {
+    in_namespace(|| {
+        ip("link add lan type bridge");
+        ip("addr add 192.168.1.5/24 dev lan");
+        ip("link set lan up");
+        ip("route add 10.8.0.0/16 via 192.168.1.1");
+        let mut root = Root::new();
+        for (address, why) in [
+            ("192.168.1.10/29", "192.168.1.0/24, an address or a route"),
+            ("192.168.0.1/16", "192.168.1.0/24, an address or a route"),
+            ("10.8.3.1/24", "10.8.0.0/16, an address or a route"),
+            ("172.17.4.1/24", "172.17.0.0/16, which Docker takes"),
+        ] {
+            root.network("br-fc", address);
+            let helper = Helper::start_in(root);
+            let said = helper.refused(setup(Vec::new()), HelperCode::Conflict);
+            assert!(said.contains(why), "{address}: {said}");
+            assert_eq!(helper.inventory(), [], "nothing was made");
+            root = helper.end(libc::SIGTERM).0;
+        }
+        root.network("br-fc", "172.16.0.1/24");
+        let helper = Helper::start_in(root);
+        helper.ok(setup(Vec::new()));
+        helper.ok(take(rules(5, true, &[])));
+        // The host joins a network that overlaps: what runs goes on, and is kept as it has to be.
+        ip("addr add 172.16.0.200/16 dev lan");
+        helper.ok(setup(vec![rules(5, true, &[])]));
+        ip("addr del 172.16.0.200/16 dev lan");
+        // Another record, while a machine is on the network of the old one.
+        let mut root = helper.end(libc::SIGTERM).0;
+        for bridge in ["br-fc", "br-fc-new"] {
+            root.network(bridge, "10.9.0.1/24");
+            let helper = Helper::start_in(root);
+            let said = helper.refused(setup(Vec::new()), HelperCode::Conflict);
+            assert!(said.contains("tap-fc-5"), "{said}");
+            root = helper.end(libc::SIGTERM).0;
+        }
+        let helper = Helper::start_in(root);
+        helper.ok(Request::MachineRemove { machine: machine(5) });
+        helper.ok(setup(Vec::new()));
+        let links = tool("ip", "-o -4 addr", "");
+        assert!(
+            links.contains("br-fc-new    inet 10.9.0.1/24") && !links.contains("172.16"),
+            "{links}"
+        );
     });
 }
 
@@ -290,7 +319,7 @@ fn numbers_have_their_bounds() {
         bad(warm([253]));
         bad(warm((0..2000).map(|n| n % 100)));
         bad(setup(vec![rules(300, true, &[])]));
-        bad(Request::ResolverSet { net: net(), port: 0 });
+        bad(Request::ResolverSet { port: 0 });
         let mut jail = take(rules(1, true, &[]));
         let Request::TapTake { user, .. } = &mut jail else {
             unreachable!()

@@ -28,7 +28,7 @@ fn two_hundred_machines_leave_nothing() {
             let machine = machine(slot.into());
             match n % 2 {
                 0 => client.call(release(slot)).unwrap(),
-                _ => client.call(Request::MachineRemove { net: net(), machine }).unwrap(),
+                _ => client.call(Request::MachineRemove { machine }).unwrap(),
             };
         };
         (0..8).for_each(&mut round);
@@ -37,7 +37,7 @@ fn two_hundred_machines_leave_nothing() {
         (0..200).for_each(&mut round);
         assert_eq!(helper.inventory(), objects);
         assert!(helper.descriptors().abs_diff(descriptors) <= 2);
-        helper.ok(Request::NetworkRemove { net: net() });
+        helper.ok(Request::NetworkRemove);
         assert_eq!(helper.inventory(), []);
     });
 }
@@ -137,7 +137,7 @@ fn a_tap_is_taken_while_others_come_and_go() {
             (taps, taps, 0),
             "{objects:?}"
         );
-        helper.ok(Request::NetworkRemove { net: net() });
+        helper.ok(Request::NetworkRemove);
         assert_eq!(helper.inventory(), []);
     });
 }

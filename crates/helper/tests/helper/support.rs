@@ -140,6 +140,15 @@ impl Root {
         root
     }
 
+    /// Has the record name another network.
+    pub(crate) fn network(&mut self, bridge: &str, address: &str) {
+        let record = std::fs::read_to_string(self.record()).unwrap();
+        let record = record.split("[network]").next().unwrap();
+        let (address, prefix) = address.split_once('/').unwrap();
+        let network = format!("[network]\nbridge = \"{bridge}\"\naddress = \"{address}\"\nprefix = {prefix}\n");
+        std::fs::write(self.record(), format!("{record}{network}")).unwrap();
+    }
+
     pub(crate) fn path(&self, below: &str) -> PathBuf {
         self.0.path().join(below)
     }
@@ -254,7 +263,7 @@ impl Helper {
     }
 
     pub(crate) fn inventory(&self) -> Vec<HostObject> {
-        match self.ok(Request::Inventory { net: net() }) {
+        match self.ok(Request::Inventory) {
             // What the machine that runs the tests has besides is not this test's.
             Answer::Inventory { objects } => objects
                 .into_iter()
@@ -342,12 +351,11 @@ pub(crate) fn rules(slot: u32, nat: bool, peers: &[u32]) -> TapRules {
 }
 
 pub(crate) fn setup(taps: Vec<TapRules>) -> Request {
-    Request::NetworkSetup { net: net(), taps }
+    Request::NetworkSetup { taps }
 }
 
 pub(crate) fn warm(slots: impl IntoIterator<Item = u32>) -> Request {
     Request::TapsWarm {
-        net: net(),
         slots: slots.into_iter().collect(),
     }
 }
@@ -355,7 +363,6 @@ pub(crate) fn warm(slots: impl IntoIterator<Item = u32>) -> Request {
 /// The machine of a slot has its number.
 pub(crate) fn take(rules: TapRules) -> Request {
     Request::TapTake {
-        net: net(),
         machine: machine(rules.slot.into()),
         user: EngineUser::Owner,
         rules,
@@ -364,7 +371,6 @@ pub(crate) fn take(rules: TapRules) -> Request {
 
 pub(crate) fn change(rules: TapRules) -> Request {
     Request::TapChange {
-        net: net(),
         machine: machine(rules.slot.into()),
         rules,
     }
@@ -372,7 +378,6 @@ pub(crate) fn change(rules: TapRules) -> Request {
 
 pub(crate) fn release(slot: u32) -> Request {
     Request::TapDrop {
-        net: net(),
         machine: machine(slot.into()),
         slot,
     }

@@ -82,7 +82,7 @@ fn containers_are_not_outside() {
             outside.socket.send_to(b"last", from).unwrap();
             assert_eq!(guests[0].until("last").len(), 1);
             helper.ok(release(0));
-            helper.ok(Request::NetworkRemove { net: net() });
+            helper.ok(Request::NetworkRemove);
         }
     });
 }
@@ -176,7 +176,7 @@ fn the_host_becomes_no_router_between_its_other_networks() {
         assert_eq!(container.heard().0, "answer");
         // When machines are gone, it is as it was.
         helper.ok(release(0));
-        helper.ok(Request::NetworkRemove { net: net() });
+        helper.ok(Request::NetworkRemove);
         assert_eq!(all(), ["0", "0", "1"]);
         // An uplink that is none any more is switched off; one that forwarded before banger came is left alone.
         helper.ok(setup(Vec::new()));
@@ -186,7 +186,7 @@ fn the_host_becomes_no_router_between_its_other_networks() {
         assert_eq!(all(), ["0", "0", "1"]);
         ip(&format!("route add default via {CONTAINER}"));
         helper.ok(setup(Vec::new()));
-        helper.ok(Request::NetworkRemove { net: net() });
+        helper.ok(Request::NetworkRemove);
         assert_eq!(all(), ["0", "0", "1"]);
     });
 }
@@ -203,7 +203,7 @@ fn who_has_the_whole_host_forward_is_not_hindered() {
         helper.ok(setup(Vec::new()));
         outside.socket.send_to(b"in", (CONTAINER, 7)).unwrap();
         assert_eq!(container.heard().0, "in");
-        helper.ok(Request::NetworkRemove { net: net() });
+        helper.ok(Request::NetworkRemove);
         assert_eq!(["ip_forward", "conf/out0/forwarding"].map(setting), ["1", "1"]);
         outside.socket.send_to(b"in still", (CONTAINER, 7)).unwrap();
         assert_eq!(container.heard().0, "in still");

@@ -38,6 +38,10 @@ pub(super) struct InstallArgs {
     /// Firecracker's jailer; /usr/local/bin/jailer when absent. Only root may be able to change it
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     jailer: Option<PathBuf>,
+    /// Address of the bridge and prefix of the machines' network, /16 to /29; the first free one of some when absent. Nothing that
+    /// this host has an address or a route of
+    #[arg(long, value_name = "ADDRESS/PREFIX")]
+    network: Option<String>,
     /// Only say what would be done
     #[arg(long)]
     dry_run: bool,
@@ -50,6 +54,10 @@ struct Report {
     owner: String,
     version: String,
     dry_run: bool,
+    /// Name of the bridge.
+    bridge: String,
+    /// Its address, with the prefix of the machines' network.
+    network: String,
     /// What was done, or would be.
     steps: Vec<Words>,
     notes: Vec<String>,
@@ -65,6 +73,7 @@ impl InstallArgs {
             sudo_user: std::env::var("SUDO_USER").ok().filter(|u| !u.is_empty()),
             firecracker: self.firecracker,
             jailer: self.jailer,
+            network: self.network,
             installed: Some(Installed {
                 at: now(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -85,6 +94,8 @@ impl InstallArgs {
             owner: facts.wanted.owner.user.clone(),
             version: facts.wanted.installed.version.clone(),
             dry_run: self.dry_run,
+            bridge: facts.wanted.network.bridge().to_owned(),
+            network: facts.wanted.network.text(),
             steps: steps.iter().map(|s| s.words()).collect(),
             notes: notes(context, &facts),
         };
@@ -99,6 +110,10 @@ fn show(context: &Context, output: OutputArgs, report: Report) -> Result<u8> {
     }
     let rows = report.steps.iter().map(|s| (s.action, s.object.clone()));
     context.printer.data(table::pairs(rows))?;
+    context.printer.note(format!(
+        "machines have the network {} on the bridge {}",
+        report.network, report.bridge
+    ));
     for note in &report.notes {
         context.printer.note(note);
     }

@@ -67,6 +67,12 @@ fn checks(context: &Context, installation: &Installation) -> Vec<Check> {
             None,
         ),
     ];
+    all.push(check(
+        "network",
+        CheckLevel::Pass,
+        format!("{} on {}", record.network.text(), record.network.bridge()),
+        None,
+    ));
     all.push(programs(layout));
     let manager = systemd(context);
     // Below another root directory no unit is systemd's.

@@ -2,9 +2,7 @@
 
 use std::io::{BufRead, IsTerminal};
 
-use banger_core::config::Config;
 use banger_proto::api::{Accepted, Machine, MachineState};
-use banger_system::net::Network;
 use clap::Args;
 use serde::Serialize;
 
@@ -53,9 +51,9 @@ impl UninstallArgs {
     pub(super) fn run(self, context: &Context) -> Result<u8> {
         need_root(context, "uninstall")?;
         let installation = installed(context)?;
-        let net = network(&installation);
+        let net = &installation.record.network;
         let manager = systemd(context);
-        let running = Running::find(context, &installation, &manager, &net);
+        let running = Running::find(context, &installation, &manager);
         if !running.names.is_empty() && !self.force && !self.purge {
             let message = match running.names.len() {
                 1 => "a machine runs".to_owned(),
@@ -71,18 +69,13 @@ impl UninstallArgs {
         }
         running.end(context, &installation)?;
         let ground = ground(installation.layout.clone(), Vec::new());
-        let mut outcome = remove::clear_host(&ground, &manager, &net);
+        let mut outcome = remove::clear_host(&ground, &manager, net);
         if outcome.failed.is_empty() || self.force {
             remove::remove(&ground, &manager, self.purge, &mut outcome);
         }
         show(context, self.output, &outcome)?;
         remove::unfinished(&outcome).map_or(Ok(0), Err)
     }
-}
-
-fn network(installation: &Installation) -> Network {
-    let text = std::fs::read_to_string(installation.layout.config()).unwrap_or_default();
-    Config::parse(&text).map(|c| c.network.net).unwrap_or_default()
 }
 
 /// Machines that run.
@@ -94,11 +87,11 @@ struct Running {
 }
 
 impl Running {
-    fn find(context: &Context, installation: &Installation, manager: &dyn Manager, net: &Network) -> Self {
+    fn find(context: &Context, installation: &Installation, manager: &dyn Manager) -> Self {
         let known = context.block_on(async { machines(&Client::installed(installation)).await });
         let Ok(known) = known else {
             // Whoever does not answer either has no machines to name.
-            let ids = remove::running(manager, net).unwrap_or_default();
+            let ids = remove::running(manager).unwrap_or_default();
             return Self {
                 machines: Vec::new(),
                 names: ids.iter().map(|id| id.as_str().to_owned()).collect(),
