@@ -112,7 +112,7 @@ fn a_jailed_engine_from_start_to_end() {
     // The disk is the engine's as long as there is a jail.
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let file_size = limits.lines().find(|l| l.starts_with("Max file size")).unwrap();
-    assert!(file_size.contains(&(128u64 << 20).to_string()), "{file_size}");
+    assert!(file_size.contains(&(192u64 << 20).to_string()), "{file_size}");
     let refused = helper.call("disks_detach", json!({"machine": ID}), &[]).unwrap_err();
     assert!(
         refused.contains("conflict") && refused.contains("is still there"),

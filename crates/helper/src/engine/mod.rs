@@ -51,8 +51,9 @@ const START: Duration = Duration::from_secs(10);
 const END: Duration = Duration::from_secs(10);
 /// Most processes that are killed for one machine: there is one, unless somebody broke out.
 const KILLS: usize = 64;
-/// MiB that an engine may write to one file however small its memory is: the state of its devices is some hundred KiB.
-const LEAST_FILE_MIB: u64 = 64;
+/// MiB that an engine may write to one file beyond the size of its memory: the limit is there for a hostile engine, and must not be what
+/// another version of an honest one runs into.
+const SPARE_FILE_MIB: u64 = 64;
 /// What an engine of the owner's is called: `banger-` and the beginning of the machine's id.
 const OWNERS: &str = "banger-";
 
@@ -185,10 +186,10 @@ fn arguments(ctx: &Ctx, launch: &Launch, cgroup: Vec<String>) -> Vec<String> {
     all
 }
 
-/// The longest file that an engine may write, in bytes: its memory is the longest that it has to. Disks are block devices, which the
-/// limit does not concern, its console and its metrics are pipes.
+/// The longest file that an engine may write, in bytes: its memory is the longest that it has to, and some more. Disks are block devices,
+/// which the limit does not concern, its console and its metrics are pipes.
 fn file_limit(memory_mib: u64) -> u64 {
-    memory_mib.max(LEAST_FILE_MIB).saturating_mul(1 << 20)
+    memory_mib.saturating_add(SPARE_FILE_MIB).saturating_mul(1 << 20)
 }
 
 /// Is told of what appears in the jail.

@@ -424,7 +424,7 @@ fn the_jailer_is_told_what_follows_from_the_machine() {
     assert_eq!(
         text,
         "--id 00112233aabbccdd --exec-file /usr/local/bin/firecracker --uid 1879048199 --gid 1879048199 \
-         --chroot-base-dir /x/var/lib/banger/jail --resource-limit fsize=268435456 --cgroup pids.max=66 -- --api-sock /firecracker.socket --level Warn"
+         --chroot-base-dir /x/var/lib/banger/jail --resource-limit fsize=335544320 --cgroup pids.max=66 -- --api-sock /firecracker.socket --level Warn"
     );
 }
 
