@@ -1,25 +1,22 @@
-//! Requests to the agent with JSON answers, each with a deadline and a bound.
+//! What the agent is asked with JSON answers, and transfers of files; each with a deadline and a bound.
 
 use std::time::Duration;
 
 use banger_proto::agent::{Freeze, GuestStats, Health, MAX_JSON, MAX_PORTS, Personalize, Port, Renew, Shutdown, Stat};
-use banger_proto::api::Session;
+use banger_proto::api::{FilesWritten, Session};
 use banger_proto::error::ErrorBody;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Full, LengthLimitError, Limited};
+use hyper::Response;
 use hyper::body::Incoming;
-use hyper::{Method, Request, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, timeout};
 
+use super::call::Call;
 use super::link::{Body, Link, LinkError};
 use super::sanitize;
-
-/// How long a call may take on an agent that is up.
-pub const CALL: Duration = Duration::from_secs(20);
-/// How long a connection may take to come back on a machine that runs.
-pub const RECONNECT: Duration = Duration::from_secs(10);
+use super::transfer::{Download, Progress, watched};
 
 /// A body without bytes.
 pub fn empty() -> Body {
@@ -31,34 +28,11 @@ pub fn full(bytes: Vec<u8>) -> Body {
     Body::new(Full::new(Bytes::from(bytes)).map_err(|never| match never {}))
 }
 
-/// A request to the agent.
-pub fn request(method: Method, path: &str, body: Body) -> Result<Request<Body>, LinkError> {
-    let uri = format!("http://agent{path}");
-    Request::builder()
-        .method(method)
-        .uri(&uri)
-        .body(body)
-        .map_err(|e| LinkError::Answer {
-            what: path.to_owned(),
-            why: format!("an impossible request: {e}"),
-        })
-}
-
-/// Encodes a value for a query.
-pub fn query_value(text: &str) -> String {
-    text.bytes().fold(String::with_capacity(text.len()), |mut out, b| {
-        match b {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' | b'/' => out.push(char::from(b)),
-            _ => out.push_str(&format!("%{b:02X}")),
-        }
-        out
-    })
-}
-
 impl Link {
     /// Health, and proof that it is this machine's agent. Before it was personalised an agent has no machine yet.
     pub async fn health(&self, connect_by: Instant) -> Result<Health, LinkError> {
-        let health: Health = self.call(Method::GET, "/v1/health", empty(), connect_by, CALL).await?;
+        let within = self.patience().answer;
+        let health: Health = self.call(Call::Health, "", empty(), connect_by, within).await?;
         self.check(health)
     }
 
@@ -75,54 +49,52 @@ impl Link {
 
     /// Makes the machine itself.
     pub async fn personalize(&self, personalize: &Personalize, within: Duration) -> Result<Health, LinkError> {
-        let health = self.post("/v1/personalize", personalize, within).await?;
+        let health = self.post(Call::Personalize, personalize, within).await?;
         self.check(health)
     }
 
     /// Lets nothing run in the guest but the agent. The answer says that this is so now.
     pub async fn freeze(&self, freeze: &Freeze, within: Duration) -> Result<Health, LinkError> {
-        let health = self.post("/v1/freeze", freeze, within).await?;
+        let health = self.post(Call::Freeze, freeze, within).await?;
         self.check(health)
     }
 
     /// Tells a frozen guest who it is and what time it is, and lets it go on. A guest that takes on an identity is this
     /// link's machine only with the answer.
     pub async fn renew(&self, renew: &Renew, within: Duration) -> Result<Health, LinkError> {
-        let health = self.post("/v1/renew", renew, within).await?;
+        let health = self.post(Call::Renew, renew, within).await?;
         self.check(health)
     }
 
     /// Health, once the image's init has finished its start-up.
     pub async fn system(&self, within: Duration) -> Result<Health, LinkError> {
-        let by = Instant::now() + within.min(RECONNECT);
-        let health = self.call(Method::GET, "/v1/system", empty(), by, within).await?;
+        let by = Instant::now() + within.min(self.patience().connect);
+        let health = self.call(Call::System, "", empty(), by, within).await?;
         self.check(health)
     }
 
     /// Sessions, sanitised.
     pub async fn sessions(&self) -> Result<Vec<Session>, LinkError> {
-        let list: Vec<Session> = self.get("/v1/sessions").await?;
+        let list: Vec<Session> = self.get(Call::Sessions, "").await?;
         Ok(list.into_iter().map(sanitize::session).collect())
     }
 
     /// What stands at a path.
     pub async fn stat(&self, path: &str) -> Result<Stat, LinkError> {
-        let mut stat: Stat = self.get(&format!("/v1/stat?path={}", query_value(path))).await?;
+        let mut stat: Stat = self.get(Call::Stat, path).await?;
         stat.kind = sanitize::text(&stat.kind, 16);
         Ok(stat)
     }
 
     /// Figures from inside.
     pub async fn stats(&self, within: Duration) -> Result<GuestStats, LinkError> {
-        self.call(Method::GET, "/v1/stats", empty(), Instant::now() + within, within)
+        self.call(Call::Stats, "", empty(), Instant::now() + within, within)
             .await
     }
 
     /// What listens for TCP in the guest, sanitised.
-    pub async fn ports(&self, within: Duration) -> Result<Vec<Port>, LinkError> {
-        let ports: Vec<Port> = self
-            .call(Method::GET, "/v1/ports", empty(), Instant::now() + within, within)
-            .await?;
+    pub async fn ports(&self) -> Result<Vec<Port>, LinkError> {
+        let ports: Vec<Port> = self.get(Call::Ports, "").await?;
         Ok(ports.into_iter().take(MAX_PORTS).map(sanitize::port).collect())
     }
 
@@ -130,55 +102,90 @@ impl Link {
     pub async fn shutdown(&self, graceful: bool, within: Duration) -> Result<(), LinkError> {
         let body = full(json(&Shutdown { graceful })?);
         let answer = self
-            .send(
-                request(Method::POST, "/v1/shutdown", body)?,
-                Instant::now() + within,
-                Some(within),
-            )
+            .send(Call::Shutdown, "", body, Instant::now() + within, within)
             .await?;
-        refusal("shutdown", answer).await.map(|_| ())
+        self.refusal(Call::Shutdown, answer).await.map(|_| ())
     }
 
-    /// Reads the JSON answer of a transfer whose head has come.
-    pub async fn finish<T: DeserializeOwned>(&self, answer: Response<Incoming>, what: &str) -> Result<T, LinkError> {
-        let answer = refusal(what, answer).await?;
-        read(answer, what, CALL).await
+    /// The tar stream of a path, which may be as long as it likes while bytes flow.
+    pub async fn read_files(&self, path: &str) -> Result<Download, LinkError> {
+        let call = Call::ReadFiles;
+        let patience = self.patience();
+        let answer = self
+            .send(call, path, empty(), self.connect_by(), patience.answer)
+            .await?;
+        let body = self.refusal(call, answer).await?.into_body();
+        Ok(Download::new(body, call.name(), patience.transfer))
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, LinkError> {
-        self.call(Method::GET, path, empty(), Instant::now() + RECONNECT, CALL)
+    /// Unpacks a tar stream below a path, which may be as long as it likes while the agent takes it. A client that is gone
+    /// ends it.
+    pub async fn write_files(&self, path: &str, body: Body) -> Result<FilesWritten, LinkError> {
+        let call = Call::WriteFiles;
+        let within = self.patience().transfer;
+        let progress = Progress::new();
+        let body = watched(body, &progress);
+        let late = progress.stalled(within);
+        let answer = self
+            .send_until(call, path, body, self.connect_by(), within, late)
+            .await?;
+        let answer = self.refusal(call, answer).await?;
+        read(answer, call, self.patience().answer).await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, call: Call, argument: &str) -> Result<T, LinkError> {
+        self.call(call, argument, empty(), self.connect_by(), self.patience().answer)
             .await
     }
 
     async fn post<T: DeserializeOwned>(
         &self,
-        path: &str,
+        call: Call,
         value: &impl Serialize,
         within: Duration,
     ) -> Result<T, LinkError> {
         let body = full(json(value)?);
-        self.call(Method::POST, path, body, Instant::now() + within, within)
-            .await
+        self.call(call, "", body, Instant::now() + within, within).await
     }
 
     async fn call<T: DeserializeOwned>(
         &self,
-        method: Method,
-        path: &str,
+        call: Call,
+        argument: &str,
         body: Body,
         connect_by: Instant,
         within: Duration,
     ) -> Result<T, LinkError> {
-        let answer = self
-            .send(request(method, path, body)?, connect_by, Some(within))
-            .await?;
-        let answer = refusal(path, answer).await?;
-        read(answer, path, within).await
+        let answer = self.send(call, argument, body, connect_by, within).await?;
+        let answer = self.refusal(call, answer).await?;
+        read(answer, call, within).await
+    }
+
+    /// Passes an answer that is a success on; makes an error of any other.
+    pub(super) async fn refusal(
+        &self,
+        call: Call,
+        answer: Response<Incoming>,
+    ) -> Result<Response<Incoming>, LinkError> {
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(answer);
+        }
+        let bytes = timeout(self.patience().answer, collect(answer.into_body()))
+            .await
+            .unwrap_or_else(|_| Err(String::new()));
+        match bytes.ok().and_then(|b| serde_json::from_slice::<ErrorBody>(&b).ok()) {
+            Some(body) => Err(LinkError::Refused(sanitize::error(&body.error))),
+            None => Err(LinkError::Answer {
+                what: call.name().to_owned(),
+                why: format!("status {}", status.as_u16()),
+            }),
+        }
     }
 }
 
-async fn read<T: DeserializeOwned>(answer: Response<Incoming>, path: &str, within: Duration) -> Result<T, LinkError> {
-    let what = || path.split('?').next().unwrap_or(path).to_owned();
+async fn read<T: DeserializeOwned>(answer: Response<Incoming>, call: Call, within: Duration) -> Result<T, LinkError> {
+    let what = || call.name().to_owned();
     let bytes = timeout(within, collect(answer.into_body()))
         .await
         .map_err(|_| LinkError::Timeout {
@@ -204,33 +211,5 @@ async fn collect(body: Incoming) -> Result<Bytes, String> {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(e) if e.is::<LengthLimitError>() => Err(format!("more than {MAX_JSON} bytes")),
         Err(e) => Err(format!("a body that broke off: {e}")),
-    }
-}
-
-/// Passes an answer that is a success on; makes an error of any other.
-pub async fn refusal(what: &str, answer: Response<Incoming>) -> Result<Response<Incoming>, LinkError> {
-    let status = answer.status();
-    if status.is_success() {
-        return Ok(answer);
-    }
-    let bytes = timeout(CALL, collect(answer.into_body()))
-        .await
-        .unwrap_or_else(|_| Err(String::new()));
-    match bytes.ok().and_then(|b| serde_json::from_slice::<ErrorBody>(&b).ok()) {
-        Some(body) => Err(LinkError::Refused(sanitize::error(&body.error))),
-        None => Err(LinkError::Answer {
-            what: what.split('?').next().unwrap_or(what).to_owned(),
-            why: format!("status {}", status.as_u16()),
-        }),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn query_values_are_encoded() {
-        assert_eq!(query_value("/a b&c=ü?#%"), "/a%20b%26c%3D%C3%BC%3F%23%25");
     }
 }

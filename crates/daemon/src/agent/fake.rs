@@ -39,6 +39,8 @@ pub(crate) enum Manner {
     Verbose,
     /// Takes requests and never answers them.
     Mute,
+    /// Begins to answer requests and never goes on.
+    Stuck,
     /// Sends output without end.
     Flood,
     /// Closes the channel in the middle of a session.
@@ -178,6 +180,9 @@ async fn answer(
 ) -> Response<Body> {
     if manner == Manner::Mute {
         std::future::pending::<()>().await;
+    }
+    if manner == Manner::Stuck {
+        return Response::new(Body::new(StreamBody::new(futures_util::stream::pending())));
     }
     let path = request.uri().path().to_owned();
     let body = if ["/v1/health", "/v1/freeze", "/v1/renew"].contains(&path.as_str()) {

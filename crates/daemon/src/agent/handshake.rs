@@ -39,6 +39,11 @@ pub enum HandshakeError {
     Io(#[from] io::Error),
 }
 
+/// To whole milliseconds, as an error shows it.
+pub(super) fn rounded(time: Duration) -> Duration {
+    Duration::from_millis(u64::try_from((time.as_micros() + 500) / 1000).unwrap_or(u64::MAX))
+}
+
 /// Calls until the agent answers. Comes back with its answer, and what was read beyond it.
 pub async fn call<S>(stream: &mut S, nonce: [u8; 16], deadline: Instant) -> Result<(Greeting, Vec<u8>), HandshakeError>
 where
@@ -66,7 +71,7 @@ where
             }
         }
     };
-    let silent = |_| HandshakeError::Silent(deadline.duration_since(began));
+    let silent = |_| HandshakeError::Silent(rounded(deadline.duration_since(began)));
     let (answer, rest) = timeout_at(deadline, either).await.map_err(silent)??;
     if answer.protocol != AGENT_PROTOCOL {
         return Err(HandshakeError::Protocol { found: answer.protocol });
@@ -87,7 +92,7 @@ where
         stream.flush().await
     })
     .await
-    .map_err(|_| HandshakeError::Silent(deadline.duration_since(began)))?
+    .map_err(|_| HandshakeError::Silent(rounded(deadline.duration_since(began))))?
     .map_err(broken)?;
     Ok(Channel {
         stream,

@@ -9,9 +9,9 @@ use banger_core::id::MachineId;
 use banger_vmm::{Engine, EngineError, Handles};
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
+use hyper::Response;
 use hyper::body::Incoming;
 use hyper::client::conn::http2;
-use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
@@ -19,7 +19,8 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::handshake::{self, HandshakeError, shake};
+use super::call::{Call, Patience};
+use super::handshake::{self, HandshakeError, rounded, shake};
 
 /// Bytes of one stream that the guest may send ahead of its reader.
 const STREAM_WINDOW: u32 = 512 * 1024;
@@ -142,6 +143,7 @@ pub struct Link {
     dial: Box<dyn Dial>,
     connection: Mutex<Option<Connection>>,
     relays: Arc<Semaphore>,
+    patience: Patience,
 }
 
 impl std::fmt::Debug for Link {
@@ -158,7 +160,25 @@ impl Link {
             dial,
             connection: Mutex::new(None),
             relays: Arc::new(Semaphore::new(MAX_RELAYS)),
+            patience: Patience::default(),
         }
+    }
+
+    /// The same with other deadlines.
+    #[cfg(test)]
+    pub(crate) fn with_patience(mut self, patience: Patience) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// How long requests may take where nothing else is said.
+    pub fn patience(&self) -> Patience {
+        self.patience
+    }
+
+    /// Until when a connection has to be open that is asked for now.
+    pub(super) fn connect_by(&self) -> Instant {
+        Instant::now() + self.patience.connect
     }
 
     /// The machine.
@@ -171,15 +191,19 @@ impl Link {
         self.relays.clone().try_acquire_owned().map_err(|_| LinkError::Busy)
     }
 
-    /// The connection, made if there is none. Whoever comes second waits for the first one's handshake.
-    pub async fn connect(&self, deadline: Instant) -> Result<http2::SendRequest<Body>, LinkError> {
+    /// Opens the connection if there is none.
+    pub async fn connect(&self, deadline: Instant) -> Result<(), LinkError> {
+        self.connected(deadline).await.map(|_| ())
+    }
+
+    /// The connection, made if there is none. A second caller waits for the first one's handshake.
+    async fn connected(&self, deadline: Instant) -> Result<http2::SendRequest<Body>, LinkError> {
         let began = Instant::now();
-        let mut held = timeout_at(deadline, self.connection.lock())
-            .await
-            .map_err(|_| LinkError::Timeout {
-                what: "be connected".to_owned(),
-                after: deadline.duration_since(began),
-            })?;
+        let late = |_| LinkError::Timeout {
+            what: "be connected".to_owned(),
+            after: rounded(deadline.duration_since(began)),
+        };
+        let mut held = timeout_at(deadline, self.connection.lock()).await.map_err(late)?;
         if let Some(connection) = &*held
             && !connection.send.is_closed()
         {
@@ -199,10 +223,13 @@ impl Link {
             }
             sleep(REDIAL).await;
         };
-        let connection = start(channel).await.map_err(|source| LinkError::Broken {
-            doing: "connecting".to_owned(),
-            source,
-        })?;
+        let connection = timeout_at(deadline, start(channel))
+            .await
+            .map_err(late)?
+            .map_err(|source| LinkError::Broken {
+                doing: "connecting".to_owned(),
+                source,
+            })?;
         tracing::debug!(machine = %self.id, ms = began.elapsed().as_millis() as u64, "agent connected");
         let send = connection.send.clone();
         *held = Some(connection);
@@ -234,7 +261,13 @@ impl Link {
 
     /// Ends the connection and makes sure that the agent knows: it has answered a new call, and waits for what may come.
     pub async fn hang_up(&self, deadline: Instant) -> Result<(), LinkError> {
-        let mut held = self.connection.lock().await;
+        let began = Instant::now();
+        let mut held = timeout_at(deadline, self.connection.lock())
+            .await
+            .map_err(|_| LinkError::Timeout {
+                what: "hang up".to_owned(),
+                after: rounded(deadline.duration_since(began)),
+            })?;
         *held = None;
         let mut stream = self.dialled(deadline).await?;
         handshake::call(&mut stream, nonce()?, deadline).await?;
@@ -242,35 +275,53 @@ impl Link {
     }
 
     /// Sends a request and waits for the head of its answer.
-    pub async fn send(
+    pub(super) async fn send(
         &self,
-        request: Request<Body>,
+        call: Call,
+        argument: &str,
+        body: Body,
         connect_by: Instant,
-        answer_within: Option<Duration>,
+        answer_within: Duration,
     ) -> Result<Response<Incoming>, LinkError> {
-        let what = format!("{} {}", request.method(), request.uri().path());
+        // The sleep begins when it is first polled, with the request on its way.
+        let late = async { sleep(answer_within).await };
+        self.send_until(call, argument, body, connect_by, answer_within, late)
+            .await
+    }
+
+    /// Sends a request and waits for the head of its answer until `late` has come, which is `within` after the agent's last
+    /// progress.
+    pub(super) async fn send_until(
+        &self,
+        call: Call,
+        argument: &str,
+        body: Body,
+        connect_by: Instant,
+        within: Duration,
+        late: impl Future<Output = ()>,
+    ) -> Result<Response<Incoming>, LinkError> {
+        let request = call.request(argument, body)?;
+        let what = format!("{} {}", request.method(), call.name());
         let broken = |source| LinkError::Broken {
             doing: what.clone(),
             source,
         };
-        let mut send = self.connect(connect_by).await?;
+        let began = Instant::now();
+        let mut send = self.connected(connect_by).await?;
         timeout_at(connect_by, send.ready())
             .await
             .map_err(|_| LinkError::Timeout {
                 what: format!("take {what}"),
-                after: CONNECT,
+                after: rounded(connect_by.duration_since(began)),
             })?
             .map_err(broken)?;
-        let answer = send.send_request(request);
-        match answer_within {
-            None => answer.await.map_err(broken),
-            Some(after) => timeout(after, answer)
-                .await
-                .map_err(|_| LinkError::Timeout {
-                    what: format!("answer {what}"),
-                    after,
-                })?
-                .map_err(broken),
+        tokio::select! {
+            biased;
+            answer = send.send_request(request) => answer.map_err(broken),
+            () = late => Err(LinkError::Timeout {
+                what: format!("answer {what}"),
+                after: within,
+            }),
         }
     }
 }

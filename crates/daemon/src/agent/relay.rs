@@ -11,14 +11,14 @@ use bytes::{Buf, Bytes, BytesMut};
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, StreamBody};
-use hyper::Method;
 use hyper::body::Incoming;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::calls::{CALL, RECONNECT, refusal, request};
+use super::call::Call;
+use super::handshake::rounded;
 use super::link::{Body, BodyError, Link, LinkError};
 use super::sanitize;
 
@@ -30,8 +30,9 @@ const SMALL: usize = 8 * 1024;
 const CLOSE: Duration = Duration::from_secs(2);
 
 type Up = mpsc::Sender<Result<hyper::body::Frame<Bytes>, BodyError>>;
+type Pieces = mpsc::Receiver<Result<hyper::body::Frame<Bytes>, BodyError>>;
 
-fn body(pieces: mpsc::Receiver<Result<hyper::body::Frame<Bytes>, BodyError>>) -> Body {
+fn body(pieces: Pieces) -> Body {
     let stream = futures_util::stream::unfold(pieces, |mut pieces| async move {
         let piece = pieces.recv().await?;
         Some((piece, pieces))
@@ -39,29 +40,40 @@ fn body(pieces: mpsc::Receiver<Result<hyper::body::Frame<Bytes>, BodyError>>) ->
     Body::new(StreamBody::new(stream))
 }
 
-/// Relays an exec session until either side ends it.
-pub async fn session(socket: WebSocket, link: &Link, path: &str, sanitize_error: impl Fn(LinkError) -> ApiError) {
+/// Relays an exec session until either side ends it. Client and agent each have a deadline until it is open, and none from
+/// then on.
+pub async fn session(socket: WebSocket, link: &Link, id: &str, sanitize_error: impl Fn(LinkError) -> ApiError) {
     let (mut sink, mut stream) = socket.split();
     let (up, pieces) = mpsc::channel(UP);
-    let outcome = {
-        let down = async {
-            let _permit = link.relay_permit()?;
-            let request = request(Method::POST, path, body(pieces))?;
-            let answer = link.send(request, Instant::now() + RECONNECT, None).await?;
-            let answer = refusal("the session", answer).await?;
-            frames_down(answer.into_body(), &mut sink).await
-        };
-        let up = frames_up(&mut stream, up);
-        tokio::pin!(down);
-        tokio::select! {
-            outcome = &mut down => outcome.map_err(&sanitize_error),
-            ended = up => match ended {
-                // The client said all it had to say: the answer goes on. A client that went away breaks the answer itself.
-                UpEnd::Done => down.await.map_err(&sanitize_error),
-                UpEnd::Gone => return,
-                UpEnd::Bad(e) => Err(ApiError::new(ErrorCode::BadRequest, e)),
-            },
+    let within = link.patience().answer;
+    let outcome = match tokio::time::timeout(within, next_up(&mut stream, &up)).await {
+        Ok(Ok(())) => {
+            let down = async {
+                let _permit = link.relay_permit()?;
+                let answer = link
+                    .send(Call::Session, id, body(pieces), link.connect_by(), within)
+                    .await?;
+                let answer = link.refusal(Call::Session, answer).await?;
+                frames_down(answer.into_body(), &mut sink, within).await
+            };
+            let up = frames_up(&mut stream, up);
+            tokio::pin!(down);
+            tokio::select! {
+                outcome = &mut down => outcome.map_err(&sanitize_error),
+                ended = up => match ended {
+                    // The client said all it had to say: the answer goes on. A client that went away breaks the answer itself.
+                    UpEnd::Done => down.await.map_err(&sanitize_error),
+                    UpEnd::Gone => return,
+                    UpEnd::Bad(e) => Err(ApiError::new(ErrorCode::BadRequest, e)),
+                },
+            }
         }
+        Ok(Err(UpEnd::Bad(e))) => Err(ApiError::new(ErrorCode::BadRequest, e)),
+        Ok(Err(UpEnd::Done | UpEnd::Gone)) => return,
+        Err(_) => Err(ApiError::new(
+            ErrorCode::Timeout,
+            format!("the client took longer than {within:?} to ask for session {id}"),
+        )),
     };
     if let Err(error) = outcome {
         tracing::info!(machine = %link.id(), error = %error.message, "session relay ended");
@@ -96,32 +108,42 @@ enum UpEnd {
 
 async fn frames_up(stream: &mut SplitStream<WebSocket>, up: Up) -> UpEnd {
     loop {
-        let message = match stream.next().await {
-            Some(Ok(Message::Binary(bytes))) => bytes,
-            Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
-            Some(Ok(Message::Text(_))) => return UpEnd::Bad("a session takes binary messages only".to_owned()),
-            Some(Ok(Message::Close(_)) | Err(_)) | None => return UpEnd::Gone,
-        };
-        let kind = match client_kind(&message) {
-            Ok(kind) => kind,
-            Err(e) => return UpEnd::Bad(e),
-        };
-        let payload = message.slice(1..);
-        let head = header(kind, payload.len());
-        let pieces = if payload.len() <= SMALL {
-            let mut whole = BytesMut::with_capacity(HEADER + payload.len());
-            whole.extend_from_slice(&head);
-            whole.extend_from_slice(&payload);
-            [Some(whole.freeze()), None]
-        } else {
-            [Some(Bytes::copy_from_slice(&head)), Some(payload)]
-        };
-        for piece in pieces.into_iter().flatten() {
-            if up.send(Ok(hyper::body::Frame::data(piece))).await.is_err() {
-                return UpEnd::Done;
-            }
+        if let Err(end) = next_up(stream, &up).await {
+            return end;
         }
     }
+}
+
+/// Passes the client's next frame on.
+async fn next_up(stream: &mut SplitStream<WebSocket>, up: &Up) -> Result<(), UpEnd> {
+    let message = loop {
+        match stream.next().await {
+            Some(Ok(Message::Binary(bytes))) => break bytes,
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            Some(Ok(Message::Text(_))) => {
+                return Err(UpEnd::Bad("a session takes binary messages only".to_owned()));
+            }
+            Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(UpEnd::Gone),
+        }
+    };
+    let kind = client_kind(&message).map_err(UpEnd::Bad)?;
+    let payload = message.slice(1..);
+    let head = header(kind, payload.len());
+    // At most as many pieces as wait on their way, so that the first frame needs no reader yet.
+    let pieces: [_; UP] = if payload.len() <= SMALL {
+        let mut whole = BytesMut::with_capacity(HEADER + payload.len());
+        whole.extend_from_slice(&head);
+        whole.extend_from_slice(&payload);
+        [Some(whole.freeze()), None]
+    } else {
+        [Some(Bytes::copy_from_slice(&head)), Some(payload)]
+    };
+    for piece in pieces.into_iter().flatten() {
+        if up.send(Ok(hyper::body::Frame::data(piece))).await.is_err() {
+            return Err(UpEnd::Done);
+        }
+    }
+    Ok(())
 }
 
 /// The kind of a client's message, if a client may send it.
@@ -176,14 +198,32 @@ impl Cutter {
     }
 }
 
-async fn frames_down(mut body: Incoming, sink: &mut SplitSink<WebSocket, Message>) -> Result<(), LinkError> {
+/// Relays the agent's frames. The first one, which says that the session is open, has to come in time.
+async fn frames_down(
+    mut body: Incoming,
+    sink: &mut SplitSink<WebSocket, Message>,
+    open_within: Duration,
+) -> Result<(), LinkError> {
     let mut cutter = Cutter::default();
     let wrong = |why: String| LinkError::Answer {
         what: "the session".to_owned(),
         why,
     };
-    let mut last = false;
-    while let Some(frame) = body.frame().await {
+    let (mut open, mut last) = (false, false);
+    let late = tokio::time::sleep(open_within);
+    tokio::pin!(late);
+    loop {
+        let frame = tokio::select! {
+            biased;
+            frame = body.frame() => frame,
+            () = &mut late, if !open => {
+                return Err(LinkError::Timeout {
+                    what: "open the session".to_owned(),
+                    after: open_within,
+                });
+            }
+        };
+        let Some(frame) = frame else { break };
         let frame = frame.map_err(|source| LinkError::Broken {
             doing: "relaying the session".to_owned(),
             source,
@@ -197,6 +237,7 @@ async fn frames_down(mut body: Incoming, sink: &mut SplitSink<WebSocket, Message
                     .map_err(|e| wrong(format!("an error that does not fit: {e}")))?;
                 message = Frame::json(Kind::Error, &sanitize::error(&error)).to_message().into();
             }
+            open = true;
             last |= matches!(kind, Kind::Exit | Kind::Error);
             if sink.send(Message::Binary(message)).await.is_err() {
                 // The client is gone; the session lives on in the guest.
@@ -214,17 +255,23 @@ async fn frames_down(mut body: Incoming, sink: &mut SplitSink<WebSocket, Message
     }
 }
 
-/// Relays raw bytes until both directions have ended, or one is broken. The client ends its direction with an empty message,
+/// Connects to a target in the guest. The answer's body is what comes from there.
+async fn connect(link: &Link, target: &str, pieces: Pieces, connect_by: Instant) -> Result<Incoming, LinkError> {
+    let answer = link
+        .send(Call::Connect, target, body(pieces), connect_by, link.patience().answer)
+        .await?;
+    Ok(link.refusal(Call::Connect, answer).await?.into_body())
+}
+
+/// Relays raw bytes to and from this target until both directions have ended, or one is broken. The client ends its direction with an empty message,
 /// the guest's end is a close.
-pub async fn raw(socket: WebSocket, link: &Link, path: &str, sanitize_error: impl Fn(LinkError) -> ApiError) {
+pub async fn raw(socket: WebSocket, link: &Link, target: &str, sanitize_error: impl Fn(LinkError) -> ApiError) {
     let (mut sink, mut stream) = socket.split();
     let (up, pieces) = mpsc::channel(UP);
     let outcome = {
         let down = async {
             let _permit = link.relay_permit()?;
-            let request = request(Method::POST, path, body(pieces))?;
-            let answer = link.send(request, Instant::now() + RECONNECT, None).await?;
-            let mut body = refusal("the connection", answer).await?.into_body();
+            let mut body = connect(link, target, pieces, link.connect_by()).await?;
             while let Some(frame) = body.frame().await {
                 let frame = frame.map_err(|source| LinkError::Broken {
                     doing: "relaying a connection".to_owned(),
@@ -293,9 +340,7 @@ const HALF_CLOSED: Duration = Duration::from_secs(60);
 pub async fn tcp(stream: &TcpStream, link: &Link, port: u16) -> Result<(), LinkError> {
     let _permit = link.relay_permit()?;
     let (up, pieces) = mpsc::channel(UP);
-    let request = request(Method::POST, &format!("/v1/connect?target=tcp:{port}"), body(pieces))?;
-    let answer = link.send(request, Instant::now() + RECONNECT, Some(CALL)).await?;
-    let mut body = refusal("the connection", answer).await?.into_body();
+    let mut body = connect(link, &format!("tcp:{port}"), pieces, link.connect_by()).await?;
     let guest_ended = CancellationToken::new();
     let down = async {
         while let Some(frame) = body.frame().await {
@@ -374,15 +419,23 @@ async fn write_all(stream: &TcpStream, mut data: &[u8]) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether a TCP port of the guest answers as HTTP. Whatever it answers, no more than a few bytes of that are looked at.
-pub async fn is_http(link: &Link, port: u16) -> Result<bool, LinkError> {
+/// Whether a TCP port of the guest answers as HTTP by this time. At most a few bytes of the answer are looked at.
+pub async fn is_http(link: &Link, port: u16, by: Instant) -> Result<bool, LinkError> {
+    let began = Instant::now();
+    timeout_at(by, speaks_http(link, port, by)).await.unwrap_or_else(|_| {
+        Err(LinkError::Timeout {
+            what: format!("say what port {port} speaks"),
+            after: rounded(by.duration_since(began)),
+        })
+    })
+}
+
+async fn speaks_http(link: &Link, port: u16, by: Instant) -> Result<bool, LinkError> {
     const HEAD: &[u8] = b"HEAD / HTTP/1.0\r\nHost: localhost\r\nUser-Agent: banger\r\n\r\n";
     const ANSWER: &[u8] = b"HTTP/";
     let _permit = link.relay_permit()?;
     let (up, pieces) = mpsc::channel(UP);
-    let request = request(Method::POST, &format!("/v1/connect?target=tcp:{port}"), body(pieces))?;
-    let answer = link.send(request, Instant::now() + RECONNECT, Some(CALL)).await?;
-    let mut body = refusal("the connection", answer).await?.into_body();
+    let mut body = connect(link, &format!("tcp:{port}"), pieces, by).await?;
     // The sender is kept: a server that sees the client's end may not answer.
     let sent = up.send(Ok(hyper::body::Frame::data(Bytes::from_static(HEAD)))).await;
     if sent.is_err() {

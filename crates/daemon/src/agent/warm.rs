@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use banger_proto::frame::{Decoder, Frame, Kind, Open};
 use http_body_util::BodyExt;
-use hyper::Method;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
-use super::calls::{RECONNECT, full, request};
+use super::call::Call;
+use super::calls::full;
 use super::link::{Link, LinkError};
 
 /// How long it may take; a template is made without it too.
@@ -34,8 +34,9 @@ async fn session(link: &Link) -> Result<(), LinkError> {
     };
     let mut frames = Frame::json(Kind::Open, &open).encode();
     frames.extend(Frame::new(Kind::Go, []).encode());
-    let request = request(Method::POST, "/v1/sessions/warm", full(frames))?;
-    let answer = link.send(request, Instant::now() + RECONNECT, Some(WITHIN)).await?;
+    let answer = link
+        .send(Call::Session, "warm", full(frames), link.connect_by(), WITHIN)
+        .await?;
     let mut body = answer.into_body();
     let (mut decoder, mut read) = (Decoder::default(), 0);
     while let Some(Ok(piece)) = body.frame().await {

@@ -1,7 +1,6 @@
 //! What goes through to a machine's agent: sessions, files, connections. Also the hold that ties a machine to its client.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body;
@@ -15,14 +14,11 @@ use banger_proto::error::{ApiError, ErrorBody, ErrorCode};
 use banger_proto::frame::MAX_PAYLOAD;
 use futures_util::StreamExt;
 use http_body_util::BodyExt;
-use hyper::Method;
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
 use utoipa::{IntoParams, ToSchema};
 
 use super::App;
 use super::extract::Params;
-use crate::agent::calls::{RECONNECT, empty, query_value, refusal, request};
 use crate::agent::{Link, LinkError, relay};
 use crate::error::{Failure, IntoApi};
 use crate::idle::Use;
@@ -31,8 +27,6 @@ use crate::reach::reach;
 
 type Answer<T> = Result<T, Failure>;
 
-/// How long the agent may take to begin with an archive.
-const FIRST_BYTE: Duration = Duration::from_secs(30);
 /// Bytes that a WebSocket reads ahead.
 const READ_AHEAD: usize = 64 * 1024;
 /// Bytes that wait for a client that does not read.
@@ -81,11 +75,10 @@ pub(super) async fn attach(
         return Err(Failure(ApiError::new(ErrorCode::BadRequest, message)));
     }
     let (used, link) = link(&app, &reference).await?;
-    let path = format!("/v1/sessions/{id}");
     Ok(bounded(upgrade, MAX_PAYLOAD + 1).on_upgrade(move |socket| async move {
         let _used = used;
         tokio::select! {
-            () = relay::session(socket, &link, &path, IntoApi::into_api) => {}
+            () = relay::session(socket, &link, &id, IntoApi::into_api) => {}
             () = app.stopping.cancelled() => {}
         }
     }))
@@ -109,14 +102,14 @@ pub(super) struct PathParams {
 }
 
 impl PathParams {
-    fn check(&self) -> Result<String, ApiError> {
+    fn check(&self) -> Result<(), ApiError> {
         if self.path.len() > 4095 || self.path.contains('\0') || !self.path.starts_with('/') {
             return Err(ApiError::new(
                 ErrorCode::BadRequest,
                 "a path in the guest is absolute and has at most 4095 bytes",
             ));
         }
-        Ok(query_value(&self.path))
+        Ok(())
     }
 }
 
@@ -128,12 +121,10 @@ pub(super) async fn read_files(
     Path(reference): Path<String>,
     Params(params): Params<PathParams>,
 ) -> Answer<Response> {
-    let path = params.check()?;
+    params.check()?;
     let (used, link) = link(&app, &reference).await?;
     let permit = link.relay_permit()?;
-    let request = request(Method::GET, &format!("/v1/files?path={path}"), empty())?;
-    let answer = link.send(request, Instant::now() + RECONNECT, Some(FIRST_BYTE)).await?;
-    let body = refusal("/v1/files", answer).await?.into_body();
+    let body = link.read_files(&params.path).await?;
     // The place among the relays is given back with the body.
     let body = body.map_frame(move |frame| {
         let _held = (&permit, &used);
@@ -152,18 +143,12 @@ pub(super) async fn write_files(
     Params(params): Params<PathParams>,
     body: Request,
 ) -> Answer<Json<FilesWritten>> {
-    let path = params.check()?;
+    params.check()?;
     let (_used, link) = link(&app, &reference).await?;
     let _permit = link.relay_permit()?;
     let body = body.into_body().map_err(Into::into);
-    let request = request(
-        Method::PUT,
-        &format!("/v1/files?path={path}"),
-        crate::agent::link::Body::new(body),
-    )?;
-    // No bound in time: as long as bytes flow the transfer goes on, and a client that is gone ends it.
-    let answer = link.send(request, Instant::now() + RECONNECT, None).await?;
-    Ok(Json(link.finish(answer, "/v1/files").await?))
+    let body = crate::agent::link::Body::new(body);
+    Ok(Json(link.write_files(&params.path, body).await?))
 }
 
 /// What stands at a path in the guest.
@@ -218,11 +203,10 @@ pub(super) async fn connect(
         )));
     }
     let (used, link) = link(&app, &reference).await?;
-    let path = format!("/v1/connect?target={}", query_value(&params.target));
     Ok(bounded(upgrade, 1024 * 1024).on_upgrade(move |socket| async move {
         let _used = used;
         tokio::select! {
-            () = relay::raw(socket, &link, &path, LinkError::into_api) => {}
+            () = relay::raw(socket, &link, &params.target, LinkError::into_api) => {}
             () = app.stopping.cancelled() => {}
         }
     }))

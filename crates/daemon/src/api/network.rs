@@ -12,11 +12,10 @@ use banger_proto::api::{ListeningPort, Machine as Shown};
 use banger_proto::error::ErrorBody;
 use futures_util::StreamExt;
 use serde::Serialize;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use utoipa::ToSchema;
 
 use super::App;
-use crate::agent::calls::RECONNECT;
 use crate::agent::{Link, relay};
 use crate::error::Failure;
 use crate::machine::task;
@@ -45,7 +44,7 @@ pub(super) async fn ports(State(app): State<App>, Path(reference): Path<String>)
     // It is not woken only to be looked at.
     task::check_agent(&m)?;
     let (_used, link) = reach(&m).await?;
-    let listening = link.ports(RECONNECT).await?;
+    let listening = link.ports().await?;
     let shown = m.show();
     let mut ports: Vec<ListeningPort> = listening.iter().map(|port| place(&shown, port)).collect();
     let reached: BTreeSet<u16> = ports.iter().filter(|p| p.endpoint.is_some()).map(|p| p.port).collect();
@@ -83,8 +82,8 @@ fn place(machine: &Shown, port: &Port) -> ListeningPort {
 async fn speak_http(link: &Arc<Link>, ports: BTreeSet<u16>) -> BTreeSet<u16> {
     let by = Instant::now() + PROBE;
     let probes = ports.into_iter().take(MAX_PROBES).map(|port| async move {
-        let answers = timeout_at(by, relay::is_http(link, port)).await;
-        matches!(answers, Ok(Ok(true))).then_some(port)
+        let answers = relay::is_http(link, port, by).await;
+        matches!(answers, Ok(true)).then_some(port)
     });
     let answered: Vec<Option<u16>> = futures_util::stream::iter(probes)
         .buffer_unordered(PROBES)
