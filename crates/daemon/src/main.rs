@@ -16,6 +16,10 @@ in system mode systemd does.\n";
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    ready::close_inherited(match args.as_slice() {
+        ["--ready-fd", number] => number.parse().ok(),
+        _ => None,
+    });
     let mut mode = run::Mode::User;
     let ready_fd = match args.as_slice() {
         [] => None,

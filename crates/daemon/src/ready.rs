@@ -1,11 +1,47 @@
-//! Telling whoever starts the daemon that it serves: through a descriptor, or systemd's socket. The only place of the crate that takes a
-//! bare number for a descriptor.
+//! The daemon's place among the programs that start it: it keeps nothing of what they have open, and tells them that it serves,
+//! through a descriptor or systemd's socket. The only place of the crate that takes a bare number for a descriptor.
 #![allow(unsafe_code)]
 
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::fcntl_dupfd_cloexec;
+
+/// Closes every inherited descriptor above standard error but `keep`: a daemon lives longer than the locks and pipes of the
+/// program that started it. Must be called first, before anything else opens one.
+pub fn close_inherited(keep: Option<RawFd>) {
+    let keep = keep.and_then(|fd| u32::try_from(fd).ok()).filter(|fd| *fd > 2);
+    match keep {
+        Some(keep) => {
+            close_range(3, keep - 1);
+            close_range(keep + 1, u32::MAX);
+        }
+        None => close_range(3, u32::MAX),
+    }
+}
+
+fn close_range(first: u32, last: u32) {
+    if first > last {
+        return;
+    }
+    // SAFETY: the system call takes three numbers. The caller calls before anything in this process owns a descriptor above 2.
+    if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) } == 0 {
+        return;
+    }
+    // A kernel before 5.9.
+    let Ok(entries) = std::fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let open: Vec<RawFd> = entries
+        .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    for fd in open {
+        if u32::try_from(fd).is_ok_and(|fd| (first..=last).contains(&fd)) {
+            // SAFETY: as above; the directory that listed them is closed again, closing its number once more does no harm.
+            unsafe { libc::close(fd) };
+        }
+    }
+}
 
 /// Takes over an inherited descriptor, which no child shall inherit again. Must be called first, before anything else opens
 /// one. Standard output may be the one; nothing is left of it then.

@@ -16,6 +16,7 @@ tests! { MACHINES;
     looking_at_a_machine,
     waiting,
     a_stop_does_not_wait_for_others,
+    nothing_keeps_what_its_starter_had_open,
 }
 
 fn start_stop_restart() {
@@ -243,5 +244,31 @@ fn a_stop_does_not_wait_for_others() {
     let done = running.wait();
     assert_ne!(done.status, 0);
     assert_eq!(env.machine_state("m"), "stopped");
+    env.close();
+}
+
+/// Locks and pipes of whoever happens to call first belong to them: neither daemon nor machine keeps them.
+fn nothing_keeps_what_its_starter_had_open() {
+    let env = TestEnv::new("inherited");
+    let lock = env.work().join("lock");
+    let script = "exec 7>&1 8>lock; exec \"$0\" vm create --name m";
+    let banger = banger_testkit::binaries::program("banger");
+    let mut sh = env.program("sh");
+    sh = sh.args(["-c", script]).arg(banger);
+    // That its output is closed with it is seen to by the wait.
+    sh.deadline(120).run().code(0).prints("m\n");
+    let mut seen = 0;
+    for process in env.processes() {
+        for fd in std::fs::read_dir(format!("/proc/{}/fd", process.pid))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let target = std::fs::read_link(fd.path()).unwrap_or_default();
+            assert_ne!(target, lock, "{} holds it", process.name);
+            seen += 1;
+        }
+    }
+    assert!(seen > 10, "daemon, shim and engine were looked at");
     env.close();
 }
