@@ -224,9 +224,10 @@ fn a_template_is_found_by_its_image_where_the_operation_does_not_name_it() {
 #[test]
 fn idle_suspension_is_set_and_taken_back() {
     let home = Home::new();
+    let changed = MACHINE.replace("\"auto_remove\"", "\"idle_suspend_after_ms\":7,\"auto_remove\"");
     let heard = home.serve(&[
         ("GET /v1/machines", 200, &format!(r#"{{"machines":[{MACHINE}]}}"#)),
-        ("PATCH /v1/machines/0123456789abcdef", 200, MACHINE),
+        ("PATCH /v1/machines/0123456789abcdef", 200, &changed),
     ]);
     for (text, ms) in [("30m", 1_800_000), ("0", 0)] {
         let ran = home.run(&["vm", "set", "build", "--idle-suspend-after", text]);

@@ -54,6 +54,11 @@ impl Op {
         self.mirror(stage, None);
     }
 
+    /// Says that it finds nothing to do.
+    pub fn unchanged(&self) {
+        self.state.send_modify(|o| o.unchanged = true);
+    }
+
     /// Says how far the stage is.
     pub fn progress(&self, progress: Progress) {
         self.state.send_modify(|o| o.progress = Some(progress));
@@ -172,6 +177,7 @@ impl Ops {
             error: None,
             started_at: time::now(),
             ended_at: None,
+            unchanged: false,
         };
         Op {
             state: Arc::new(watch::Sender::new(operation)),

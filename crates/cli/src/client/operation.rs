@@ -248,6 +248,7 @@ mod tests {
             error: None,
             started_at: String::new(),
             ended_at: None,
+            unchanged: false,
         };
         let error = finished(operation.clone()).unwrap_err();
         assert_eq!(

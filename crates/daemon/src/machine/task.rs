@@ -235,6 +235,7 @@ pub fn check_change(m: &Machine, request: state::Request) -> Result<(), ApiError
 /// An operation with nothing to do.
 fn finished(m: &Machine, request: &Request) -> Op {
     let op = m.services.ops.begin(request.operation(), &m.name());
+    op.unchanged();
     let (ops, running) = (m.services.clone(), op.clone());
     tokio::spawn(async move {
         let _ = ops.ops.run(&running, async { Ok(()) }).await;

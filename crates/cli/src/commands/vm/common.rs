@@ -256,7 +256,13 @@ pub(crate) struct Done {
     id: String,
     name: String,
     result: &'static str,
+    /// What the machine was already, for people.
+    #[serde(skip)]
+    already: Option<&'static str>,
 }
+
+/// What is said of a machine to which nothing had to be done.
+const UNCHANGED: &str = "unchanged";
 
 impl Done {
     /// This was done to the machine.
@@ -265,6 +271,15 @@ impl Done {
             id: machine.id.clone(),
             name: machine.name.clone(),
             result,
+            already: None,
+        }
+    }
+
+    /// Nothing was done to the machine: it is so already, as in `is stopped already`.
+    pub(crate) fn nothing(machine: &Machine, already: &'static str) -> Self {
+        Self {
+            already: Some(already),
+            ..Self::new(machine, UNCHANGED)
         }
     }
 }
@@ -318,7 +333,10 @@ where
             .json(&done.into_iter().map(versioned).collect::<Vec<_>>())?;
     } else {
         for one in done {
-            context.printer.line(one.name)?;
+            context.printer.line(&one.name)?;
+            if let Some(already) = one.already {
+                context.printer.note(format!("{} {already}", one.name));
+            }
         }
     }
     let Some(last) = failures.pop() else { return Ok(0) };

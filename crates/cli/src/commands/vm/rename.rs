@@ -29,11 +29,15 @@ impl RenameArgs {
             name: Some(self.name),
             ..PatchMachine::default()
         };
-        let machine: Machine = context.block_on(async {
-            Client::new(&context.places)?
-                .patch(&machine_path(&self.machine), &patch)
-                .await
+        let (before, machine) = context.block_on(async {
+            let client = Client::new(&context.places)?;
+            let before: Machine = client.get(&machine_path(&self.machine)).await?;
+            let machine: Machine = client.patch(&machine_path(&before.id), &patch).await?;
+            Ok((before, machine))
         })?;
+        if before.name == machine.name {
+            context.printer.note(format!("{} has this name already", machine.name));
+        }
         if self.output.json() {
             context.printer.json(&versioned(machine))?;
         } else {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use banger_proto::api::{Forward, Machine, MachineState, PatchMachine};
+use banger_proto::api::{Forward, Machine, MachineSpec, MachineState, PatchMachine};
 use clap::Args;
 
 use crate::cli::{Context, OutputArgs};
@@ -70,6 +70,9 @@ impl SetArgs {
                 let patch = &patch;
                 async move {
                     let changed: Machine = client.patch(&machine_path(&machine.id), patch).await?;
+                    if settings(&changed) == settings(&machine) {
+                        return Ok(Done::nothing(&changed, "is set so already"));
+                    }
                     let later = patch.vcpu.is_some() || patch.memory_mib.is_some();
                     if later && !matches!(changed.state, MachineState::Stopped | MachineState::Error) {
                         context
@@ -87,4 +90,9 @@ impl SetArgs {
             .await
         })
     }
+}
+
+/// Everything of a machine that can be set.
+fn settings(machine: &Machine) -> (&MachineSpec, &[Forward], u64) {
+    (&machine.spec, &machine.forwards, machine.idle_suspend_after_ms)
 }

@@ -30,6 +30,8 @@ struct Change {
     verb: &'static str,
     /// What a machine is then.
     result: &'static str,
+    /// What is said of a machine to which nothing has to be done.
+    already: &'static str,
     /// What becomes of it when we are interrupted.
     leaving: Leaving,
 }
@@ -47,8 +49,12 @@ impl Which {
                 |client, machine| async move {
                     let path = format!("{}/{}", machine_path(&machine.id), change.verb);
                     let label = format!("vm {} {}", change.verb, machine.name);
-                    carry_out(context, &client, &path, request, &label, change.leaving).await?;
-                    Ok(Done::new(&machine, change.result))
+                    let done = carry_out(context, &client, &path, request, &label, change.leaving).await?;
+                    Ok(if done.operation.unchanged {
+                        Done::nothing(&machine, change.already)
+                    } else {
+                        Done::new(&machine, change.result)
+                    })
                 },
             )
             .await
@@ -85,6 +91,7 @@ impl StartArgs {
         let change = Change {
             verb: "start",
             result: "started",
+            already: "is running already",
             leaving: Leaving::Cancels,
         };
         self.which.change(context, &change, &request)
@@ -111,6 +118,7 @@ impl RestartArgs {
         let change = Change {
             verb: "restart",
             result: "restarted",
+            already: "is running already",
             // Half a restart would leave the machine stopped.
             leaving: Leaving::GoesOn,
         };
@@ -139,6 +147,7 @@ impl StopArgs {
         let change = Change {
             verb: "stop",
             result: "stopped",
+            already: "is stopped already",
             leaving: Leaving::GoesOn,
         };
         self.which.change(context, &change, &request)
@@ -162,6 +171,7 @@ impl KillArgs {
         let change = Change {
             verb: "kill",
             result: "killed",
+            already: "is stopped already",
             leaving: Leaving::GoesOn,
         };
         self.which.change(context, &change, &request)
@@ -183,6 +193,7 @@ impl PauseArgs {
         let change = Change {
             verb: "pause",
             result: "paused",
+            already: "is paused already",
             leaving: Leaving::Cancels,
         };
         self.which.change(context, &change, &Nothing {})
@@ -202,6 +213,7 @@ impl ResumeArgs {
         let change = Change {
             verb: "resume",
             result: "resumed",
+            already: "is running already",
             leaving: Leaving::GoesOn,
         };
         self.which.change(context, &change, &Nothing {})
@@ -226,6 +238,7 @@ impl SuspendArgs {
         let change = Change {
             verb: "suspend",
             result: "suspended",
+            already: "is suspended already",
             leaving: Leaving::Cancels,
         };
         self.which.change(context, &change, &Nothing {})
