@@ -16,6 +16,7 @@
 //!
 //! ```text
 //!  client                         agent
+//!    OpenPart…            ──────▶            (what does not fit into one frame)
 //!    Open{spec, offsets}  ──────▶
 //!                         ◀──────  Opened{status, stdin_received}
 //!    Go                   ──────▶            (first attach only; harmless later)
@@ -35,6 +36,9 @@ use crate::api::Env;
 
 /// Largest payload of a frame, in bytes. A longer one ends the connection.
 pub const MAX_PAYLOAD: usize = 256 * 1024;
+
+/// Most bytes of an [`Open`] as JSON, in all its frames: what [`crate::arguments`] allows, with every byte escaped.
+pub const MAX_OPEN: usize = 6 * crate::arguments::MAX_TOTAL + MAX_PAYLOAD;
 
 /// Bytes of standard input that a client may send beyond what was acknowledged.
 pub const STDIN_WINDOW: u64 = 256 * 1024;
@@ -63,6 +67,8 @@ pub enum Kind {
     Signal = 6,
     /// Client: leaves on purpose; the session lives on. No payload.
     Detach = 7,
+    /// Client: a piece of an [`Open`] that is longer than a frame. Its last piece is sent as [`Kind::Open`].
+    OpenPart = 8,
     /// Agent: [`Opened`] as JSON.
     Opened = 65,
     /// Agent: bytes of standard output, or of the terminal.
@@ -88,6 +94,7 @@ impl Kind {
             5 => Self::Resize,
             6 => Self::Signal,
             7 => Self::Detach,
+            8 => Self::OpenPart,
             65 => Self::Opened,
             66 => Self::Stdout,
             67 => Self::Stderr,
@@ -206,6 +213,19 @@ impl Frame {
             kind,
             payload: serde_json::to_vec(value).unwrap_or_default(),
         }
+    }
+
+    /// The frames that ask for a session.
+    pub fn opening(open: &Open) -> Vec<Self> {
+        let whole = Self::json(Kind::Open, open).payload;
+        let mut frames: Vec<Self> = whole
+            .chunks(MAX_PAYLOAD)
+            .map(|piece| Self::new(Kind::OpenPart, piece))
+            .collect();
+        if let Some(last) = frames.last_mut() {
+            last.kind = Kind::Open;
+        }
+        frames
     }
 
     /// The payload read as JSON.
@@ -337,6 +357,23 @@ mod tests {
             let frame = Frame::new(kind, payload);
             prop_assert_eq!(Frame::from_message(&frame.to_message()).unwrap(), frame);
         }
+    }
+
+    #[test]
+    fn a_long_request_is_cut_into_frames() {
+        let open = |n: usize| Open {
+            command: vec!["\u{1}".repeat(n)],
+            ..Open::default()
+        };
+        assert_eq!(Frame::opening(&open(10)).len(), 1);
+        let long = open(crate::arguments::MAX_TOTAL);
+        let frames = Frame::opening(&long);
+        let (last, parts) = frames.split_last().unwrap();
+        assert!(last.kind == Kind::Open && parts.iter().all(|f| f.kind == Kind::OpenPart));
+        assert!(frames.iter().all(|f| f.payload.len() <= MAX_PAYLOAD));
+        let whole: Vec<u8> = frames.iter().flat_map(|f| f.payload.clone()).collect();
+        assert!(whole.len() <= MAX_OPEN);
+        assert_eq!(serde_json::from_slice::<Open>(&whole).unwrap(), long);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! * [`agent`]: requests and answers of the guest agent (HTTP/2 over the guest channel),
 //! * [`hello`]: the handshake that brings the guest channel into a known state,
 //! * [`frame`]: the frames of an exec session, the same on the guest channel and on the daemon's WebSocket,
+//! * [`arguments`]: how much a program can be given when it is started,
 //! * [`error`]: the error body and its codes,
 //! * [`shim`]: the job that the daemon gives `banger-shim`, and its reports.
 //!
@@ -15,6 +16,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod arguments;
 pub mod error;
 pub mod frame;
 pub mod hello;

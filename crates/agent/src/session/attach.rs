@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_proto::frame::{Decoder, Exit, Frame, HEADER, Kind, Open, Opened, StdinAck, header};
+use banger_proto::frame::{Decoder, Exit, Frame, HEADER, Kind, MAX_OPEN, Open, Opened, StdinAck, header};
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame as HttpFrame};
@@ -52,15 +52,7 @@ async fn read_frames<B>(
     B: Body<Data = Bytes> + Send + Unpin,
 {
     let mut decoder = Decoder::new();
-    let first = match next_frame(&mut body, &mut decoder).await {
-        Ok(Some(frame)) if frame.kind == Kind::Open => frame
-            .parse::<Open>()
-            .map_err(|e| bad_request(format!("the opening frame of session {id} is malformed: {e}"))),
-        Ok(_) => Err(bad_request(format!(
-            "session {id} does not begin with an opening frame"
-        ))),
-        Err(e) => Err(e),
-    };
+    let first = opening(id, &mut body, &mut decoder).await;
     let opened = first.and_then(|open| sessions.open(id, open));
     let (session, generation) = match &opened {
         Ok((session, generation, _)) => (session.clone(), *generation),
@@ -90,6 +82,39 @@ async fn read_frames<B>(
     }
 }
 
+/// What the client asks for, which may have come in several frames.
+async fn opening<B>(id: &str, body: &mut B, decoder: &mut Decoder) -> Result<Open, ApiError>
+where
+    B: Body<Data = Bytes> + Unpin,
+{
+    let mut parts = Vec::new();
+    loop {
+        let frame = match next_frame(body, decoder).await? {
+            Some(frame) if matches!(frame.kind, Kind::Open | Kind::OpenPart) => frame,
+            _ => {
+                return Err(bad_request(format!(
+                    "session {id} does not begin with an opening frame"
+                )));
+            }
+        };
+        if parts.len() + frame.payload.len() > MAX_OPEN {
+            return Err(bad_request(format!(
+                "the request for session {id} is longer than {MAX_OPEN} bytes"
+            )));
+        }
+        let last = frame.kind == Kind::Open;
+        if parts.is_empty() {
+            parts = frame.payload;
+        } else {
+            parts.extend_from_slice(&frame.payload);
+        }
+        if last {
+            return serde_json::from_slice(&parts)
+                .map_err(|e| bad_request(format!("the opening frame of session {id} is malformed: {e}")));
+        }
+    }
+}
+
 fn take(sessions: &Arc<Sessions>, session: &Arc<Session>, generation: u64, frame: Frame) -> Result<(), ApiError> {
     let malformed = |e| bad_request(format!("a frame of session {} is malformed: {e}", session.id));
     match frame.kind {
@@ -104,7 +129,14 @@ fn take(sessions: &Arc<Sessions>, session: &Arc<Session>, generation: u64, frame
             inner.generation += 1;
             inner.wake();
         }
-        Kind::Open | Kind::Opened | Kind::Stdout | Kind::Stderr | Kind::StdinAck | Kind::Exit | Kind::Error => {
+        Kind::Open
+        | Kind::OpenPart
+        | Kind::Opened
+        | Kind::Stdout
+        | Kind::Stderr
+        | Kind::StdinAck
+        | Kind::Exit
+        | Kind::Error => {
             return Err(bad_request(format!(
                 "session {} got a frame that has no place there: {:?}",
                 session.id, frame.kind

@@ -102,6 +102,27 @@ struct Inner {
     broken_off: Option<ApiError>,
 }
 
+/// Most bytes of a command in the list of sessions.
+const SHOWN: usize = 512;
+
+/// A command as it is listed: one that is too long is cut and ends with `…`, and control characters, which JSON makes six times
+/// as long, are replaced.
+fn shown(command: &[String]) -> Vec<String> {
+    let mut left = SHOWN;
+    let mut words = Vec::new();
+    for word in command {
+        if word.len() + 1 > left {
+            let cut: String = word.chars().take(left / 4).collect();
+            words.push(format!("{cut}…"));
+            break;
+        }
+        left -= word.len() + 1;
+        words.push(word.clone());
+    }
+    let clean = |word: &String| word.replace(|c: char| c.is_control(), "\u{fffd}");
+    words.iter().map(clean).collect()
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -143,7 +164,7 @@ impl Session {
         let inner = lock(&self.inner);
         api::Session {
             id: self.id.clone(),
-            command: self.open.command.clone(),
+            command: shown(&self.open.command),
             tty: self.open.tty,
             running: inner.started && inner.outcome.is_none(),
             attached: inner.presence == Presence::Client,
@@ -290,5 +311,22 @@ impl Inner {
         if let Some(waker) = self.waker.take() {
             waker.wake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_command_is_listed_short() {
+        let words = |words: &[&str]| words.iter().map(|&w| w.to_owned()).collect::<Vec<_>>();
+        assert_eq!(shown(&words(&["make", "test"])), words(&["make", "test"]));
+        for long in [vec!["é".repeat(100_000)], vec!["x".to_owned(); 100_000]] {
+            let listed = shown(&long);
+            assert!(listed.concat().len() <= SHOWN + 3, "{}", listed.concat().len());
+            assert!(listed.last().unwrap().ends_with('…'));
+        }
+        assert_eq!(shown(&words(&["a\u{1}b"])), words(&["a\u{fffd}b"]));
     }
 }
