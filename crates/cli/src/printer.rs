@@ -124,8 +124,8 @@ impl Printer {
     }
 
     /// Says on standard error what was asked for: not even `--quiet` silences it.
-    pub(crate) fn report(&self, text: impl AsRef<str>) {
-        self.err_line(text.as_ref());
+    pub(crate) fn report(&self, text: impl AsRef<str>) -> Result<()> {
+        self.err_raw(&format!("{}\n", text.as_ref()))
     }
 
     /// Warns. Silent with `--quiet`.
@@ -223,7 +223,8 @@ impl Printer {
     }
 }
 
-fn output_error(error: &std::io::Error) -> Error {
+/// The failure of our own output.
+pub(crate) fn output_error(error: &std::io::Error) -> Error {
     let kind = match error.kind() {
         std::io::ErrorKind::BrokenPipe => Kind::BrokenPipe,
         std::io::ErrorKind::StorageFull => Kind::NoSpace,

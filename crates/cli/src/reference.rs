@@ -17,6 +17,8 @@ Generated from the program; a test holds the two together (`make docs` writes it
 - Colours are used on a terminal; `--color`, `NO_COLOR` and `TERM=dumb` are obeyed.
 - Machines are named by name, id or a prefix that fits only one, templates by id or such a prefix. Verbs that take several do all
   they can, print in the order given, and exit with the status of the first failure.
+- Output that cannot be written, to a full disk for example, is a failure. A reader that went away is none: the status is then 141,
+  or that of the command in the machine.
 - Sizes that are shown of images, kernels, snapshots and templates are what is allocated on the host.
 - Sizes need a unit and are powers of 1024: `512M`, `2G`, `4GiB`. Times are `500ms`, `90s`, `10m`, `1h30m`.
 
@@ -31,7 +33,7 @@ none is renamed, removed or given another meaning under the same version. Fields
 | `vm list`, `ps` | array of machines |
 | `vm show`, `vm create`, `vm rename`, `vm wait`, `vm snapshot restore` | machine |
 | `vm fork` | array of machines |
-| `vm start`, `stop`, `restart`, `kill`, `pause`, `resume`, `suspend`, `delete`, `prune`, `set` | array of `{id, name, result}` |
+| `vm start`, `stop`, `restart`, `kill`, `pause`, `resume`, `suspend`, `delete`, `prune`, `set` | array of `{id, name, result}`; the result is `unchanged` where there was nothing to do |
 | `vm snapshot list` / `show`, `create` | array of snapshots / snapshot |
 | `vm commit` | image |
 | `vm stats` | array of figures |

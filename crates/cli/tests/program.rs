@@ -151,6 +151,121 @@ fn several_machines_are_done_whatever_becomes_of_the_others() {
 }
 
 #[test]
+fn what_is_so_already_is_unchanged() {
+    let home = Home::new();
+    let list = format!(r#"{{"machines":[{MACHINE}]}}"#);
+    let nothing = r#"{"operation":{"id":"op-1","kind":"k","target":"t","state":"done","stage":"","started_at":"","unchanged":true}}"#;
+    let verbs = [
+        ("start", "running"),
+        ("stop", "stopped"),
+        ("kill", "stopped"),
+        ("pause", "paused"),
+        ("resume", "running"),
+        ("suspend", "suspended"),
+    ];
+    let requests: Vec<String> = verbs
+        .iter()
+        .map(|(verb, _)| format!("POST /v1/machines/0123456789abcdef/{verb}"))
+        .collect();
+    let mut answers = vec![
+        ("GET /v1/machines", 200, list.as_str()),
+        ("GET /v1/machines/build", 200, MACHINE),
+        ("PATCH /v1/machines/0123456789abcdef", 200, MACHINE),
+    ];
+    answers.extend(requests.iter().map(|request| (request.as_str(), 202, nothing)));
+    home.serve(&answers);
+    let unchanged = |arguments: &[&str], already: &str| {
+        let ran = home.run(arguments);
+        assert_eq!((ran.status, ran.stdout.as_str()), (Some(0), "build\n"), "{arguments:?}");
+        assert!(ran.stderr.contains(already), "{arguments:?}: {}", ran.stderr);
+        let ran = home.run(&[arguments, &["--json"]].concat());
+        let value: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+        assert_eq!(value[0]["result"], "unchanged", "{arguments:?}");
+        assert_eq!(ran.stderr, "", "{arguments:?}");
+    };
+    for (verb, state) in verbs {
+        unchanged(&["vm", verb, "build"], &format!("build is {state} already"));
+    }
+    unchanged(&["vm", "set", "build", "--vcpu", "2"], "build is set so already");
+    let ran = home.run(&["vm", "rename", "build", "build"]);
+    assert_eq!((ran.status, ran.stdout.as_str()), (Some(0), "build\n"));
+    assert!(ran.stderr.contains("already"), "{}", ran.stderr);
+}
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure() {
+    let home = Home::new();
+    let list = format!(r#"{{"machines":[{MACHINE}]}}"#);
+    let done = r#"{"operation":{"id":"op-1","kind":"k","target":"t","state":"done","stage":"","started_at":""}}"#;
+    home.serve(&[
+        ("GET /v1/machines", 200, &list),
+        ("GET /v1/machines/build", 200, MACHINE),
+        ("GET /v1/machines/0123456789abcdef/files?path=/x", 200, "a tar stream"),
+        ("GET /v1/machines/build/logs?follow=false", 200, "a console"),
+        ("GET /v1/images", 200, r#"{"images":[]}"#),
+        ("POST /v1/machines/0123456789abcdef/stop", 202, done),
+    ]);
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for arguments in [
+        &["vm", "list"][..],
+        &["vm", "list", "--json"],
+        &["vm", "list", "--quiet"],
+        &["vm", "show", "build"],
+        &["vm", "show", "build", "--json"],
+        &["vm", "logs", "build"],
+        &["vm", "cp", "build:/x", "-"],
+        &["vm", "stop", "build"],
+        &["vm", "stop", "build", "--json"],
+        &["image", "list", "--json"],
+        &["completion", "bash"],
+        &["internal", "cli-reference"],
+        &["version"],
+        &["version", "--json"],
+        &["--version"],
+        &["--help"],
+        &["vm", "list", "--help"],
+        &["vm"],
+    ] {
+        let ran = home
+            .command(Path::new(PROGRAM))
+            .args(arguments)
+            .stdout(full())
+            .stderr(Stdio::piped())
+            .output();
+        let ran = Ran::from(ran.unwrap());
+        assert_eq!(ran.status, Some(8), "{arguments:?}: {}", ran.stderr);
+        // Help is shown before there is anything that could say more.
+        if !arguments.iter().any(|a| a.starts_with("--h") || *a == "--version") && arguments != ["vm"] {
+            assert!(
+                ran.stderr.contains("cannot write output"),
+                "{arguments:?}: {}",
+                ran.stderr
+            );
+        }
+    }
+}
+
+#[test]
+fn a_command_that_linux_cannot_start_is_refused_before_anything_is_sent() {
+    let home = Home::new();
+    let heard = home.serve(&[("GET /v1/machines/build", 200, MACHINE)]);
+    // With a larger stack this host takes more than a guest does.
+    let script = "ulimit -s unlimited 2>/dev/null || exit 99; exec \"$0\" vm exec build -- echo $(seq 1 250000)";
+    let ran = home.command(Path::new("sh")).args(["-c", script, PROGRAM]).output();
+    let ran = Ran::from(ran.unwrap());
+    if ran.status == Some(99) {
+        return;
+    }
+    assert_eq!(ran.status, Some(125), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("arguments and variables of the command take") && ran.stderr.contains("hint:"),
+        "{}",
+        ran.stderr
+    );
+    assert!(heard.lock().unwrap().is_empty());
+}
+
+#[test]
 fn a_closed_pipe_is_no_news() {
     let home = Home::new();
     let many = vec![MACHINE; 2000].join(",");

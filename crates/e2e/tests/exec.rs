@@ -17,6 +17,8 @@ tests! { MACHINES;
     without_input_there_is_end_of_file,
     signals_pass_through,
     a_closed_pipe_is_no_error,
+    a_full_disk_is_an_error,
+    a_long_command_line,
     many_at_once,
     what_a_fresh_machine_looks_like,
     a_command_outlives_nothing_it_should_not,
@@ -198,6 +200,46 @@ fn a_closed_pipe_is_no_error() {
         .trim()
             == "0"
     });
+}
+
+fn a_full_disk_is_an_error() {
+    let (env, m) = slim();
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for terminal in ["-T", "-t"] {
+        env.banger(["vm", "exec", terminal, m, "--", "seq", "1", "100000"])
+            .stdout_file(full())
+            .run()
+            .code(125)
+            .says(&["cannot write output", "no space left"]);
+    }
+    // One that fails just before its program ends.
+    env.banger(["vm", "exec", m, "--", "echo", "word"])
+        .stdout_file(full())
+        .run()
+        .code(125);
+}
+
+/// Longer than a frame, a message, a request and a list may be.
+fn a_long_command_line() {
+    let (env, m) = slim();
+    let words: Vec<String> = (0..100_000).map(|n| format!("w{n}")).collect();
+    let last = words.concat();
+    let script = "echo $#; printf %s \"$@\" | sha256sum; sleep 2; exit 7";
+    let running = env
+        .banger(["vm", "exec", m, "--", "sh", "-c", script, "longword"])
+        .args(&words)
+        .spawn();
+    running.expect("100000\n");
+    running.expect(&sha256(last.as_bytes()));
+    let listed = env.json(&format!("vm sessions {m}"));
+    assert!(listed.to_string().contains("longword"), "{listed}");
+    running.wait().code(7);
+    // The longest word there is, and one that is too long for Linux is this host's to refuse.
+    let longest = "a".repeat(128 * 1024 - 1);
+    env.banger(["vm", "exec", m, "--", "sh", "-c", "echo ${#1}", "sh", &longest])
+        .run()
+        .code(0)
+        .prints("131071\n");
 }
 
 fn many_at_once() {

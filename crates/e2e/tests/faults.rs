@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use banger_testkit::{Need, TestEnv, need, processes};
-use rustix::process::Signal;
+use banger_testkit::{Need, Running, TestEnv, need, processes};
+use rustix::process::{Pid, Signal};
 
 use crate::harness::{MACHINES, machine, tests};
 
 tests! { MACHINES;
+    an_agent_that_is_dead,
     a_guest_that_never_answers,
     a_guest_that_stops_answering,
     an_image_that_is_no_file_system,
@@ -47,6 +48,42 @@ fn replace_in_store(env: &TestEnv, fits: impl Fn(&std::path::Path) -> bool, cont
         }
     }
     replaced
+}
+
+/// The engine stands still, and with it the agent: nothing waits for it for ever.
+fn an_agent_that_is_dead() {
+    let env = machine("dead-agent");
+    let engine = env.engine("m");
+    let pid = Pid::from_raw(engine.pid).unwrap();
+    env.ok("vm exec m -- true");
+    rustix::process::kill_process(pid, Signal::STOP).unwrap();
+    let begun = Instant::now();
+    let running = env.banger(["vm", "exec", "m", "--", "true"]).spawn();
+    std::thread::sleep(Duration::from_secs(1));
+    running.signal(Signal::TERM);
+    running.wait().code(143);
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "the first TERM ends the client"
+    );
+    let calls = [
+        "vm exec m -- true",
+        "vm sessions m",
+        "vm ports m",
+        "vm cp m:/etc/hostname -",
+    ];
+    let running: Vec<Running> = calls
+        .iter()
+        .map(|line| env.banger(line.split(' ')).deadline(60).spawn())
+        .collect();
+    for (line, running) in calls.iter().zip(running) {
+        let done = running.wait();
+        assert!(done.status == 125 || done.status == 7, "{line}: {}", done.err());
+        assert!(done.err().contains("guest agent"), "{line}: {}", done.err());
+    }
+    rustix::process::kill_process(pid, Signal::CONT).unwrap();
+    env.ok("vm exec m -- true");
+    env.close();
 }
 
 fn a_guest_that_never_answers() {

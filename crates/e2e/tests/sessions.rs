@@ -1,8 +1,9 @@
 //! Sessions live in the guest: clients and daemons come and go.
 
+use std::path::Path;
 use std::time::Duration;
 
-use banger_testkit::processes;
+use banger_testkit::{Terminal, processes};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -11,6 +12,8 @@ use crate::harness::{MACHINES, machine, slim, tests};
 tests! { MACHINES;
     keys_detach_and_attach_returns,
     a_session_survives_its_client,
+    a_session_survives_its_terminal,
+    a_hangup_that_was_sent_is_passed_on,
     the_daemon_dies_in_mid_output,
     the_daemon_dies_in_mid_input,
     a_command_never_runs_twice,
@@ -81,6 +84,80 @@ fn a_session_survives_its_client() {
         .run()
         .code(4);
     assert!(done.out().ends_with("line 38\nline 39\n"), "{}", done.out());
+}
+
+/// The window is closed, with the client started directly and by a shell, which passes the kernel's signal on as its own.
+fn a_session_survives_its_terminal() {
+    let (env, m) = slim();
+    let banger = banger_testkit::binaries::program("banger");
+    let banger = banger.to_str().unwrap();
+    let script = "echo be''gun; read line; echo got $line; exit 6";
+    for (word, shell) in [("windowword", false), ("jobword", true)] {
+        let arguments = ["vm", "exec", "-t", m, "--", "sh", "-c", script, word];
+        let mut terminal = if shell {
+            Terminal::start(Path::new("/bin/bash"), 24, 80, |c| {
+                env.prepare(c);
+                c.args(["--norc", "--noprofile", "-i"]);
+            })
+        } else {
+            env.terminal(arguments)
+        };
+        if shell {
+            let words: Vec<String> = arguments
+                .iter()
+                .map(|word| format!("'{}'", word.replace('\'', "'\\''")))
+                .collect();
+            terminal.send(format!("{banger} {}\r", words.join(" ")));
+        }
+        terminal.expect("begun");
+        terminal.until_raw();
+        terminal.hang_up();
+        assert_eq!(terminal.wait(), 129);
+        let left = || {
+            let session = session_of(env, m, word);
+            session["attached"] == false
+        };
+        processes::until("the client to leave", Duration::from_secs(10), left);
+        let session = session_of(env, m, word);
+        assert_eq!(session["running"], true, "{word}");
+        let mut again = env.terminal(["vm", "attach", m, session["id"].as_str().unwrap()]);
+        again.until_raw();
+        again.send("word\r");
+        again.expect("got word");
+        assert_eq!(again.wait(), 6);
+    }
+    // The same for a shell.
+    let mut terminal = env.terminal(["vm", "shell", m]);
+    terminal.until_raw();
+    terminal.send("mark=kept; echo re''ady\r");
+    terminal.expect("ready");
+    terminal.hang_up();
+    assert_eq!(terminal.wait(), 129);
+    let all = sessions(env, m);
+    let shells: Vec<&Value> = all
+        .iter()
+        .filter(|s| s["running"] == true && s["command"].as_array().is_some_and(Vec::is_empty))
+        .collect();
+    assert_eq!(shells.len(), 1, "{all:?}");
+    let mut again = env.terminal(["vm", "attach", m, shells[0]["id"].as_str().unwrap()]);
+    again.until_raw();
+    again.send("echo \"it was $mark\"; exit 3\r");
+    again.expect("it was kept");
+    assert_eq!(again.wait(), 3);
+}
+
+fn a_hangup_that_was_sent_is_passed_on() {
+    let (env, m) = slim();
+    let script = "trap 'echo hung > /tmp/hung; exit 9' HUP; echo re''ady; while :; do sleep 0.1; done";
+    let mut terminal = env.terminal(["vm", "exec", "-t", m, "--", "sh", "-c", script]);
+    terminal.expect("ready");
+    terminal.until_raw();
+    terminal.signal(Signal::HUP);
+    assert_eq!(terminal.wait(), 9);
+    env.banger(["vm", "exec", m, "--", "cat", "/tmp/hung"])
+        .run()
+        .code(0)
+        .prints("hung\n");
 }
 
 fn the_daemon_dies_in_mid_output() {

@@ -1,14 +1,16 @@
 //! A program on a terminal.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
@@ -20,7 +22,10 @@ use crate::processes;
 #[derive(Debug)]
 pub struct Terminal {
     child: Child,
-    host: File,
+    /// The window's side; until [`Terminal::hang_up`].
+    host: Option<File>,
+    /// While this is open the screen is read.
+    watch: Option<OwnedFd>,
     /// Kept open, so that the terminal's settings can be read when the program has gone; until [`Terminal::wait`].
     inner: Option<OwnedFd>,
     /// The settings as the program left them.
@@ -65,10 +70,15 @@ impl Terminal {
         let label = format!("{command:?}");
         let child = command.spawn().unwrap_or_else(|e| panic!("cannot run {label}: {e}"));
         let host = File::from(host);
-        let screen = Stream::read(host.try_clone().expect("a descriptor can be shared"));
+        let (closed, watch) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
+        let screen = Stream::read(Window {
+            host: host.try_clone().expect("a descriptor can be shared"),
+            closed,
+        });
         Self {
             child,
-            host,
+            host: Some(host),
+            watch: Some(watch),
             inner: Some(inner),
             left_raw: false,
             screen,
@@ -93,8 +103,8 @@ impl Terminal {
     /// Types.
     #[track_caller]
     pub fn send(&mut self, keys: impl AsRef<[u8]>) {
-        self.host
-            .write_all(keys.as_ref())
+        let host = self.host.as_mut().expect("the window is open");
+        host.write_all(keys.as_ref())
             .unwrap_or_else(|e| panic!("typing to {}: {e}", self.label));
     }
 
@@ -129,7 +139,16 @@ impl Terminal {
             ws_xpixel: 0,
             ws_ypixel: 0,
         };
-        tcsetwinsize(&self.host, size).expect("the terminal takes a size");
+        let host = self.host.as_ref().expect("the window is open");
+        tcsetwinsize(host, size).expect("the terminal takes a size");
+    }
+
+    /// Closes the window: the kernel hangs the terminal up.
+    pub fn hang_up(&mut self) {
+        self.host = None;
+        self.watch = None;
+        assert!(self.screen.ended(self.deadline), "the screen is still read");
+        self.inner = None;
     }
 
     /// Whether the terminal is in raw mode: what is typed is neither echoed nor looked at.
@@ -178,6 +197,30 @@ impl Terminal {
     }
 }
 
+/// The window's side as it is read, until the other end of `closed` is.
+struct Window {
+    host: File,
+    closed: OwnedFd,
+}
+
+impl Read for Window {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            let mut fds = [
+                PollFd::new(&self.closed, PollFlags::empty()),
+                PollFd::new(&self.host, PollFlags::IN),
+            ];
+            poll(&mut fds, None)?;
+            if !fds[0].revents().is_empty() {
+                return Ok(0);
+            }
+            if !fds[1].revents().is_empty() {
+                return self.host.read(buffer);
+            }
+        }
+    }
+}
+
 impl Drop for Terminal {
     fn drop(&mut self) {
         if !matches!(self.child.try_wait(), Ok(Some(_))) {
@@ -220,5 +263,16 @@ mod tests {
         });
         terminal.send([3]);
         assert_eq!(terminal.wait(), 130);
+    }
+
+    #[test]
+    fn a_window_that_is_closed_hangs_up() {
+        let mut terminal = Terminal::start(Path::new("/bin/sh"), 24, 80, |c| {
+            c.args(["-c", "echo re''ady; exec sleep 60"]);
+        })
+        .deadline(10);
+        terminal.expect("ready");
+        terminal.hang_up();
+        assert_eq!(terminal.wait(), 129);
     }
 }

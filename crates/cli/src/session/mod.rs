@@ -9,15 +9,19 @@
 //!    └─ connect again ◀─ broken┘      at most RECONNECT_DEADLINE
 //! ```
 //!
+//! Each step until the session is open has a deadline, and a signal that ends a program ends the client at once until then. A
+//! terminal that is gone ends nothing: the client leaves, the program runs on.
+//!
 //! `Go` does not wait for `Opened`: that would be one more way to the guest and back before the program starts. A session whose
 //! connection broke in between is only ever joined again, so that its program runs at most once.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use banger_proto::api::{Machine, MachineState};
 use banger_proto::error::ErrorCode;
-use banger_proto::frame::{Exit, Frame, Kind as FrameKind, MAX_PAYLOAD, Open, Opened, Signal, StdinAck};
+use banger_proto::frame::{Exit, Frame, Kind as FrameKind, Open, StdinAck};
 use bytes::Bytes;
 use futures_util::stream::SplitStream;
 use futures_util::{SinkExt, StreamExt};
@@ -25,16 +29,19 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_tungstenite::tungstenite::Message;
 
-use crate::client::{Client, WebSocket, encode, machine_path};
+use crate::client::{Client, WebSocket, machine_path};
 use crate::error::{Error, Kind, Result};
 use crate::printer::Printer;
 use crate::session::input::{DetachKeys, InputLog};
+use crate::session::opening::Patience;
 use crate::session::output::{Output, Stream};
-use crate::session::wire::{Broken, Frames, lost, message, next, parse, protocol, refused, send, send_signal};
+use crate::session::terminal::Screen;
+use crate::session::wire::{Broken, Frames, lost, next, parse, protocol, refused, send, send_signal};
 use crate::signals;
 use crate::timings::Marks;
 
 pub(crate) mod input;
+pub(crate) mod opening;
 pub(crate) mod output;
 pub(crate) mod run;
 pub(crate) mod terminal;
@@ -59,6 +66,17 @@ pub(crate) enum End {
     Exit(i32),
     /// The user left; the program runs on.
     Detached,
+    /// The terminal is gone; the program runs on.
+    HungUp,
+}
+
+/// What a session hears from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Heard {
+    /// A signal of this number.
+    Signal(i32),
+    /// The terminal is gone.
+    HungUp,
 }
 
 /// What a session is made of, apart from its streams.
@@ -78,6 +96,8 @@ pub(crate) struct Session<'a> {
     pub(crate) detach: Option<DetachKeys>,
     /// Where times are noted.
     pub(crate) marks: Rc<Marks>,
+    /// How long it may take until it is open.
+    pub(crate) patience: Patience,
 }
 
 /// The streams of a session.
@@ -87,7 +107,16 @@ pub(crate) struct Streams {
     /// Takes output.
     pub(crate) output: Output,
     /// Signals as they come.
-    pub(crate) signals: mpsc::Receiver<i32>,
+    pub(crate) signals: mpsc::Receiver<Heard>,
+    /// The terminal, of a session that has one.
+    pub(crate) screen: Option<Arc<Screen>>,
+}
+
+impl Streams {
+    /// The terminal was there and is gone.
+    fn screen_is_gone(&self) -> bool {
+        self.screen.as_ref().is_some_and(|screen| screen.is_gone())
+    }
 }
 
 /// What has to survive a broken connection.
@@ -160,25 +189,23 @@ impl Session<'_> {
             }
             tokio::select! {
                 () = tokio::time::sleep(Duration::from_millis(100)) => {}
-                Some(number) = streams.signals.recv() => {
-                    if number != signals::WINCH {
-                        return Err(Error::signal(number));
-                    }
-                }
+                Some(heard) = ending(&mut streams.signals) => match heard {
+                    Heard::Signal(number) => return Err(Error::signal(number)),
+                    Heard::HungUp => return Ok(End::HungUp),
+                },
             }
         };
+        if end == End::HungUp {
+            return Ok(end);
+        }
         // What was said last has to come out, but a reader that does not read can't keep us for ever.
-        let finish = streams.output.finish();
-        tokio::pin!(finish);
-        loop {
-            tokio::select! {
-                () = &mut finish => return Ok(end),
-                Some(number) = streams.signals.recv() => {
-                    if number != signals::WINCH {
-                        return Ok(end);
-                    }
-                }
-            }
+        let written = tokio::select! {
+            written = streams.output.finish() => written,
+            _ = ending(&mut streams.signals) => Ok(()),
+        };
+        match written {
+            Err(_) if streams.screen.is_some_and(|screen| screen.is_gone()) => Ok(end),
+            written => written.map(|()| end),
         }
     }
 
@@ -190,12 +217,9 @@ impl Session<'_> {
         broken: &mut Option<Instant>,
         told: &mut bool,
     ) -> Result<End, Broken> {
-        let mut socket = tokio::select! {
-            socket = self.connect() => socket?,
-            Some(number) = ending(&mut streams.signals) => return Err(Broken::Fatal(Error::signal(number))),
+        let Some((socket, opened, going)) = self.open(state, &mut streams.signals).await? else {
+            return Ok(End::HungUp);
         };
-        let going = self.ask(state, &mut socket).await?;
-        let opened = self.opened(state, &mut socket, streams, going).await?;
         Marks::note(&self.marks.opened);
         if broken.take().is_some() && std::mem::take(told) {
             self.say("joined the session again");
@@ -224,7 +248,7 @@ impl Session<'_> {
             send(&sender, FrameKind::StdinEof, &[]);
         }
         if self.open.tty && opened.existing {
-            self.send_size(&sender);
+            send_size(&sender);
         }
         // Sending apart from receiving: a peer that waits for us to read must not keep us from doing so.
         let write = async move {
@@ -260,77 +284,10 @@ impl Session<'_> {
         machine.is_ok_and(|m| matches!(m.state, MachineState::Suspending | MachineState::Suspended))
     }
 
-    async fn connect(&self) -> Result<WebSocket, Broken> {
-        let path = format!("{}/sessions/{}/attach", machine_path(&self.machine), encode(&self.id));
-        self.client.websocket(&path, MAX_PAYLOAD + 1).await.map_err(|error| {
-            if error.kind == Kind::Unavailable {
-                Broken::Retry(error)
-            } else {
-                Broken::Fatal(error)
-            }
-        })
-    }
-
-    /// Asks for the session. A new one is told to go in the same breath; true if so.
-    async fn ask(&self, state: &mut State, socket: &mut WebSocket) -> Result<bool, Broken> {
-        let open = Open {
-            attach_only: self.open.attach_only || state.asked,
-            output_offset: state.output_offset,
-            size: if self.open.tty {
-                terminal::size().or(self.open.size)
-            } else {
-                None
-            },
-            ..self.open.clone()
-        };
-        let going = !open.attach_only;
-        let open = Frame::json(FrameKind::Open, &open);
-        state.asked = true;
-        socket
-            .feed(Message::Binary(open.to_message().into()))
-            .await
-            .map_err(lost)?;
-        if going {
-            socket.feed(message(FrameKind::Go, &[])).await.map_err(lost)?;
-        }
-        socket.flush().await.map_err(lost)?;
-        Ok(going)
-    }
-
-    /// Waits until the guest has the session. A program that was told to go gets the signals that come meanwhile.
-    async fn opened(
-        &self,
-        state: &mut State,
-        socket: &mut WebSocket,
-        streams: &mut Streams,
-        going: bool,
-    ) -> Result<Opened, Broken> {
-        loop {
-            let number = tokio::select! {
-                frame = next(socket) => match frame? {
-                    (FrameKind::Opened, payload) => {
-                        return serde_json::from_slice(&payload).map_err(|e| Broken::Fatal(protocol(&e.to_string())));
-                    }
-                    (FrameKind::Error, payload) => return Err(refused(&payload)),
-                    (kind, _) => return Err(Broken::Fatal(protocol(&format!("{kind:?} before Opened")))),
-                },
-                Some(number) = ending(&mut streams.signals) => number,
-            };
-            let (passed, over) = self.passed_on(number, state);
-            if going {
-                let frame = Frame::json(FrameKind::Signal, &Signal { signal: passed }).to_message();
-                socket.send(Message::Binary(frame.into())).await.map_err(lost)?;
-            }
-            if over || !going {
-                return Err(Broken::Fatal(Error::signal(number)));
-            }
-        }
-    }
-
     /// What the program gets of a signal of ours, and whether we leave for it.
     fn passed_on(&self, number: i32, state: &mut State) -> (i32, bool) {
         if self.open.tty && matches!(number, signals::HUP | signals::TERM) {
-            // The terminal or its user is gone: the program is told what it would be told then.
+            // We were told to end: the program is told what it would be told with us.
             return (signals::HUP, true);
         }
         if matches!(number, signals::INT | signals::TERM) {
@@ -396,14 +353,22 @@ impl Session<'_> {
                             return Ok(Ended { end: End::Detached, parting: true });
                         }
                     }
+                    // Nobody typed an end of file.
+                    None if streams.screen_is_gone() => return Ok(hung_up(sender)),
                     None => {
                         state.input = None;
                         state.log.eof = true;
                         send(sender, FrameKind::StdinEof, &[]);
                     }
                 },
-                Some(number) = streams.signals.recv() => self.signal(number, state, sender),
+                Some(heard) = streams.signals.recv() => match heard {
+                    Heard::Signal(number) => self.signal(number, state, sender),
+                    Heard::HungUp => return Ok(hung_up(sender)),
+                },
                 () = streams.output.broken.notified() => {
+                    if streams.screen_is_gone() {
+                        return Ok(hung_up(sender));
+                    }
                     // What a program gets that writes into a closed pipe itself.
                     state.discard = true;
                     send_signal(sender, signals::PIPE);
@@ -422,7 +387,7 @@ impl Session<'_> {
     fn signal(&self, number: i32, state: &mut State, sender: &Frames) {
         if number == signals::WINCH {
             if self.open.tty {
-                self.send_size(sender);
+                send_size(sender);
             }
             return;
         }
@@ -432,13 +397,6 @@ impl Session<'_> {
             state
                 .leave
                 .get_or_insert((Instant::now() + LEAVE_DEADLINE, 128 + number));
-        }
-    }
-
-    fn send_size(&self, sender: &Frames) {
-        if let Some(size) = terminal::size() {
-            let frame = Frame::json(FrameKind::Resize, &size);
-            send(sender, FrameKind::Resize, &frame.payload);
         }
     }
 
@@ -452,10 +410,27 @@ impl Session<'_> {
     }
 }
 
-async fn ending(signals: &mut mpsc::Receiver<i32>) -> Option<i32> {
+/// Leaves a session whose terminal is gone. The program does not hear of it.
+fn hung_up(sender: &Frames) -> Ended {
+    send(sender, FrameKind::Detach, &[]);
+    Ended {
+        end: End::HungUp,
+        parting: true,
+    }
+}
+
+fn send_size(sender: &Frames) {
+    if let Some(size) = terminal::size() {
+        let frame = Frame::json(FrameKind::Resize, &size);
+        send(sender, FrameKind::Resize, &frame.payload);
+    }
+}
+
+/// The next signal that is not about the size of the window. Cancel safe.
+async fn ending(signals: &mut mpsc::Receiver<Heard>) -> Option<Heard> {
     loop {
         match signals.recv().await {
-            Some(signals::WINCH) => {}
+            Some(Heard::Signal(signals::WINCH)) => {}
             other => return other,
         }
     }

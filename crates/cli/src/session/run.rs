@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use banger_proto::frame::Open;
 use tokio::sync::mpsc;
@@ -11,9 +12,10 @@ use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::printer::Printer;
 use crate::session::input::{DetachKeys, read_stdin};
+use crate::session::opening::Patience;
 use crate::session::output::Output;
-use crate::session::terminal::{RawMode, size};
-use crate::session::{End, Session, Streams};
+use crate::session::terminal::{RawMode, Screen, size};
+use crate::session::{End, Heard, Session, Streams};
 use crate::signals::{self, Signals};
 use crate::timings::Marks;
 
@@ -52,7 +54,8 @@ pub(crate) async fn on_own_streams(client: &Client, printer: &Printer, job: Job)
             open.env.entry("TERM".to_owned()).or_insert(term);
         }
     }
-    let signals = forward_signals()?;
+    let screen = if tty { Screen::find().map(Arc::new) } else { None };
+    let signals = forward_signals(screen.clone())?;
     // Entered late and left early, so that messages before and after read as usual.
     let raw = if tty { RawMode::enter()? } else { None };
     let session = Session {
@@ -63,11 +66,13 @@ pub(crate) async fn on_own_streams(client: &Client, printer: &Printer, job: Job)
         open,
         detach: tty.then_some(job.detach),
         marks: job.marks,
+        patience: Patience::default(),
     };
     let streams = Streams {
         input: read_stdin,
         output: Output::to_process(),
         signals,
+        screen,
     };
     let end = session.run(streams).await;
     drop(raw);
@@ -95,7 +100,8 @@ fn stdin_is_empty() -> bool {
     })
 }
 
-fn forward_signals() -> Result<mpsc::Receiver<i32>> {
+/// Takes signals over. A SIGHUP that comes with the end of the terminal is not one that somebody sent.
+fn forward_signals(screen: Option<Arc<Screen>>) -> Result<mpsc::Receiver<Heard>> {
     let mut signals = Signals::take(&[
         signals::INT,
         signals::TERM,
@@ -106,7 +112,17 @@ fn forward_signals() -> Result<mpsc::Receiver<i32>> {
         signals::WINCH,
     ])?;
     let (sender, receiver) = mpsc::channel(32);
-    tokio::spawn(async move { while sender.send(signals.next().await).await.is_ok() {} });
+    tokio::spawn(async move {
+        loop {
+            let heard = match (signals.next().await, &screen) {
+                (signals::HUP, Some(screen)) if screen.goes().await => Heard::HungUp,
+                (number, _) => Heard::Signal(number),
+            };
+            if sender.send(heard).await.is_err() {
+                return;
+            }
+        }
+    });
     Ok(receiver)
 }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use banger_proto::error::ApiError;
-use banger_proto::frame::Resize;
+use banger_proto::frame::{Opened, Resize, Signal};
 use http_body_util::Full;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
@@ -16,8 +16,11 @@ use tokio_tungstenite::tungstenite::protocol::Role;
 use super::*;
 use crate::printer::{Color, Printer};
 use crate::session::input::CHUNK;
+use crate::session::opening::Patience;
+use crate::session::wire::message;
 
 mod go;
+mod leaving;
 
 type Socket = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
 
@@ -30,6 +33,8 @@ struct Guest {
     signals: Vec<i32>,
     opens: Vec<Open>,
     detached: bool,
+    /// It says that sessions are open, and has output.
+    opens_sessions: bool,
     /// What the daemon says of the machine; it runs otherwise.
     state: Option<MachineState>,
 }
@@ -151,7 +156,7 @@ async fn attend(client: &Client, open: Open, detach: Option<&str>, signals: Vec<
     let (output, mut received, done) = Output::channel();
     let (signal, signals_in) = mpsc::channel(8);
     for number in signals {
-        signal.send(number).await.unwrap();
+        signal.send(Heard::Signal(number)).await.unwrap();
     }
     let collected = tokio::spawn(async move {
         let mut all = Vec::new();
@@ -170,11 +175,13 @@ async fn attend(client: &Client, open: Open, detach: Option<&str>, signals: Vec<
         open,
         detach: detach.map(|keys| DetachKeys::parse(keys).unwrap()),
         marks: Rc::default(),
+        patience: Patience::default(),
     };
     let streams = Streams {
         input,
         output,
         signals: signals_in,
+        screen: None,
     };
     let end = tokio::time::timeout(Duration::from_secs(20), session.run(streams))
         .await
@@ -401,6 +408,7 @@ async fn signals_are_passed_on_and_the_fourth_interrupt_ends_it() {
     let (client, guest) = serve(dir.path(), 1, |_, mut socket, guest| async move {
         hear_until(&mut socket, &guest, FrameKind::Open).await;
         say(&mut socket, FrameKind::Opened, &Opened::default()).await;
+        say_bytes(&mut socket, FrameKind::Stdout, b"begun").await;
         while let Some(kind) = hear(&mut socket, &guest).await {
             let end = guest.lock().unwrap().signals.last() == Some(&9);
             if kind == FrameKind::Signal && end {
@@ -408,22 +416,17 @@ async fn signals_are_passed_on_and_the_fourth_interrupt_ends_it() {
             }
         }
     });
-    // The first one comes while connecting is under way, so the session must be open before signals are.
     let (output, mut received, done) = Output::channel();
+    let (signal, signals_in) = mpsc::channel(8);
     tokio::spawn(async move {
+        // With output the session is open.
+        received.recv().await.unwrap();
+        for number in [signals::USR1, signals::INT, signals::INT, signals::TERM, signals::INT] {
+            signal.send(Heard::Signal(number)).await.unwrap();
+        }
         while received.recv().await.is_some() {}
         let _ = done.send(());
-    });
-    let (signal, signals_in) = mpsc::channel(8);
-    let shared = Arc::clone(&guest);
-    tokio::spawn(async move {
-        while shared.lock().unwrap().runs == 0 {
-            tokio::task::yield_now().await;
-        }
-        for number in [signals::USR1, signals::INT, signals::INT, signals::TERM, signals::INT] {
-            signal.send(number).await.unwrap();
-        }
-        std::future::pending::<()>().await;
+        drop(signal);
     });
     let printer = Printer::new(true, Color::Never);
     let session = Session {
@@ -434,12 +437,14 @@ async fn signals_are_passed_on_and_the_fourth_interrupt_ends_it() {
         open: command(),
         detach: None,
         marks: Rc::default(),
+        patience: Patience::default(),
     };
     let end = session
         .run(Streams {
             input: open_but_silent,
             output,
             signals: signals_in,
+            screen: None,
         })
         .await
         .unwrap();
@@ -468,6 +473,7 @@ async fn a_closed_output_is_told_to_the_program() {
         open: command(),
         detach: None,
         marks: Rc::default(),
+        patience: Patience::default(),
     };
     let (_signal, signals_in) = mpsc::channel(1);
     let end = session
@@ -475,6 +481,7 @@ async fn a_closed_output_is_told_to_the_program() {
             input: open_but_silent,
             output,
             signals: signals_in,
+            screen: None,
         })
         .await
         .unwrap();

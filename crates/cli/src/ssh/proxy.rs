@@ -60,8 +60,8 @@ pub(crate) fn run(context: &Context, host: &str) -> Result<u8> {
             ended = send => ended.map_err(|e| lost(&e)),
             () = broken.notified() => Ok(()),
         };
-        output.finish().await;
-        ended.map(|()| 0)
+        let written = output.finish().await;
+        ended.and(written).map(|()| 0)
     })
 }
 

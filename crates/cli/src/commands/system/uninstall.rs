@@ -144,7 +144,7 @@ fn confirmed(context: &Context, purge: bool, running: &[String]) -> Result<bool>
     if purge {
         question.push_str(", and delete all machines, images and kernels");
     }
-    context.printer.report(format!("{question}? [y/N]"));
+    context.printer.report(format!("{question}? [y/N]"))?;
     let mut answer = String::new();
     std::io::stdin()
         .lock()

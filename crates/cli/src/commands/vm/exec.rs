@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::rc::Rc;
 
 use banger_proto::api::Machine;
+use banger_proto::arguments;
 use banger_proto::frame::Open;
 use clap::Args;
 
@@ -15,12 +16,13 @@ use crate::session::End;
 use crate::session::input::DetachKeys;
 use crate::session::run::{Job, environment, fresh_id, on_own_streams, status, words};
 use crate::session::terminal::interactive;
+use crate::signals;
 use crate::timings::Marks;
 
 /// Options of a program in the guest.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct ProgramArgs {
-    /// Set a variable; without a value the caller's is taken
+    /// Set a variable; KEY alone takes the value of ours, which keeps a secret out of the list of processes
     #[arg(short, long = "env", value_name = "KEY[=VALUE]")]
     pub(crate) env: Vec<String>,
     /// Directory to run in; the workspace, or else the user's home
@@ -72,10 +74,17 @@ fn detach_keys(text: &str) -> Result<String, String> {
 ///
 /// Standard input, output and error and signals pass through; the exit status is the command's. It runs in the machine's
 /// workspace where there is one. When the daemon is restarted meanwhile, banger joins the command again by itself.
+///
+/// A command with a terminal runs on when the terminal is closed; `banger vm attach` returns to it. A SIGHUP that was sent to
+/// banger is passed on like other signals. Without a terminal every SIGHUP is.
+///
+/// `--env KEY=VALUE` is seen by every process of this host while banger runs. For a secret, export the variable and give
+/// `--env KEY`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  banger vm exec build -- make test\n  banger vm exec build -- sh -c 'cd /tmp && ls'\n  \
-                        git archive HEAD | banger vm exec build -- tar -x -C /srv"
+                        git archive HEAD | banger vm exec build -- tar -x -C /srv\n  \
+                        TOKEN=… banger vm exec --env TOKEN build -- ./deploy"
 )]
 pub(crate) struct ExecArgs {
     #[command(flatten)]
@@ -111,7 +120,7 @@ impl ExecArgs {
 
 /// The request for a program; no words make a login shell.
 pub(crate) fn open(program: &ProgramArgs, command: Vec<String>, stdin: bool) -> Result<Open> {
-    Ok(Open {
+    let open = Open {
         command,
         tty: program.terminal.wanted(),
         env: environment(&program.env, |key| std::env::var_os(key))?,
@@ -119,7 +128,10 @@ pub(crate) fn open(program: &ProgramArgs, command: Vec<String>, stdin: bool) -> 
         user: program.user.clone(),
         stdin,
         ..Open::default()
-    })
+    };
+    arguments::check(&open)
+        .map_err(|e| Error::usage(e.to_string()).hint("pass it on standard input or in a file: `banger vm cp`"))?;
+    Ok(open)
 }
 
 /// Runs a program in a machine, in its workspace where nothing else is said.
@@ -155,6 +167,12 @@ pub(crate) fn ended(context: &Context, machine: &str, session: &str, end: End) -
                 "left session {session}; `banger vm attach {machine} {session}` joins it again"
             ));
             0
+        }
+        End::HungUp => {
+            context.printer.note(format!(
+                "the terminal is gone, session {session} runs on; `banger vm attach {machine} {session}` joins it again"
+            ));
+            status(128 + signals::HUP)
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::commands::vm::common::{SpecArgs, WaitArgs};
 use crate::commands::vm::create::{create, directory_hint, with_directory_hint};
 use crate::commands::vm::delete::delete;
 use crate::commands::vm::exec::{ProgramArgs, open, run_in};
-use crate::commands::vm::shell::remind;
+use crate::commands::vm::shell::left_running;
 use crate::completion;
 use crate::error::{Error, Kind, Result};
 use crate::session::run::words;
@@ -185,7 +185,8 @@ impl RunArgs {
                 clean_up(context, &client, &machine).await;
                 watch.lap("removal");
             } else if !matches!(plan.then, Then::Detach | Then::Leave) || result.is_err() {
-                remind(context, &machine.name);
+                // Its name may have been made up, so a script learns it here.
+                left_running(context, &machine.name);
             }
             if self.timings {
                 self.tell(context, &watch)?;
@@ -202,8 +203,7 @@ impl RunArgs {
         } else {
             watch.render().trim_end().to_owned()
         };
-        context.printer.report(text);
-        Ok(())
+        context.printer.report(text)
     }
 
     /// Prints which machine it was.

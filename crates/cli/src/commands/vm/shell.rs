@@ -14,7 +14,8 @@ use crate::error::Result;
 
 /// Open a login shell in a machine
 ///
-/// Needs nothing in the machine but a shell. Without a terminal the shell reads its commands from standard input.
+/// Needs nothing in the machine but a shell. Without a terminal the shell reads its commands from standard input. When the
+/// terminal is closed the shell runs on; `banger vm attach` returns to it.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  banger vm shell build\n  banger vm shell build < script.sh")]
 pub(crate) struct ShellArgs {
@@ -39,11 +40,16 @@ impl ShellArgs {
     }
 }
 
-/// Reminds a person at a terminal of a machine that is left running.
+/// Reminds a person at a terminal of a machine that is left running. In a script its name was given, so it is known there.
 pub(crate) fn remind(context: &Context, machine: &str) {
     if context.printer.stderr_is_terminal() && std::io::stdin().is_terminal() {
-        context.printer.note(format!(
-            "{machine} is still running (stop with `banger vm stop {machine}`)"
-        ));
+        left_running(context, machine);
     }
+}
+
+/// Says which machine is left running.
+pub(crate) fn left_running(context: &Context, machine: &str) {
+    context.printer.note(format!(
+        "{machine} is still running (stop with `banger vm stop {machine}`)"
+    ));
 }

@@ -8,50 +8,13 @@ async fn the_program_is_told_to_go_before_the_guest_has_answered() {
     let (client, guest) = serve(dir.path(), 1, |_, mut socket, guest| async move {
         hear_until(&mut socket, &guest, FrameKind::Open).await;
         hear_until(&mut socket, &guest, FrameKind::Go).await;
-        // A signal that comes meanwhile is the program's as well.
-        hear_until(&mut socket, &guest, FrameKind::Signal).await;
         say(&mut socket, FrameKind::Opened, &Opened::default()).await;
-        say(&mut socket, FrameKind::Exit, &Exit { code: 130 }).await;
+        say(&mut socket, FrameKind::Exit, &Exit { code: 9 }).await;
         while hear(&mut socket, &guest).await.is_some() {}
     });
-    let (output, mut received, done) = Output::channel();
-    tokio::spawn(async move {
-        while received.recv().await.is_some() {}
-        let _ = done.send(());
-    });
-    let (signal, signals_in) = mpsc::channel(8);
-    let shared = Arc::clone(&guest);
-    tokio::spawn(async move {
-        while shared.lock().unwrap().runs == 0 {
-            tokio::task::yield_now().await;
-        }
-        signal.send(signals::INT).await.unwrap();
-        std::future::pending::<()>().await;
-    });
-    let marks = Rc::<Marks>::default();
-    let printer = Printer::new(true, Color::Never);
-    let session = Session {
-        client: &client,
-        printer: &printer,
-        machine: "m1".into(),
-        id: "s1".into(),
-        open: Open {
-            stdin: false,
-            ..command()
-        },
-        detach: None,
-        marks: Rc::clone(&marks),
-    };
-    let streams = Streams {
-        input: nothing,
-        output,
-        signals: signals_in,
-    };
-    let end = tokio::time::timeout(Duration::from_secs(20), session.run(streams)).await;
-    assert_eq!(end.expect("the session ends").unwrap(), End::Exit(130));
-    let guest = guest.lock().unwrap();
-    assert_eq!((guest.runs, guest.signals.as_slice()), (1, &[signals::INT][..]));
-    assert!(marks.opened.get().is_some() && marks.output.get().is_none());
+    let outcome = attend(&client, command(), None, vec![], nothing).await;
+    assert_eq!(outcome.end.unwrap(), End::Exit(9));
+    assert_eq!(guest.lock().unwrap().runs, 1);
 }
 
 /// The connection breaks before the guest has answered. Whether the program was started is not known, so it is not asked for
