@@ -2,7 +2,9 @@
 //! configuration of which every line is ours.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -19,13 +21,13 @@ const MAX_COMMITS: usize = 2000;
 /// A repository in a temporary directory, removed when it is dropped.
 #[derive(Debug)]
 pub(crate) struct History {
-    dir: tempfile::TempDir,
+    git: Git,
 }
 
 impl History {
     /// Its `.git`.
     pub(crate) fn git_dir(&self) -> PathBuf {
-        self.dir.path().join(".git")
+        self.git.top()
     }
 }
 
@@ -39,19 +41,15 @@ struct Commits {
 
 /// Makes the repository for a snapshot.
 pub(crate) fn build(snapshot: &Snapshot) -> Result<History> {
-    let dir = tempfile::Builder::new()
-        .prefix("banger-workspace-")
-        .tempdir()
-        .map_err(|e| Error::failed(format!("cannot make a temporary directory: {}", reason(&e))))?;
-    let git = Git::at(dir.path());
+    let git = Git::new(&snapshot.user)?;
     let format = format!("--object-format={}", snapshot.object_format);
     git.output(&["init", "--quiet", "--template=", &format], b"")?;
-    let history = History { dir };
+    let history = History { git };
     let commits = commits(&snapshot.git, &snapshot.base)?;
     pack(snapshot, &commits, &history.git_dir())?;
     references(snapshot, &commits, &history.git_dir())?;
-    configure(snapshot, &git)?;
-    index(&git, &snapshot.index)?;
+    configure(snapshot, &history.git)?;
+    index(&history.git, &snapshot.index)?;
     Ok(history)
 }
 
@@ -128,7 +126,9 @@ fn parents(ask: &mut impl Write, answers: &mut impl BufRead, hash: &str) -> Resu
     let lines = body.split(|&b| b == b'\n').take_while(|l| !l.is_empty());
     Ok(Some(
         lines
-            .filter_map(|l| Some(String::from_utf8_lossy(l.strip_prefix(b"parent ")?).into_owned()))
+            .filter_map(|l| l.strip_prefix(b"parent "))
+            .filter(|hash| hash.iter().all(u8::is_ascii_hexdigit))
+            .map(|hash| String::from_utf8_lossy(hash).into_owned())
             .collect(),
     ))
 }
@@ -221,25 +221,25 @@ fn references(snapshot: &Snapshot, commits: &Commits, git_dir: &Path) -> Result<
 }
 
 fn configure(snapshot: &Snapshot, git: &Git) -> Result<()> {
-    let mut settings: Vec<(String, String)> = snapshot
-        .identity
+    let mut settings: Vec<(String, OsString)> = snapshot
+        .settings
         .iter()
-        .chain(&snapshot.conversions)
-        .map(|(k, v)| ((*k).to_owned(), v.clone()))
+        .map(|(key, value)| ((*key).to_owned(), OsStr::from_bytes(value).to_owned()))
         .collect();
     if let Some(origin) = &snapshot.origin {
-        settings.push(("remote.origin.url".to_owned(), origin.clone()));
+        settings.push(("remote.origin.url".to_owned(), origin.into()));
         settings.push((
             "remote.origin.fetch".to_owned(),
-            "+refs/heads/*:refs/remotes/origin/*".to_owned(),
+            "+refs/heads/*:refs/remotes/origin/*".into(),
         ));
         if let (Some(branch), Some(upstream)) = (&snapshot.branch, &snapshot.upstream) {
-            settings.push((format!("branch.{branch}.remote"), "origin".to_owned()));
-            settings.push((format!("branch.{branch}.merge"), upstream.merge.clone()));
+            settings.push((format!("branch.{branch}.remote"), "origin".into()));
+            settings.push((format!("branch.{branch}.merge"), (&upstream.merge).into()));
         }
     }
     for (key, value) in settings {
-        git.output(&["config", "--local", "--", &key, &value], b"")?;
+        let [config, local, end] = ["config", "--local", "--"].map(OsStr::new);
+        git.output(&[config, local, end, key.as_ref(), &value], b"")?;
     }
     Ok(())
 }

@@ -1,51 +1,57 @@
 //! Looking at a work tree: what would be copied, decided before anything is made.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::FileType;
 
 use crate::error::{Error, Kind, Result};
 use crate::files::beneath::Root;
-use crate::workspace::git::Git;
+use crate::workspace::changes::changed;
+use crate::workspace::git::{Git, User};
+use crate::workspace::mirror::Mirror;
+use crate::workspace::settings::key;
 use crate::workspace::{Content, Entry, IndexEntry, Options, Snapshot, Upstream, url};
 
 const LINK_MODE: &str = "120000";
 const MODULE_MODE: &str = "160000";
 
 /// Looks at the work tree that `path` is in. Only reads, and only on this host.
-pub(crate) fn inspect(path: &Path, options: Options) -> Result<Snapshot> {
-    let here = directory(path)?;
-    let git = Git::at(&here);
-    let root = root(&git, &here)?;
-    let git = Git::at(&root);
+pub(crate) fn inspect(path: &Path, options: Options, user: &User) -> Result<Snapshot> {
+    let mirror = Mirror::of(&directory(path)?, user)?;
+    let (git, root) = (&mirror.git, &mirror.place.root);
     let Some(head) = git.line(&["rev-parse", "--verify", "--quiet", "HEAD^{commit}"])? else {
         return Err(
             Error::failed(format!("repository {} has no commit yet", root.display()))
                 .hint("commit something first: `git add -A && git commit`"),
         );
     };
-    let current = git.line(&["symbolic-ref", "--quiet", "--short", "HEAD"])?;
-    let settings = Settings::parse(&git.output(&["config", "--list", "-z"], b"")?);
-    let git = git.without_filters(settings.filters());
+    let current = match &options.branch {
+        // Its name may be anything; it is not needed.
+        Some(_) => git.line(&["symbolic-ref", "--quiet", "--short", "HEAD"]).ok().flatten(),
+        None => git.line(&["symbolic-ref", "--quiet", "--short", "HEAD"])?,
+    };
+    if let Some(branch) = &current {
+        mirror.follow(branch)?;
+    }
     let base = match &options.from {
-        Some(from) => resolve(&git, from)?,
+        Some(from) => resolve(git, from)?,
         None => head.clone(),
     };
     if let Some(branch) = &options.branch {
-        check_branch(&git, branch)?;
+        check_branch(git, branch)?;
     }
     let index = parse_index(&git.output(&["ls-files", "--stage", "-t", "-z"], b"")?)?;
-    refuse_submodules(&root, &index)?;
-    let untracked = untracked(&git)?;
-    let mut open = Root::open(&root).map_err(|e| Error::io("open", &root, e))?;
+    refuse_submodules(root, &index)?;
+    let untracked = untracked(&mirror)?;
+    let mut open = Root::open(root).map_err(|e| Error::io("open", root, e))?;
     let (index, mut entries) = if base == head {
         let entries = on_disk(&mut open, index.iter().map(|e| e.path.as_path()));
         (index, entries)
     } else {
-        carried_over(&git, &mut open, &base, &index)?
+        carried_over(&mirror, &mut open, (&head, &base), &index)?
     };
     let mut skipped_untracked = untracked.len();
     if options.include_untracked {
@@ -53,16 +59,19 @@ pub(crate) fn inspect(path: &Path, options: Options) -> Result<Snapshot> {
         entries.extend(on_disk(&mut open, untracked.iter().map(PathBuf::as_path)));
     }
     let upstream = match (&options.branch, &current) {
-        (None, Some(branch)) => settings.upstream(&git, branch)?,
+        (None, Some(branch)) => upstream(&mirror, branch)?,
         _ => None,
     };
+    let origin = mirror.settings.first(b"remote.origin.url");
     Ok(Snapshot {
-        object_format: git
-            .line(&["rev-parse", "--show-object-format"])?
-            .unwrap_or_else(|| "sha1".to_owned()),
-        origin: settings.first("remote.origin.url").and_then(url::without_secrets),
-        identity: settings.of(&["user.name", "user.email"]),
-        conversions: settings.of(&["core.autocrlf", "core.eol"]),
+        object_format: mirror.object_format.clone(),
+        origin: origin
+            .and_then(|url| std::str::from_utf8(url).ok())
+            .and_then(url::without_secrets),
+        settings: ["user.name", "user.email", "core.autocrlf", "core.eol"]
+            .into_iter()
+            .filter_map(|key| Some((key, mirror.setting(key.as_bytes())?.to_vec())))
+            .collect(),
         branch: options.branch.or(current),
         upstream,
         head,
@@ -72,8 +81,9 @@ pub(crate) fn inspect(path: &Path, options: Options) -> Result<Snapshot> {
         skipped_untracked,
         includes_untracked: options.include_untracked,
         guest_path: options.guest_path,
-        root,
-        git,
+        user: user.clone(),
+        root: mirror.place.root,
+        git: mirror.git,
     })
 }
 
@@ -88,58 +98,17 @@ fn directory(path: &Path) -> Result<PathBuf> {
     )
 }
 
-/// The top of the work tree. A repository can claim any directory as its work tree (`core.worktree`), and with that files of
-/// the user that were never in it, so the claim has to agree with where `.git` is found.
-fn root(git: &Git, here: &Path) -> Result<PathBuf> {
-    let output = git.call(&["rev-parse", "--is-bare-repository", "--is-inside-work-tree"], b"")?;
-    if !output.success {
-        if output.stderr.contains("not a git repository") {
-            return Err(Error::failed(format!("{} is not in a git work tree", here.display()))
-                .hint("make it one with `git init` and a commit, or copy files with `banger vm cp`"));
-        }
-        return Err(git.failed(&["rev-parse"], &output.stderr));
-    }
-    let answers = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mut answers = answers.lines();
-    let (bare, inside) = (answers.next() == Some("true"), answers.next() == Some("true"));
-    if bare {
-        return Err(Error::failed(format!(
-            "{} is a bare repository, it has no files to work on",
-            here.display()
-        ))
-        .hint("clone it and name the clone"));
-    }
-    if !inside {
-        return Err(Error::failed(format!(
-            "{} is inside a repository's .git, not in its work tree",
-            here.display()
-        ))
-        .hint("name the work tree"));
-    }
-    let top = git.output(&["rev-parse", "--show-toplevel"], b"")?;
-    let top = PathBuf::from(std::ffi::OsString::from_vec(
-        top.strip_suffix(b"\n").unwrap_or(&top).to_owned(),
-    ));
-    let top = top.canonicalize().map_err(|e| Error::io("find", &top, e))?;
-    let marked = here.ancestors().find(|dir| dir.join(".git").symlink_metadata().is_ok());
-    if marked != Some(top.as_path()) {
-        return Err(Error::failed(format!(
-            "the repository at {} claims {} as its work tree",
-            here.display(),
-            top.display()
-        ))
-        .hint("only a work tree with its own .git is copied; unset core.worktree"));
-    }
-    Ok(top)
-}
-
 fn resolve(git: &Git, from: &str) -> Result<String> {
-    let wanted = format!("{from}^{{commit}}");
-    git.line(&["rev-parse", "--verify", "--quiet", "--end-of-options", &wanted])?
-        .ok_or_else(|| {
-            Error::new(Kind::NotFound, format!("--from: there is no commit `{from}`"))
-                .hint("`git log --all --oneline` shows them")
-        })
+    let parse = |name: &str| git.line(&["rev-parse", "--verify", "--quiet", "--end-of-options", name]);
+    // In two steps: what is behind `:/` is a text to look for, to its end.
+    let commit = match parse(from)? {
+        Some(object) => parse(&format!("{object}^{{commit}}"))?,
+        None => None,
+    };
+    commit.ok_or_else(|| {
+        Error::new(Kind::NotFound, format!("--from: there is no commit `{from}`"))
+            .hint("`git log --all --oneline` shows them")
+    })
 }
 
 fn check_branch(git: &Git, branch: &str) -> Result<()> {
@@ -227,8 +196,15 @@ fn refuse_submodules(root: &Path, index: &[IndexEntry]) -> Result<()> {
     .hint("run without a workspace and clone inside the machine, or copy the tree with `banger vm cp`"))
 }
 
-fn untracked(git: &Git) -> Result<Vec<PathBuf>> {
-    let listed = git.output(&["ls-files", "--others", "--exclude-standard", "-z"], b"")?;
+fn untracked(mirror: &Mirror) -> Result<Vec<PathBuf>> {
+    let mut arguments: Vec<std::ffi::OsString> = ["ls-files", "--others", "--exclude-standard", "-z"]
+        .map(Into::into)
+        .into();
+    for file in &mirror.excludes {
+        arguments.push("--exclude-from".into());
+        arguments.push(file.into());
+    }
+    let listed = mirror.git.output(&arguments, b"")?;
     listed
         .split(|&b| b == 0)
         // A directory here is a repository of its own.
@@ -261,177 +237,89 @@ fn on_disk<'a>(root: &mut Root, paths: impl Iterator<Item = &'a Path>) -> BTreeM
 
 /// The files of another commit, with the uncommitted changes of this work tree on top, as `git switch` carries them over.
 fn carried_over(
-    git: &Git,
+    mirror: &Mirror,
     root: &mut Root,
-    base: &str,
+    (head, base): (&str, &str),
     index: &[IndexEntry],
 ) -> Result<(Vec<IndexEntry>, BTreeMap<PathBuf, Entry>)> {
-    let tree = git.output(&["ls-tree", "-r", "-l", "-z", "--full-tree", base], b"")?;
     let (mut entries, mut base_index) = (BTreeMap::new(), Vec::new());
-    for line in tree.split(|&b| b == 0).filter(|l| !l.is_empty()) {
-        let broken = || Error::failed("git ls-tree said something that was not understood");
-        let tab = line.iter().position(|&b| b == b'\t').ok_or_else(broken)?;
-        let words = String::from_utf8_lossy(&line[..tab]).into_owned();
-        let words: Vec<&str> = words.split_whitespace().collect();
-        let [mode, _, hash, size] = words.as_slice() else {
-            return Err(broken());
-        };
-        let path = safe_path(&line[tab + 1..])?;
-        let (link, executable) = (*mode == LINK_MODE, *mode == "100755");
+    for (entry, size) in tree(&mirror.git, base)? {
+        let link = entry.mode == LINK_MODE;
         let content = Content::Blob {
-            hash: (*hash).to_owned(),
+            hash: entry.hash.clone(),
             link,
-            executable,
+            executable: entry.mode == "100755",
         };
-        let size = if link { 0 } else { size.parse().unwrap_or(0) };
-        entries.insert(
-            path.clone(),
-            Entry {
-                path: path.clone(),
-                size,
-                content,
-            },
-        );
-        base_index.push(IndexEntry {
-            mode: (*mode).to_owned(),
-            hash: (*hash).to_owned(),
-            stage: "0".to_owned(),
-            skip_worktree: false,
-            path,
-        });
+        let (path, size) = (entry.path.clone(), if link { 0 } else { size });
+        entries.insert(path.clone(), Entry { path, size, content });
+        base_index.push(entry);
     }
     refuse_submodules(Path::new("the commit of --from"), &base_index)?;
-    let changed = changed(git, root, index)?;
+    let committed: Vec<IndexEntry> = tree(&mirror.git, head)?.into_iter().map(|(entry, _)| entry).collect();
+    let changed = changed(mirror, root, &committed, index)?;
     for path in &changed {
         entries.remove(path);
     }
-    entries.extend(on_disk(root, changed.iter().map(PathBuf::as_path)));
+    let tracked: std::collections::HashSet<&Path> = index.iter().map(|e| e.path.as_path()).collect();
+    let on_top = changed
+        .iter()
+        .map(PathBuf::as_path)
+        .filter(|path| tracked.contains(path));
+    entries.extend(on_disk(root, on_top));
     Ok((base_index, entries))
 }
 
-/// Tracked paths whose content differs from HEAD's.
-fn changed(git: &Git, root: &mut Root, index: &[IndexEntry]) -> Result<Vec<PathBuf>> {
-    let list = git.output(
-        &[
-            "diff-index",
-            "-z",
-            "--raw",
-            "--no-abbrev",
-            "--no-renames",
-            "--no-ext-diff",
-            "--ignore-submodules",
-            "HEAD",
-            "--",
-        ],
-        b"",
-    )?;
-    let skipped: HashMap<&Path, bool> = index.iter().map(|e| (e.path.as_path(), e.skip_worktree)).collect();
-    let mut changed = Vec::new();
-    let mut fields = list.split(|&b| b == 0).filter(|f| !f.is_empty());
-    while let (Some(what), Some(path)) = (fields.next(), fields.next()) {
-        let path = safe_path(path)?;
-        if skipped.get(path.as_path()).copied().unwrap_or(false) {
-            continue;
-        }
-        // `:<old mode> <new mode> <old hash> <new hash> M`; the new hash is zero when only the time stamp differs, too.
-        let what = String::from_utf8_lossy(what).into_owned();
-        let words: Vec<&str> = what.split(' ').collect();
-        if let [old_mode, new_mode, old, _, "M"] = words.as_slice()
-            && old_mode.trim_start_matches(':') == *new_mode
-            && same_content(git, root, &path, old)?
-        {
-            continue;
-        }
-        changed.push(path);
-    }
-    Ok(changed)
+/// The files of a commit, and the sizes of their contents in bytes.
+fn tree(git: &Git, commit: &str) -> Result<Vec<(IndexEntry, u64)>> {
+    let listed = git.output(&["ls-tree", "-r", "-l", "-z", "--full-tree", commit], b"")?;
+    let broken = || Error::failed("git ls-tree said something that was not understood");
+    listed
+        .split(|&b| b == 0)
+        .filter(|line| !line.is_empty())
+        .map(|line| {
+            let tab = line.iter().position(|&b| b == b'\t').ok_or_else(broken)?;
+            let words = std::str::from_utf8(&line[..tab]).map_err(|_| broken())?;
+            let words: Vec<&str> = words.split_whitespace().collect();
+            let [mode, _, hash, size] = words.as_slice() else {
+                return Err(broken());
+            };
+            let entry = IndexEntry {
+                mode: (*mode).to_owned(),
+                hash: (*hash).to_owned(),
+                stage: "0".to_owned(),
+                skip_worktree: false,
+                path: safe_path(&line[tab + 1..])?,
+            };
+            Ok((entry, size.parse().unwrap_or(0)))
+        })
+        .collect()
 }
 
-/// Whether a file on disk has the content of this blob. Compared as bytes: no filter is run.
-fn same_content(git: &Git, root: &mut Root, path: &Path, hash: &str) -> Result<bool> {
-    let Ok(stat) = root.stat(path) else { return Ok(false) };
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Ok(false);
+/// What a branch follows at `origin`, and where that is as far as this host knows.
+fn upstream(mirror: &Mirror, branch: &str) -> Result<Option<Upstream>> {
+    if mirror.settings.last(&key("branch", branch.as_bytes(), "remote")) != Some(b"origin") {
+        return Ok(None);
     }
-    let size = git.line(&["cat-file", "-s", hash])?;
-    if size != Some(stat.st_size.to_string()) {
-        return Ok(false);
+    let merge = mirror.settings.last(&key("branch", branch.as_bytes(), "merge"));
+    let Some(merge) = merge.and_then(|m| std::str::from_utf8(m).ok()) else {
+        return Ok(None);
+    };
+    let Some(name) = merge.strip_prefix("refs/heads/") else {
+        return Ok(None);
+    };
+    let tracking = format!("refs/remotes/origin/{name}");
+    if !mirror.git.call(&["check-ref-format", &tracking], b"")?.success {
+        return Ok(None);
     }
-    let mut content = Vec::new();
-    let read = root
-        .read(path)
-        .map(|mut file| std::io::Read::read_to_end(&mut file, &mut content));
-    Ok(matches!(read, Ok(Ok(_))) && git.output(&["cat-file", "blob", hash], b"")? == content)
-}
-
-/// The configuration of a repository, the user's own included.
-struct Settings {
-    values: HashMap<String, Vec<String>>,
-}
-
-impl Settings {
-    /// `key\nvalue`, ended by zeros.
-    fn parse(bytes: &[u8]) -> Self {
-        let mut values: HashMap<String, Vec<String>> = HashMap::new();
-        for item in bytes.split(|&b| b == 0).filter(|i| !i.is_empty()) {
-            let text = String::from_utf8_lossy(item);
-            let (key, value) = text.split_once('\n').unwrap_or((&text, "true"));
-            values.entry(key.to_owned()).or_default().push(value.to_owned());
-        }
-        Self { values }
-    }
-
-    fn first(&self, key: &str) -> Option<&str> {
-        self.values.get(key)?.first().map(String::as_str)
-    }
-
-    fn last(&self, key: &str) -> Option<&str> {
-        self.values.get(key)?.last().map(String::as_str)
-    }
-
-    fn of(&self, keys: &[&'static str]) -> Vec<(&'static str, String)> {
-        keys.iter()
-            .filter_map(|key| Some((*key, self.last(key)?.to_owned())))
-            .collect()
-    }
-
-    /// Names of all filters that are configured.
-    fn filters(&self) -> Vec<String> {
-        let mut names: Vec<String> = self
-            .values
-            .keys()
-            .filter_map(|key| Some(key.strip_prefix("filter.")?.rsplit_once('.')?.0.to_owned()))
-            .collect();
-        names.sort();
-        names.dedup();
-        names
-    }
-
-    /// What a branch follows at `origin`, and where that is as far as this host knows.
-    fn upstream(&self, git: &Git, branch: &str) -> Result<Option<Upstream>> {
-        if self.last(&format!("branch.{branch}.remote")) != Some("origin") {
-            return Ok(None);
-        }
-        let Some(merge) = self.last(&format!("branch.{branch}.merge")) else {
-            return Ok(None);
-        };
-        let Some(name) = merge.strip_prefix("refs/heads/") else {
-            return Ok(None);
-        };
-        let tracking = format!("refs/remotes/origin/{name}");
-        let commit = git.line(&[
-            "rev-parse",
-            "--verify",
-            "--quiet",
-            "--end-of-options",
-            &format!("{tracking}^{{commit}}"),
-        ])?;
-        Ok(Some(Upstream {
-            merge: merge.to_owned(),
-            tracking,
-            commit,
-        }))
-    }
+    let wanted = format!("{tracking}^{{commit}}");
+    let commit = mirror
+        .git
+        .line(&["rev-parse", "--verify", "--quiet", "--end-of-options", &wanted])?;
+    Ok(Some(Upstream {
+        merge: merge.to_owned(),
+        tracking,
+        commit,
+    }))
 }
 
 #[cfg(test)]
@@ -461,15 +349,5 @@ mod tests {
         }
         assert!(safe_path(b"a/.gitignore").is_ok());
         assert!(safe_path(b"\xff\xfe").is_ok());
-    }
-
-    #[test]
-    fn settings_are_read() {
-        let settings =
-            Settings::parse(b"user.name\nA\nB\0filter.a.b.clean\nx\0filter.a.b.smudge\ny\0core.bare\0user.name\nC\0");
-        assert_eq!(settings.last("user.name"), Some("C"));
-        assert_eq!(settings.first("user.name"), Some("A\nB"));
-        assert_eq!(settings.filters(), ["a.b"]);
-        assert_eq!(settings.last("core.bare"), Some("true"));
     }
 }

@@ -5,9 +5,9 @@
 //!                                      └──── files as they are now ─────┴─▶ one tar stream ─▶ machine
 //! ```
 //!
-//! A repository is hostile input: none of its configuration runs anything (`git`), no link in it is followed
-//! ([`crate::files::beneath`]), and nothing but tracked files, those asked for, and a history without foreign configuration
-//! leaves this host.
+//! A repository is hostile input: it is no other repository ([`place`]), none of its configuration is in force ([`mirror`]), no link
+//! in it is followed ([`crate::files::beneath`]), and nothing but tracked files, those asked for, and a history without foreign
+//! configuration leaves this host.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
@@ -28,11 +28,16 @@ use crate::files::upload::put;
 use crate::workspace::git::{Git, spawn, wait};
 use crate::workspace::history::History;
 
+mod changes;
 mod git;
 mod history;
 mod inspect;
+mod mirror;
+mod place;
+mod settings;
 mod url;
 
+pub(crate) use git::User;
 pub(crate) use inspect::inspect;
 
 /// Where a workspace lands when nothing else is said.
@@ -91,11 +96,12 @@ struct Upstream {
 #[derive(Debug, Clone)]
 pub(crate) struct Snapshot {
     git: Git,
+    user: User,
     root: PathBuf,
     object_format: String,
     origin: Option<String>,
-    identity: Vec<(&'static str, String)>,
-    conversions: Vec<(&'static str, String)>,
+    /// For the machine: who commits, and how line ends are converted.
+    settings: Vec<(&'static str, Vec<u8>)>,
     /// Branch in the machine; none for a detached HEAD.
     branch: Option<String>,
     upstream: Option<Upstream>,

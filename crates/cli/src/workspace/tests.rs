@@ -38,6 +38,27 @@ impl Place {
         std::fs::write(path, text).unwrap();
     }
 
+    fn write_bytes(&self, below: &str, bytes: &[u8]) {
+        std::fs::write(self.path(below), bytes).unwrap();
+    }
+
+    /// All that is below a directory, with its content.
+    fn all(&self, below: &str) -> Vec<(PathBuf, Vec<u8>)> {
+        let (mut found, mut open) = (Vec::new(), vec![self.path(below)]);
+        while let Some(dir) = open.pop() {
+            for entry in std::fs::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    open.push(path);
+                } else {
+                    found.push((path.clone(), std::fs::read(path).unwrap()));
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
     /// Runs git beside the repository; in it with `-C r`.
     fn git(&self, arguments: &[&str]) -> String {
         git_in(self.dir.path(), arguments)
@@ -54,7 +75,20 @@ impl Place {
     }
 
     fn look(&self, options: Options) -> Result<Snapshot> {
-        inspect(&self.path("r"), options)
+        self.look_at("r", options)
+    }
+
+    fn look_at(&self, below: &str, options: Options) -> Result<Snapshot> {
+        inspect(&self.path(below), options, &self.user())
+    }
+
+    /// A user whose home directory is `home`.
+    fn user(&self) -> User {
+        User::with([
+            ("HOME", self.path("home").into()),
+            ("PATH", std::env::var_os("PATH").unwrap()),
+            ("GIT_CONFIG_NOSYSTEM", "1".into()),
+        ])
     }
 
     /// Packs the repository and unpacks it beside.
@@ -115,6 +149,9 @@ fn files(snapshot: &Snapshot) -> Vec<String> {
 fn status(dir: &Path) -> String {
     git_in(dir, &["status", "--porcelain", "--untracked-files=no"])
 }
+
+mod forms;
+mod hostile;
 
 #[test]
 fn the_copy_has_the_same_uncommitted_changes() {
@@ -185,7 +222,7 @@ fn the_history_is_short_and_whole() {
         &format!("file://{}", place.path("r").display()),
         "s",
     ]);
-    let snapshot = inspect(&place.path("s"), Options::default()).unwrap();
+    let snapshot = place.look_at("s", Options::default()).unwrap();
     let target = place.path("from-shallow");
     tar::Archive::new(packed(&snapshot).as_slice()).unpack(&target).unwrap();
     assert!(git_in(&target, &["log", "--format=%H"]).lines().count() >= 3);
@@ -330,7 +367,7 @@ fn detached_heads_and_linked_work_trees_work() {
     assert_eq!(git_in(&copy, &["rev-parse", "--abbrev-ref", "HEAD"]), "HEAD");
     place.in_repo(&["worktree", "add", "-q", "-b", "linked", "../w", "main"]);
     place.write("w/a.txt", "in the linked one\n");
-    let snapshot = inspect(&place.path("w/sub"), Options::default()).unwrap();
+    let snapshot = place.look_at("w/sub", Options::default()).unwrap();
     assert_eq!(snapshot.root, place.path("w").canonicalize().unwrap());
     assert_eq!(snapshot.branch.as_deref(), Some("linked"));
     let target = place.path("from-linked");
@@ -373,172 +410,17 @@ fn what_is_no_work_tree_is_refused_with_a_hint() {
         ("r/a.txt", "not a directory"),
         ("outer", "submodules, which are not copied: lib/m"),
     ] {
-        let error = inspect(&place.path(path), Options::default()).unwrap_err();
+        let error = place.look_at(path, Options::default()).unwrap_err();
         assert!(error.message.contains(part), "{path}: {error}");
         assert!(error.hint.is_some(), "{path}");
     }
     assert!(
-        inspect(&place.path("absent"), Options::default())
+        place
+            .look_at("absent", Options::default())
             .unwrap_err()
             .message
             .contains("no such file")
     );
-}
-
-#[test]
-fn links_in_the_way_of_tracked_files_are_not_followed() {
-    let place = Place::new();
-    place.write("outside/b c.txt", "secret of the host");
-    std::fs::remove_dir_all(place.path("r/sub")).unwrap();
-    symlink(place.path("outside"), place.path("r/sub")).unwrap();
-    std::fs::remove_file(place.path("r/a.txt")).unwrap();
-    symlink("/etc/passwd", place.path("r/a.txt")).unwrap();
-    let snapshot = place.look(Options::default()).unwrap();
-    assert!(
-        !files(&snapshot).contains(&"sub/b c.txt".to_owned()),
-        "as git has it: deleted"
-    );
-    let bytes = packed(&snapshot);
-    let mut archive = tar::Archive::new(bytes.as_slice());
-    for entry in archive.entries().unwrap() {
-        let mut entry = entry.unwrap();
-        if entry.path().unwrap() == Path::new("a.txt") {
-            assert_eq!(
-                entry.link_name().unwrap().unwrap(),
-                Path::new("/etc/passwd"),
-                "a link stays a link"
-            );
-        }
-        let mut content = Vec::new();
-        entry.read_to_end(&mut content).unwrap();
-        assert!(!content.windows(6).any(|w| w == b"secret"));
-    }
-}
-
-#[test]
-fn a_work_tree_elsewhere_is_refused() {
-    let place = Place::new();
-    place.write(".ssh/id_rsa", "secret of the host");
-    for elsewhere in ["..", "../.."] {
-        // Seen from .git: the directory of the repository, or one above it.
-        place.in_repo(&["config", "core.worktree", elsewhere]);
-        let result = place.look(Options::default());
-        if elsewhere == ".." {
-            assert!(result.is_ok(), "its own work tree may be named");
-        } else {
-            assert!(result.unwrap_err().message.contains("claims"));
-        }
-    }
-}
-
-/// Every setting known to run a program, each leaving a mark. None may be left by looking or packing.
-#[test]
-fn no_setting_of_a_repository_runs_anything() {
-    let place = Place::new();
-    place.write("r/more.txt", "more\n");
-    place.write("r/.gitattributes", "* filter=evil diff=evil merge=evil\n");
-    place.commit("second");
-    let mark = place.path("mark");
-    let evil = place.path("evil.sh");
-    place.write(
-        "evil.sh",
-        &format!("#!/bin/sh\necho \"$0 $*\" >> '{}'\nexit 1\n", mark.display()),
-    );
-    std::fs::set_permissions(&evil, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let evil = evil.display().to_string();
-    std::fs::create_dir_all(place.path("r/.git/hooks")).unwrap();
-    for hook in [
-        "post-index-change",
-        "post-checkout",
-        "pre-auto-gc",
-        "reference-transaction",
-        "fsmonitor-watchman",
-    ] {
-        std::fs::copy(&evil, place.path("r/.git/hooks").join(hook)).unwrap();
-    }
-    let base = place.in_repo(&["rev-parse", "HEAD~1"]);
-    let config = place.path("r/.git/config");
-    let mut text = std::fs::read_to_string(&config).unwrap();
-    text.push_str(&format!(
-        "[core]\n\tfsmonitor = {evil}\n\tsshCommand = {evil}\n\tgitProxy = {evil}\n\tpager = {evil}\n\teditor = {evil}\n\
-         \taskPass = {evil}\n\talternateRefsCommand = {evil}\n\thooksPath = {hooks}\n\tuntrackedCache = true\n\
-         [filter \"evil\"]\n\tclean = {evil} clean\n\tsmudge = {evil} smudge\n\tprocess = {evil} process\n\trequired = true\n\
-         [diff]\n\texternal = {evil}\n[diff \"evil\"]\n\tcommand = {evil}\n\ttextconv = {evil}\n\
-         [uploadpack]\n\tpackObjectsHook = {evil}\n[credential]\n\thelper = !{evil}\n[gpg]\n\tprogram = {evil}\n\
-         [pager]\n\tls-files = {evil}\n\tconfig = {evil}\n\tlog = {evil}\n\
-         [alias]\n\tls-files = !{evil}\n\trev-parse = !{evil}\n\tconfig = !{evil}\n\
-         [protocol]\n\tallow = always\n[protocol \"ext\"]\n\tallow = always\n[protocol \"file\"]\n\tallow = always\n\
-         [remote \"evil\"]\n\turl = ext::{evil}\n\tuploadpack = {evil}\n\tpromisor = true\n\
-         [remote \"worse\"]\n\turl = file:///\n\tuploadpack = {evil}\n\tpromisor = true\n\
-         [extensions]\n\tpartialClone = worse\n",
-        hooks = place.path("r/.git/hooks").display(),
-    ));
-    text = text.replace("repositoryformatversion = 0", "repositoryformatversion = 1");
-    std::fs::write(&config, text).unwrap();
-    // Contents that git would want to compare, as young as the index.
-    place.write("r/a.txt", "onE\n");
-    place.write("r/more.txt", "morE\n");
-    place.write("r/untracked.txt", "x");
-    // An object that a partial clone would fetch.
-    let blob = git_dir_object(&place, "HEAD:sub/b c.txt");
-    std::fs::remove_file(&blob).unwrap();
-    for options in [
-        Options::default(),
-        Options {
-            include_untracked: true,
-            ..Options::default()
-        },
-        Options {
-            branch: Some("b".into()),
-            from: Some(base),
-            ..Options::default()
-        },
-    ] {
-        let from = options.from.is_some();
-        let snapshot = place.look(options).unwrap();
-        assert!(
-            !mark.exists(),
-            "looking ran: {}",
-            std::fs::read_to_string(&mark).unwrap_or_default()
-        );
-        if from {
-            // Its files come from the repository, where one is missing: an error, but no program.
-            let history = history::build(&snapshot).unwrap();
-            let mut packer = Packer::new(Vec::new());
-            let error = write(&mut packer, &snapshot, &history, &[]).unwrap_err();
-            assert!(error.message.contains("not in the repository"), "{error}");
-        } else {
-            assert!(!packed(&snapshot).is_empty());
-        }
-        assert!(
-            !mark.exists(),
-            "packing ran: {}",
-            std::fs::read_to_string(&mark).unwrap_or_default()
-        );
-    }
-    // The marks do work: git itself, left to the repository, does run them.
-    let _ = Command::new("git")
-        .arg("-C")
-        .arg(place.path("r"))
-        .arg("status")
-        .output();
-    assert!(mark.exists(), "the test can tell");
-}
-
-fn git_dir_object(place: &Place, name: &str) -> PathBuf {
-    // Asked of a copy of the repository's configuration that is still harmless.
-    let mut command = Command::new("git");
-    let output = command
-        .arg("--git-dir")
-        .arg(place.path("r/.git"))
-        .args(["-c", "alias.rev-parse=", "rev-parse", name])
-        .env("GIT_NO_LAZY_FETCH", "1")
-        .env("GIT_ALLOW_PROTOCOL", "none")
-        .output()
-        .unwrap();
-    let hash = String::from_utf8(output.stdout).unwrap();
-    let hash = hash.trim();
-    place.path("r/.git/objects").join(&hash[..2]).join(&hash[2..])
 }
 
 #[test]

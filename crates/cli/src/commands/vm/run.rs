@@ -31,6 +31,9 @@ use crate::workspace::{self, Packing, Snapshot};
 /// How long `--rm` may take for its cleanup.
 const CLEANUP_DEADLINE: Duration = Duration::from_secs(10);
 
+/// How long a look at a workspace may take to end after a signal.
+const LOOKING_ENDS: Duration = Duration::from_secs(2);
+
 /// Make a machine, copy a repository into it and run a command or a shell there
 ///
 /// An argument that starts with `.`, `/` or `~` is a workspace: a git work tree whose tracked files, as they are now, land
@@ -103,43 +106,39 @@ struct Plan {
 impl RunArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         let plan = self.plan(interactive())?;
-        let snapshot = match &plan.workspace {
-            Some(path) => Some(self.snapshot(context, path)?),
-            None => None,
-        };
-        if self.dry_run {
-            return match &snapshot {
-                Some(snapshot) => workspace::show(context, snapshot, self.output.json()),
-                None => {
-                    Err(Error::usage("--dry-run needs a workspace").hint("name one, like `banger run . --dry-run`"))
-                }
-            };
-        }
-        if let Some(snapshot) = &snapshot {
-            workspace::notices(context, snapshot);
-        }
         let hint = plan.image.as_ref().and_then(|image| directory_hint(image));
         let command = match &plan.then {
             Then::Command(words) => words.clone(),
             _ => Vec::new(),
         };
         let mut open = open(&self.program, command, true)?;
-        // With a workspace the directory says where that goes, and the program runs there.
-        open.workdir = if snapshot.is_some() {
-            None
-        } else {
-            self.program.workdir.clone()
-        };
+        if plan.workspace.is_some() {
+            // The directory says where the workspace goes, and the program runs there.
+            open.workdir = None;
+        }
         let keys = self.program.terminal.keys()?;
         let mut request = self.spec.clone().request(plan.image, &self.wait)?;
         request.auto_remove = self.rm;
         let mut watch = Stopwatch::since(context.began);
-        if snapshot.is_some() {
-            watch.lap("inspect");
-        }
         context.block_on(async {
-            let client = Client::new(&context.places)?;
             let mut signals = Signals::ending()?;
+            let snapshot = match &plan.workspace {
+                Some(path) => Some(self.snapshot(context, path, &mut signals).await?),
+                None => None,
+            };
+            if self.dry_run {
+                return match &snapshot {
+                    Some(snapshot) => workspace::show(context, snapshot, self.output.json()),
+                    None => {
+                        Err(Error::usage("--dry-run needs a workspace").hint("name one, like `banger run . --dry-run`"))
+                    }
+                };
+            }
+            if let Some(snapshot) = &snapshot {
+                workspace::notices(context, snapshot);
+                watch.lap("inspect");
+            }
+            let client = Client::new(&context.places)?;
             let packing = snapshot.as_ref().map(Packing::begin);
             let mut machine = match start(context, &client, &request, &mut signals, &mut watch).await {
                 Ok(machine) => machine,
@@ -276,7 +275,8 @@ impl RunArgs {
         Ok(Plan { workspace, image, then })
     }
 
-    fn snapshot(&self, context: &Context, path: &str) -> Result<Snapshot> {
+    /// Looks at the workspace. A signal ends that.
+    async fn snapshot(&self, context: &Context, path: &str, signals: &mut Signals) -> Result<Snapshot> {
         let path = context.places.expand(path)?;
         let options = workspace::Options {
             include_untracked: self.include_untracked,
@@ -284,7 +284,18 @@ impl RunArgs {
             from: self.from.clone(),
             guest_path: workspace::guest_path(self.program.workdir.as_deref())?,
         };
-        workspace::inspect(&path, options)
+        let (found, mut looking) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            let _ = found.send(workspace::inspect(&path, options, &workspace::User::of_process()));
+        });
+        tokio::select! {
+            found = &mut looking => found.map_err(|_| Error::failed("looking at the workspace broke off"))?,
+            number = signals.next() => {
+                // Git is of the same terminal and ends as well; then its temporary directory is removed.
+                let _ = tokio::time::timeout(LOOKING_ENDS, looking).await;
+                Err(Error::signal(number))
+            }
+        }
     }
 }
 
