@@ -452,7 +452,7 @@ fn ssh_config_comes_and_goes() {
     home.run(&["ssh-config", "--install"]);
     let text = std::fs::read_to_string(home.path(".ssh/config")).unwrap();
     assert_eq!(text.matches("Include").count(), 1);
-    assert!(text.ends_with(foreign));
+    assert!(text.contains(foreign));
     assert!(home.path(".config/banger/ssh_config").exists());
     if let Ok(output) = home
         .command(Path::new("ssh"))
@@ -472,6 +472,148 @@ fn ssh_config_comes_and_goes() {
     home.run(&["ssh-config", "--uninstall"]);
     assert_eq!(std::fs::read_to_string(home.path(".ssh/config")).unwrap(), foreign);
     assert!(!home.path(".config/banger/ssh_config").exists());
+}
+
+/// What a user may have for the hosts that are trusted, all of it for every host.
+const TRUSTING: &str = "Host *\n  ForwardAgent yes\n  ForwardX11 yes\n  ForwardX11Trusted yes\n  RemoteForward 9000 localhost:22\n\
+    LocalForward 9001 localhost:22\n  DynamicForward 9002\n  SendEnv SECRET_* LANG\n  SetEnv TOKEN=x\n  Tunnel yes\n\
+    PermitLocalCommand yes\n  LocalCommand touch ran\n  RemoteCommand tmux\n  ControlMaster auto\n  ControlPath ~/.ssh/c-%C\n\
+    ControlPersist yes\n  AddKeysToAgent yes\n  PKCS11Provider /lib/x.so\n  GSSAPIAuthentication yes\n  VerifyHostKeyDNS yes\n\
+    PreferredAuthentications gssapi-with-mic,publickey,password\n";
+
+/// What `ssh -G` shows of a host, without the lines that say that something is off.
+fn in_force(home: &Home, arguments: &[&str]) -> Vec<String> {
+    let shown = home
+        .command(Path::new("ssh"))
+        .arg("-F")
+        .arg(home.path(".ssh/config"))
+        .arg("-G")
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert!(shown.status.success(), "{}", String::from_utf8_lossy(&shown.stderr));
+    let keys = [
+        "forwardagent",
+        "forwardx11",
+        "forwardx11trusted",
+        "remoteforward",
+        "localforward",
+        "dynamicforward",
+        "sendenv",
+        "setenv",
+        "tunnel",
+        "permitlocalcommand",
+        "remotecommand",
+        "controlmaster",
+        "controlpath",
+        "addkeystoagent",
+        "pkcs11provider",
+        "verifyhostkeydns",
+        "preferredauthentications",
+    ];
+    String::from_utf8(shown.stdout)
+        .unwrap()
+        .lines()
+        .filter(|line| {
+            let (key, value) = line.split_once(' ').unwrap_or((line, ""));
+            keys.contains(&key) && !matches!(value, "no" | "false" | "none")
+        })
+        .map(str::to_owned)
+        .collect()
+}
+
+const PINNED: [&str; 2] = ["preferredauthentications publickey", "setenv LANG=C.UTF-8"];
+
+#[test]
+fn nothing_of_the_users_ssh_reaches_a_machine_unless_it_is_named() {
+    let home = Home::new();
+    if home.command(Path::new("ssh")).arg("-V").output().is_err() {
+        return;
+    }
+    std::fs::create_dir(home.path(".ssh")).unwrap();
+    let config = home.path(".ssh/config");
+    std::fs::write(&config, TRUSTING).unwrap();
+    assert!(in_force(&home, &["build.vm"]).len() > 15, "the test can tell");
+    let ran = home.run(&["ssh-config", "--install"]);
+    assert!(!ran.stderr.contains("warning"), "{ran:?}");
+    let sorted = |mut lines: Vec<String>| {
+        lines.sort();
+        lines
+    };
+    assert_eq!(sorted(in_force(&home, &["build.vm"])), PINNED);
+    assert!(in_force(&home, &["work"]).len() > 15, "other hosts keep what they had");
+    // On the command line, and for a machine that is named.
+    let asked = [
+        "-o",
+        "ClearAllForwardings=no",
+        "-A",
+        "-L",
+        "8080:localhost:80",
+        "build.vm",
+    ];
+    let asked = in_force(&home, &asked);
+    assert!(asked.contains(&"forwardagent yes".to_owned()), "{asked:?}");
+    assert!(
+        asked.contains(&"localforward 8080 [localhost]:80".to_owned()),
+        "{asked:?}"
+    );
+    let text = std::fs::read_to_string(&config).unwrap();
+    let named = format!("Host build.vm\n  ForwardAgent yes\n{text}Host build.vm\n  SendEnv WANTED\n");
+    std::fs::write(&config, &named).unwrap();
+    let ran = home.run(&["ssh-config", "--install"]);
+    assert!(
+        !ran.stderr.contains("warning"),
+        "what is said for one machine is meant: {ran:?}"
+    );
+    let mut allowed = PINNED.map(str::to_owned).to_vec();
+    allowed.extend(["forwardagent yes".to_owned(), "sendenv WANTED".to_owned()]);
+    assert_eq!(sorted(in_force(&home, &["build.vm"])), sorted(allowed));
+    assert_eq!(sorted(in_force(&home, &["other.vm"])), PINNED);
+    // What stands before and behind the blocks wins for all machines, and that is said.
+    std::fs::write(&config, format!("ControlMaster auto\n{text}SendEnv MORE\n")).unwrap();
+    let ran = home.run(&["ssh-config", "--install"]);
+    assert!(
+        ran.status == Some(0) && ran.stderr.contains("warning") && ran.stderr.contains("ControlMaster, SendEnv MORE"),
+        "{ran:?}"
+    );
+    assert_eq!(home.run(&["ssh-config", "--uninstall"]).status, Some(0));
+    let left = std::fs::read_to_string(&config).unwrap();
+    assert_eq!(left, format!("ControlMaster auto\n{TRUSTING}SendEnv MORE\n"));
+}
+
+#[test]
+fn vm_ssh_takes_nothing_from_the_users_ssh() {
+    let home = Home::new();
+    if home.command(Path::new("ssh")).arg("-V").output().is_err() {
+        return;
+    }
+    std::fs::create_dir(home.path(".ssh")).unwrap();
+    std::fs::write(home.path(".ssh/config"), TRUSTING).unwrap();
+    home.serve(&[("GET /v1/machines/build", 200, MACHINE)]);
+    let ran = home.run(&["vm", "ssh", "build", "--", "-G"]);
+    for part in [
+        "forwardagent no",
+        "forwardx11 no",
+        "setenv LANG=C.UTF-8",
+        "preferredauthentications publickey",
+        "tunnel false",
+    ] {
+        assert!(ran.stdout.lines().any(|line| line == part), "{part}: {ran:?}");
+    }
+    for part in [
+        "sendenv",
+        "remoteforward",
+        "dynamicforward",
+        "remotecommand",
+        "controlpath",
+    ] {
+        assert!(!ran.stdout.contains(part), "{part}: {ran:?}");
+    }
+    let ran = home.run(&["vm", "ssh", "build", "--", "-A", "-L", "8080:localhost:80", "-G"]);
+    assert!(
+        ran.stdout.contains("forwardagent yes") && ran.stdout.contains("localforward 8080"),
+        "{ran:?}"
+    );
 }
 
 #[test]

@@ -7,13 +7,42 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Kind, Result};
 use crate::ssh::{Files, config_word, shell_word};
 
-const BEGIN: &str = "# >>> banger >>> managed by `banger ssh-config`, removed by `banger ssh-config --uninstall`";
-const BEGIN_MARK: &str = "# >>> banger >>>";
-const END: &str = "# <<< banger <<<";
+/// A marked block in the user's file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Block {
+    /// How its first line begins.
+    mark: &'static str,
+    /// The rest of its first line.
+    remark: &'static str,
+    /// Its last line.
+    end: &'static str,
+}
+
+/// Includes our file.
+const FIRST: Block = Block {
+    mark: "# >>> banger >>>",
+    remark: " managed by `banger ssh-config --install`, removed by `banger ssh-config --uninstall`",
+    end: "# <<< banger <<<",
+};
+
+/// Clears what only adds up: OpenSSH drops names of variables behind the lines that have added them.
+const LAST: Block = Block {
+    mark: "# >>> banger: last >>>",
+    remark: " variables named above do not go to machines; name others below this block",
+    end: "# <<< banger: last <<<",
+};
+
+/// At the end of the first line when the line feed before it is ours.
+const JOINED: &str = " (added a line feed)";
+
+const CLEARS: &str = "Host *.vm\n    SendEnv -*\nMatch all\n";
 
 /// A block that begins and does not end: somebody edited it.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Unfinished;
+pub(crate) struct Unfinished {
+    /// How its first line begins.
+    pub(crate) mark: &'static str,
+}
 
 /// The line that includes our file.
 pub(crate) fn include_line(ours: &Path) -> Result<String> {
@@ -21,42 +50,96 @@ pub(crate) fn include_line(ours: &Path) -> Result<String> {
     Ok(format!("Include {}", config_word(ours)?.replace("%%", "%")))
 }
 
-/// The text with our block: where one is already, else in front, since ssh takes the first value it finds, and an Include
-/// behind a Host line would only hold for that host.
-pub(crate) fn install(text: &str, include: &str) -> Result<String, Unfinished> {
-    let block = format!("{BEGIN}\n{include}\n{END}\n");
-    Ok(match find(text)? {
-        Some((start, end)) => format!("{}{block}{}", &text[..start], &text[end..]),
-        None => block + text,
-    })
-}
-
-/// The text without our block.
-pub(crate) fn uninstall(text: &str) -> Result<String, Unfinished> {
-    Ok(match find(text)? {
-        Some((start, end)) => format!("{}{}", &text[..start], &text[end..]),
-        None => text.to_owned(),
-    })
-}
-
-/// Begin and end of the block, the line feed of its last line included.
-fn find(text: &str) -> Result<Option<(usize, usize)>, Unfinished> {
-    let mut at = 0;
-    let mut start = None;
-    for line in text.split_inclusive('\n') {
-        let bare = line.trim();
-        match start {
-            None if bare.starts_with(BEGIN_MARK) => start = Some(at),
-            Some(start) if bare == END => return Ok(Some((start, at + line.len()))),
-            _ => {}
-        }
-        at += line.len();
+impl Block {
+    fn text(self, content: &str, joined: bool) -> String {
+        let Self { mark, remark, end } = self;
+        let joined = if joined { JOINED } else { "" };
+        format!("{mark}{remark}{joined}\n{content}{end}\n")
     }
-    if start.is_some() { Err(Unfinished) } else { Ok(None) }
+
+    /// Where it is in a text, the line feed of its last line included, and whether the line feed before it is ours.
+    fn find(self, text: &str) -> Result<Option<(usize, usize, bool)>, Unfinished> {
+        let mut at = 0;
+        let mut start = None;
+        for line in text.split_inclusive('\n') {
+            let bare = line.trim();
+            match start {
+                None if bare.starts_with(self.mark) => start = Some((at, bare.ends_with(JOINED))),
+                Some((start, joined)) if bare == self.end => return Ok(Some((start, at + line.len(), joined))),
+                _ => {}
+            }
+            at += line.len();
+        }
+        match start {
+            Some(_) => Err(Unfinished { mark: self.mark }),
+            None => Ok(None),
+        }
+    }
+
+    /// The text without it.
+    fn removed(self, text: &str) -> Result<String, Unfinished> {
+        let Some((start, end, joined)) = self.find(text)? else {
+            return Ok(text.to_owned());
+        };
+        let (before, after) = (&text[..start], &text[end..]);
+        let before = if joined && after.is_empty() {
+            before.strip_suffix('\n').unwrap_or(before)
+        } else {
+            before
+        };
+        Ok(format!("{before}{after}"))
+    }
 }
+
+/// The text with our blocks, each where one is already. Else one in front, since ssh takes the first value that it finds; and
+/// one at the end, for what adds up.
+pub(crate) fn install(text: &str, include: &str) -> Result<String, Unfinished> {
+    // Lines above may be for one host only, and an Include is of what it stands in.
+    let content = format!("Match all\n{include}\n");
+    let text = match FIRST.find(text)? {
+        Some((start, end, _)) => format!("{}{}{}", &text[..start], FIRST.text(&content, false), &text[end..]),
+        None => FIRST.text(&content, false) + text,
+    };
+    Ok(match LAST.find(&text)? {
+        Some((start, end, joined)) => format!("{}{}{}", &text[..start], LAST.text(CLEARS, joined), &text[end..]),
+        None => {
+            let joined = !text.ends_with('\n');
+            let feed = if joined { "\n" } else { "" };
+            format!("{text}{feed}{}", LAST.text(CLEARS, joined))
+        }
+    })
+}
+
+/// The text without our blocks.
+pub(crate) fn uninstall(text: &str) -> Result<String, Unfinished> {
+    FIRST.removed(&LAST.removed(text)?)
+}
+
+/// What is pinned for machines, whatever `Host *` says. A machine is hostile: it gets no agent, no display, no port of this host
+/// or of its network, no variable, and no other way to authenticate to pretend to.
+pub(crate) const PINNED: &[(&str, &str)] = &[
+    ("ForwardAgent", "no"),
+    ("ForwardX11", "no"),
+    ("ForwardX11Trusted", "no"),
+    ("ClearAllForwardings", "yes"),
+    ("Tunnel", "no"),
+    ("SetEnv", "LANG=C.UTF-8"),
+    ("PermitLocalCommand", "no"),
+    ("RemoteCommand", "none"),
+    ("ControlMaster", "no"),
+    ("ControlPath", "none"),
+    ("AddKeysToAgent", "no"),
+    ("PKCS11Provider", "none"),
+    ("PreferredAuthentications", "publickey"),
+    ("VerifyHostKeyDNS", "no"),
+];
 
 /// The content of our own file.
 pub(crate) fn own_file(program: &Path, files: &Files) -> Result<String> {
+    let pinned: String = PINNED
+        .iter()
+        .map(|(key, value)| format!("    {key} {value}\n"))
+        .collect();
     Ok(format!(
         "# Written by `banger ssh-config --install`; changes are lost.\n\
          Host *.vm\n\
@@ -68,11 +151,38 @@ pub(crate) fn own_file(program: &Path, files: &Files) -> Result<String> {
          \x20   GlobalKnownHostsFile /dev/null\n\
          \x20   StrictHostKeyChecking yes\n\
          \x20   UpdateHostKeys no\n\
-         \x20   CheckHostIP no\n",
+         \x20   CheckHostIP no\n\
+         {pinned}",
         shell_word(program)?,
         config_word(&files.identity)?,
         config_word(&files.known_hosts)?,
     ))
+}
+
+/// Those of the pinned options that a configuration has otherwise, as `ssh -G` shows it, and the variables that it sends: something
+/// before or behind our blocks wins.
+pub(crate) fn loosened(shown: &str) -> Vec<String> {
+    let values = |wanted: &str| {
+        let wanted = wanted.to_ascii_lowercase();
+        shown.lines().filter_map(move |line| {
+            let (key, value) = line.split_once(' ')?;
+            (key == wanted).then_some(value)
+        })
+    };
+    let off = |value: &str| matches!(value, "no" | "false" | "none");
+    let mut loose: Vec<String> = PINNED
+        .iter()
+        // What is none is not shown.
+        .filter(|(key, pinned)| values(key).any(|value| value != *pinned && !(off(pinned) && off(value))))
+        .map(|(key, _)| (*key).to_owned())
+        .collect();
+    let harmless = |name: &str| name == "LANG" || name.starts_with("LC_");
+    loose.extend(
+        values("SendEnv")
+            .filter(|name| !harmless(name))
+            .map(|name| format!("SendEnv {name}")),
+    );
+    loose
 }
 
 /// Changes a file of the user by a function over its text. Goes through a link to the file behind it, keeps the permissions,
@@ -91,12 +201,12 @@ pub(crate) fn edit(path: &Path, change: impl FnOnce(&str) -> Result<String, Unfi
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => (None, 0o600),
         Err(error) => return Err(Error::io("read", &target, error)),
     };
-    let after = change(before.as_deref().unwrap_or_default()).map_err(|Unfinished| {
+    let after = change(before.as_deref().unwrap_or_default()).map_err(|Unfinished { mark }| {
         Error::new(
             Kind::Failed,
             format!("{} has a banger block without its last line", path.display()),
         )
-        .hint(format!("remove the block that begins with `{BEGIN_MARK}` by hand"))
+        .hint(format!("remove the block that begins with `{mark}` by hand"))
     })?;
     if before.as_deref().unwrap_or_default() == after {
         return Ok(false);
@@ -158,7 +268,7 @@ mod tests {
             "[ -~]{0,20}",
             "\\PC{0,12}\r?",
         ]
-        .prop_filter("not our first line", |l| !l.trim().starts_with(BEGIN_MARK));
+        .prop_filter("not our first line", |l| !l.trim().starts_with("# >>>"));
         (prop::collection::vec(line, 0..8), any::<bool>()).prop_map(|(lines, end)| {
             let mut text = lines.join("\n");
             if end && !text.is_empty() {
@@ -183,12 +293,33 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_replaced_where_it_stands() {
-        let text = format!("Host a\n{BEGIN_MARK} old\nInclude old\n{END}\nHost b\n");
-        let new = install(&text, INCLUDE).unwrap();
-        assert_eq!(new, format!("Host a\n{BEGIN}\n{INCLUDE}\n{END}\nHost b\n"));
+    fn blocks_are_replaced_where_they_stand() {
+        let text = "Host a\n# >>> banger >>> old\nInclude old\n# <<< banger <<<\nHost b\n";
+        let new = install(text, INCLUDE).unwrap();
+        let first = FIRST.text(&format!("Match all\n{INCLUDE}\n"), false);
+        assert_eq!(new, format!("Host a\n{first}Host b\n{}", LAST.text(CLEARS, false)));
         assert_eq!(uninstall(&new).unwrap(), "Host a\nHost b\n");
-        assert_eq!(uninstall(&format!("{BEGIN}\nInclude x\n")), Err(Unfinished));
+        let behind = format!("{new}Host c\n");
+        assert_eq!(
+            install(&behind, INCLUDE).unwrap(),
+            behind,
+            "what is below the last block stays below"
+        );
+        for block in [FIRST, LAST] {
+            let begun = format!("{}\nInclude x\n", block.mark);
+            assert_eq!(uninstall(&begun), Err(Unfinished { mark: block.mark }));
+            assert_eq!(install(&begun, INCLUDE), Err(Unfinished { mark: block.mark }));
+        }
+        let open = install("Host a", INCLUDE).unwrap();
+        assert_eq!(uninstall(&open).unwrap(), "Host a");
+        assert_eq!(uninstall(&format!("{open}Host b\n")).unwrap(), "Host a\nHost b\n");
+    }
+
+    #[test]
+    fn what_wins_over_a_pin_is_told() {
+        let shown = "forwardagent no\nforwardx11 yes\ntunnel false\nclearallforwardings yes\nsetenv LANG=C.UTF-8\n\
+                     controlmaster auto\nsendenv LANG\nsendenv LC_*\nsendenv SECRET_*\npreferredauthentications publickey\n";
+        assert_eq!(loosened(shown), ["ForwardX11", "ControlMaster", "SendEnv SECRET_*"]);
     }
 
     #[test]
@@ -205,7 +336,7 @@ mod tests {
         );
         assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(std::fs::metadata(&real).unwrap().mode() & 0o7777, 0o640);
-        assert!(std::fs::read_to_string(&real).unwrap().ends_with("Host a\n"));
+        assert!(std::fs::read_to_string(&real).unwrap().contains("\nHost a\n"));
         edit(&link, uninstall).unwrap();
         assert_eq!(std::fs::read_to_string(&real).unwrap(), "Host a\n");
         assert_eq!(

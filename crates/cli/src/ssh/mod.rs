@@ -71,6 +71,11 @@ pub(crate) fn options(program: &Path, files: &Files, id: &str) -> Result<Vec<Str
         format!("IdentityFile={}", config_word(&files.identity)?),
         "IdentitiesOnly=yes".to_owned(),
         "User=root".to_owned(),
+        // What is asked for on the command line wins over these.
+        "ForwardAgent=no".to_owned(),
+        "ForwardX11=no".to_owned(),
+        "PreferredAuthentications=publickey".to_owned(),
+        "SetEnv=LANG=C.UTF-8".to_owned(),
     ])
 }
 
