@@ -118,6 +118,39 @@ mod tests {
         assert!(kept == now, "docs/cli.md is out of date; `make docs` writes it anew");
     }
 
+    /// Commands without JSON, since they print no data of banger's.
+    const WITHOUT_JSON: &[(&str, &str)] = &[
+        ("banger vm exec", "the output is the command's"),
+        ("banger vm shell", "the output is the shell's"),
+        ("banger vm attach", "the output is the command's"),
+        ("banger vm ssh", "the output is ssh's"),
+        ("banger vm logs", "the output is the guest's console"),
+        ("banger vm cp", "prints nothing, or the file"),
+        ("banger daemon logs", "the output is the daemon's log"),
+        ("banger completion", "a script for a shell"),
+        ("banger man", "pages for man"),
+    ];
+
+    #[test]
+    fn what_prints_data_takes_json() {
+        fn check(command: &clap::Command, path: &str, lacking: &mut Vec<String>) {
+            let subs: Vec<_> = command
+                .get_subcommands()
+                .filter(|s| !s.is_hide_set() && s.get_name() != "help")
+                .collect();
+            if subs.is_empty() && !command.get_arguments().any(|a| a.get_id() == "json") {
+                lacking.push(path.to_owned());
+            }
+            for sub in subs {
+                check(sub, &format!("{path} {}", sub.get_name()), lacking);
+            }
+        }
+        let mut lacking = Vec::new();
+        check(&cli::tree(), "banger", &mut lacking);
+        lacking.retain(|path| !WITHOUT_JSON.iter().any(|(known, _)| known == path));
+        assert!(lacking.is_empty(), "{lacking:?}");
+    }
+
     #[test]
     fn every_command_has_an_example() {
         fn check(command: &clap::Command, path: &str) {

@@ -39,6 +39,7 @@ fn usage_errors_have_their_status() {
         (&["vm", "set", "x"], 2),
         (&["vm", "cp", "a", "b"], 2),
         (&["vm", "fork", "x", "-n", "0"], 2),
+        (&["vm", "kill", "-s", "FOO", "x"], 2),
         (&["vm", "fork", "x", "--name", "../y"], 2),
         (&["vm", "snapshot", "create", "x", "../../y"], 2),
         (&["vm", "create", "--no-start", "--cold"], 2),
@@ -613,6 +614,106 @@ fn vm_ssh_takes_nothing_from_the_users_ssh() {
     assert!(
         ran.stdout.contains("forwardagent yes") && ran.stdout.contains("localforward 8080"),
         "{ran:?}"
+    );
+}
+
+#[test]
+fn what_loses_something_takes_whole_names() {
+    let home = Home::new();
+    let machines = format!(r#"{{"machines":[{MACHINE}]}}"#);
+    let heard = home.serve(&[("GET /v1/machines", 200, &machines)]);
+    for arguments in [
+        &["vm", "rm", "bui"][..],
+        &["vm", "delete", "012", "--force"],
+        &["vm", "kill", "buil"],
+        &["vm", "stop", "b"],
+        &["vm", "restart", "b"],
+        &["vm", "start", "b", "--cold"],
+    ] {
+        let ran = home.run(arguments);
+        assert_eq!(ran.status, Some(3), "{arguments:?} {ran:?}");
+        assert!(
+            ran.stderr.contains("is only the beginning of build") && ran.stderr.contains("hint: "),
+            "{arguments:?} {ran:?}"
+        );
+    }
+    let asked = heard.lock().unwrap().clone();
+    assert!(asked.iter().all(|request| request.starts_with("GET")), "{asked:?}");
+    // A whole name, and enough of an id. The daemon of this test knows no more than the list.
+    for reference in ["build", "0123", "0123456789abcdef"] {
+        home.run(&["vm", "rm", reference]);
+        let asked = std::mem::take(&mut *heard.lock().unwrap());
+        assert!(
+            asked
+                .iter()
+                .any(|request| request.starts_with("DELETE /v1/machines/0123456789abcdef")),
+            "{reference}: {asked:?}"
+        );
+    }
+    // Where nothing is lost a beginning is still enough.
+    home.run(&["vm", "suspend", "bui"]);
+    let asked = heard.lock().unwrap().clone();
+    assert!(asked.iter().any(|request| request.starts_with("POST")), "{asked:?}");
+}
+
+#[test]
+fn a_terminal_is_asked_before_a_machine_at_work_is_removed() {
+    let home = Home::new();
+    if home.command(Path::new("script")).arg("--version").output().is_err() {
+        return;
+    }
+    let machines = format!(r#"{{"machines":[{MACHINE}]}}"#);
+    let heard = home.serve(&[("GET /v1/machines", 200, &machines)]);
+    let on_terminal = |arguments: &str, answer: &str| {
+        let mut child = home
+            .command(Path::new("script"))
+            .args(["-q", "-e", "-c", &format!("{PROGRAM} {arguments}"), "/dev/null"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::io::Write::write_all(child.stdin.as_mut().unwrap(), answer.as_bytes()).unwrap();
+        let shown = String::from_utf8_lossy(&child.wait_with_output().unwrap().stdout).into_owned();
+        let asked = std::mem::take(&mut *heard.lock().unwrap());
+        (shown, asked.iter().any(|request| request.starts_with("DELETE")))
+    };
+    let (shown, deleted) = on_terminal("vm rm build", "n\n");
+    assert!(
+        shown.contains("build would be ended and removed") && !deleted,
+        "{shown}"
+    );
+    assert!(shown.contains("nothing removed"), "{shown}");
+    assert!(on_terminal("vm rm build", "y\n").1);
+    for flag in ["-f", "-y", "--force", "--yes"] {
+        let (shown, deleted) = on_terminal(&format!("vm rm {flag} build"), "");
+        assert!(deleted && !shown.contains("[y/N]"), "{flag}: {shown}");
+    }
+    // Not a terminal: a script is not asked.
+    home.run(&["vm", "rm", "build"]);
+    assert!(
+        heard
+            .lock()
+            .unwrap()
+            .iter()
+            .any(|request| request.starts_with("DELETE"))
+    );
+}
+
+#[test]
+fn removals_say_in_json_what_went() {
+    let home = Home::new();
+    home.serve(&[
+        ("DELETE /v1/images/one", 204, ""),
+        ("DELETE /v1/templates/3f0c3f0c", 204, ""),
+    ]);
+    let ran = home.run(&["image", "delete", "one", "two", "--json"]);
+    assert_eq!(ran.status, Some(3), "{ran:?}");
+    let removed: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(removed.as_array().unwrap().len(), 1);
+    assert_eq!(
+        (&removed[0]["name"], &removed[0]["schema_version"]),
+        (&"one".into(), &1.into())
     );
 }
 

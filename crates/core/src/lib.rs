@@ -18,6 +18,7 @@ pub mod id;
 pub mod name;
 pub mod plan;
 pub mod reference;
+pub mod signal;
 pub mod size;
 pub mod spec;
 pub mod state;

@@ -30,27 +30,86 @@ pub enum ReferenceError {
         /// Names of those that fit, sorted.
         names: Vec<String>,
     },
+    /// Something fits, but only by its beginning, where that is not enough.
+    #[error("`{reference}` is only the beginning of {}", .names.join(", "))]
+    Inexact {
+        /// What was looked for.
+        reference: String,
+        /// Names of those that fit, sorted.
+        names: Vec<String>,
+    },
 }
+
+/// Least characters of an id that are enough where something is lost.
+pub const EXACT_ID: usize = 4;
+
+/// The hint for [`ReferenceError::Inexact`].
+pub const EXACT_HINT: &str = "what ends or removes something takes a whole name, or four characters or more of an id";
 
 /// The index of the machine that a reference means. An exact name wins over an exact id, and both over prefixes. What has dots is no
 /// name: it is the name that the host's resolver knows, or an address.
 pub fn find<'a>(reference: &str, machines: impl IntoIterator<Item = Candidate<'a>>) -> Result<usize, ReferenceError> {
     let machines: Vec<Candidate<'_>> = machines.into_iter().collect();
-    let shown = || reference.escape_default().to_string();
-    for exact in [
+    if let Some(index) = exactly(reference, &machines) {
+        return Ok(index);
+    }
+    let fitting = |m: &Candidate<'_>| m.id.starts_with(reference) || m.name.starts_with(reference);
+    only(reference, &machines, fitting)
+}
+
+/// The same where something is lost, by mistake as well: beginnings of names do not count, those of ids do from [`EXACT_ID`]
+/// characters on.
+pub fn find_exact<'a>(
+    reference: &str,
+    machines: impl IntoIterator<Item = Candidate<'a>>,
+) -> Result<usize, ReferenceError> {
+    let machines: Vec<Candidate<'_>> = machines.into_iter().collect();
+    if let Some(index) = exactly(reference, &machines) {
+        return Ok(index);
+    }
+    let by_id = |m: &Candidate<'_>| reference.len() >= EXACT_ID && m.id.starts_with(reference);
+    match only(reference, &machines, by_id) {
+        Err(ReferenceError::NotFound { reference: shown, .. })
+            if !reference.is_empty()
+                && machines
+                    .iter()
+                    .any(|m| m.id.starts_with(reference) || m.name.starts_with(reference)) =>
+        {
+            let mut names: Vec<String> = machines
+                .iter()
+                .filter(|m| m.id.starts_with(reference) || m.name.starts_with(reference))
+                .map(|m| m.name.to_owned())
+                .collect();
+            names.sort();
+            Err(ReferenceError::Inexact {
+                reference: shown,
+                names,
+            })
+        }
+        found => found,
+    }
+}
+
+fn exactly(reference: &str, machines: &[Candidate<'_>]) -> Option<usize> {
+    [
         |m: &Candidate<'_>, r: &str| m.name == r,
         |m: &Candidate<'_>, r: &str| m.id == r,
         |m: &Candidate<'_>, r: &str| r.strip_suffix(".vm") == Some(m.name),
         |m: &Candidate<'_>, r: &str| m.address == Some(r),
-    ] {
-        if let Some(index) = machines.iter().position(|m| exact(m, reference)) {
-            return Ok(index);
-        }
-    }
+    ]
+    .iter()
+    .find_map(|exact| machines.iter().position(|m| exact(m, reference)))
+}
+
+/// The only machine that fits.
+fn only(
+    reference: &str,
+    machines: &[Candidate<'_>],
+    fits: impl Fn(&Candidate<'_>) -> bool,
+) -> Result<usize, ReferenceError> {
+    let shown = || reference.escape_default().to_string();
     let fitting: Vec<usize> = (0..machines.len())
-        .filter(|&i| {
-            !reference.is_empty() && (machines[i].id.starts_with(reference) || machines[i].name.starts_with(reference))
-        })
+        .filter(|&i| !reference.is_empty() && fits(&machines[i]))
         .collect();
     match fitting.as_slice() {
         [one] => Ok(*one),
@@ -100,6 +159,49 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_beginning_is_not_enough_where_something_is_lost() {
+        let machines = [
+            ("aa0123456789abcd", "web"),
+            ("aa01ffffffffffff", "web-2"),
+            ("bb03", "data.x"),
+        ];
+        let candidates = || {
+            machines.iter().map(|&(id, name)| Candidate {
+                id,
+                name,
+                address: Some("10.0.0.2"),
+            })
+        };
+        for (reference, found) in [
+            ("web", Some(0)),
+            ("web-2", Some(1)),
+            ("web.vm", Some(0)),
+            ("aa0123456789abcd", Some(0)),
+            ("aa012", Some(0)),
+            ("bb03", Some(2)),
+            ("we", None),
+            ("web-", None),
+            ("aa0", None),
+            ("bb0", None),
+            ("aa01", None),
+            ("", None),
+            ("nope", None),
+        ] {
+            assert_eq!(find_exact(reference, candidates()).ok(), found, "{reference}");
+        }
+        let inexact = find_exact("we", candidates()).unwrap_err();
+        assert_eq!(inexact.to_string(), "`we` is only the beginning of web, web-2");
+        assert!(matches!(
+            find_exact("aa01", candidates()),
+            Err(ReferenceError::Ambiguous { .. })
+        ));
+        assert!(matches!(
+            find_exact("nope", candidates()),
+            Err(ReferenceError::NotFound { .. })
+        ));
+    }
 
     const MACHINES: &[(&str, &str)] = &[
         ("aa01", "web"),

@@ -198,6 +198,9 @@ impl IntoApi for ReferenceError {
             Self::Ambiguous { .. } => {
                 ApiError::new(ErrorCode::Ambiguous, message).hint("give more of it, or the whole name")
             }
+            Self::Inexact { .. } => {
+                ApiError::new(ErrorCode::NotFound, message).hint(banger_core::reference::EXACT_HINT)
+            }
         }
     }
 }

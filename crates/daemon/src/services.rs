@@ -183,6 +183,18 @@ impl Services {
 
     /// The machine that a reference means.
     pub fn find(&self, wanted: &str) -> Result<Arc<Machine>, ApiError> {
+        self.look_up(|candidates| reference::find(wanted, candidates))
+    }
+
+    /// The same where something is lost: by a whole name, or a good part of an id.
+    pub fn find_exact(&self, wanted: &str) -> Result<Arc<Machine>, ApiError> {
+        self.look_up(|candidates| reference::find_exact(wanted, candidates))
+    }
+
+    fn look_up(
+        &self,
+        find: impl FnOnce(Vec<Candidate<'_>>) -> Result<usize, reference::ReferenceError>,
+    ) -> Result<Arc<Machine>, ApiError> {
         let machines = self.machines();
         let shown: Vec<_> = machines.iter().map(|m| m.show()).collect();
         let candidates = shown.iter().map(|m| Candidate {
@@ -190,7 +202,7 @@ impl Services {
             name: &m.name,
             address: m.address.as_deref(),
         });
-        let index = reference::find(wanted, candidates).map_err(IntoApi::into_api)?;
+        let index = find(candidates.collect()).map_err(IntoApi::into_api)?;
         Ok(machines[index].clone())
     }
 

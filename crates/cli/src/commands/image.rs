@@ -77,9 +77,11 @@ struct ImageBuildArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  banger image delete debian-slim")]
 struct ImageDeleteArgs {
-    /// Images by name or digest
+    /// Images by name
     #[arg(required = true, value_name = "IMAGE", add = completion::images())]
     images: Vec<String>,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 impl Kept for Image {
@@ -121,7 +123,7 @@ impl ImageArgs {
             ImageCommand::List(args) => stock::list::<Image>(context, args.output, PATH),
             ImageCommand::Show(args) => stock::show::<Image>(context, args.output, PATH, &args.image),
             ImageCommand::Build(args) => args.run(context),
-            ImageCommand::Delete(args) => stock::remove(context, PATH, &args.images),
+            ImageCommand::Delete(args) => stock::remove(context, args.output, PATH, &args.images),
         }
     }
 }

@@ -82,9 +82,11 @@ struct KernelImportArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  banger kernel delete test")]
 struct KernelDeleteArgs {
-    /// Kernels by name or digest
+    /// Kernels by name
     #[arg(required = true, value_name = "KERNEL", add = completion::kernels())]
     kernels: Vec<String>,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 impl Kept for Kernel {
@@ -125,7 +127,7 @@ impl KernelArgs {
             KernelCommand::List(args) => stock::list::<Kernel>(context, args.output, PATH),
             KernelCommand::Show(args) => stock::show::<Kernel>(context, args.output, PATH, &args.kernel),
             KernelCommand::Import(args) => args.run(context),
-            KernelCommand::Delete(args) => stock::remove(context, PATH, &args.kernels),
+            KernelCommand::Delete(args) => stock::remove(context, args.output, PATH, &args.kernels),
         }
     }
 }

@@ -80,12 +80,22 @@ pub(crate) fn made<T: Kept>(context: &Context, output: OutputArgs, made: T) -> R
 }
 
 /// Removes several, one after the other; the good ones go whatever becomes of the others.
-pub(crate) fn remove(context: &Context, path: &str, names: &[String]) -> Result<u8> {
+pub(crate) fn remove(context: &Context, output: OutputArgs, path: &str, names: &[String]) -> Result<u8> {
+    #[derive(Serialize)]
+    struct Removed<'a> {
+        name: &'a str,
+        result: &'static str,
+    }
     context.block_on(async {
         let client = Client::new(&context.places)?;
+        let mut removed = Vec::new();
         let mut failed: Option<Error> = None;
         for name in names {
             match client.delete_only(&format!("{path}/{}", element(name))).await {
+                Ok(()) if output.json() => removed.push(versioned(Removed {
+                    name,
+                    result: "deleted",
+                })),
                 Ok(()) => context.printer.line(name)?,
                 Err(error) => {
                     if let Some(earlier) = failed.replace(error) {
@@ -93,6 +103,9 @@ pub(crate) fn remove(context: &Context, path: &str, names: &[String]) -> Result<
                     }
                 }
             }
+        }
+        if output.json() {
+            context.printer.json(&removed)?;
         }
         failed.map_or(Ok(0), Err)
     })

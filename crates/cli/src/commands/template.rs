@@ -118,9 +118,11 @@ struct TemplatePruneArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  banger template delete 3f0c")]
 struct TemplateDeleteArgs {
-    /// Templates by id or unambiguous prefix
+    /// Templates by id, or four characters or more of it
     #[arg(required = true, value_name = "TEMPLATE", add = completion::templates())]
     templates: Vec<String>,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 impl Kept for Template {
@@ -201,7 +203,7 @@ impl TemplateArgs {
             TemplateCommand::Show(args) => stock::show::<Template>(context, args.output, PATH, &args.template),
             TemplateCommand::Build(args) => args.run(context),
             TemplateCommand::Prune(args) => args.run(context),
-            TemplateCommand::Delete(args) => stock::remove(context, PATH, &args.templates),
+            TemplateCommand::Delete(args) => stock::remove(context, args.output, PATH, &args.templates),
         }
     }
 }

@@ -212,7 +212,11 @@ pub(super) async fn kill(
 
 pub(super) async fn accept(app: &App, reference: &str, request: Request) -> Answer<(StatusCode, Json<Accepted>)> {
     app.reconciled().await?;
-    let m = app.find(reference)?;
+    let m = if request.loses_something() {
+        app.find_exact(reference)?
+    } else {
+        app.find(reference)?
+    };
     let op = request::ask(&m, request).await?;
     Ok((
         StatusCode::ACCEPTED,

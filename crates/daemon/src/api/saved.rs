@@ -101,7 +101,7 @@ pub(super) async fn delete_snapshot(
     Path((reference, name)): Path<(String, String)>,
 ) -> Answer<StatusCode> {
     app.reconciled().await?;
-    let m = app.find(&reference)?;
+    let m = app.find_exact(&reference)?;
     snapshot::delete(&m, &name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -116,7 +116,7 @@ pub(super) async fn restore(
 ) -> Answer<(StatusCode, Json<Accepted>)> {
     app.reconciled().await?;
     // A name that is not there is told before anything is ended.
-    let (snapshot, _) = snapshot::find(&*app.find(&reference)?, &name)?;
+    let (snapshot, _) = snapshot::find(&*app.find_exact(&reference)?, &name)?;
     accept(&app, &reference, Request::Restore(snapshot.name)).await
 }
 

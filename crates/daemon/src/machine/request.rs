@@ -55,6 +55,24 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// What is in memory or on disks is lost by it, so that it has to be clear which machine is meant.
+    pub fn loses_something(&self) -> bool {
+        match self {
+            Self::Start(start) => start.cold,
+            Self::Restart(_) | Self::Stop(_) | Self::Kill(_) | Self::Delete | Self::Restore(_) => true,
+            Self::GrowDisk(_)
+            | Self::Pause
+            | Self::Resume
+            | Self::Suspend
+            | Self::SuspendIdle
+            | Self::Snapshot { .. }
+            | Self::Fork(_)
+            | Self::Commit { .. } => false,
+        }
+    }
+}
+
 /// A machine to be saved for its copies.
 #[derive(Debug, Clone)]
 pub struct ForkJob {

@@ -179,38 +179,11 @@ pub async fn ended_by_itself(m: &Arc<Machine>) -> Result<(), ApiError> {
 
 /// The number of a signal that an engine may be sent.
 pub fn signal_number(name: &str) -> Result<i32, ApiError> {
-    let upper = name.to_ascii_uppercase();
-    Ok(match upper.strip_prefix("SIG").unwrap_or(&upper) {
-        "HUP" => 1,
-        "INT" => 2,
-        "QUIT" => 3,
-        "ABRT" => 6,
-        "KILL" => 9,
-        "USR1" => 10,
-        "USR2" => 12,
-        "TERM" => 15,
-        _ => {
-            let message = format!(
-                "unknown signal `{}`",
-                name.chars().take(20).flat_map(char::escape_default).collect::<String>()
-            );
-            return Err(
-                ApiError::new(ErrorCode::BadRequest, message).hint("possible: KILL TERM INT HUP QUIT USR1 USR2 ABRT")
-            );
-        }
+    banger_core::signal::number(name).ok_or_else(|| {
+        let message = format!(
+            "unknown signal `{}`",
+            name.chars().take(20).flat_map(char::escape_default).collect::<String>()
+        );
+        ApiError::new(ErrorCode::BadRequest, message).hint(format!("possible: {}", banger_core::signal::names()))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn signals_have_names() {
-        assert_eq!(signal_number("kill").unwrap(), 9);
-        assert_eq!(signal_number("SIGTERM").unwrap(), 15);
-        for bad in ["STOP", "CONT", "9", "", "SIG"] {
-            assert!(signal_number(bad).is_err(), "{bad}");
-        }
-    }
 }

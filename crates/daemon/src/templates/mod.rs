@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use banger_core::host::Accel;
 use banger_core::id::MachineId;
 use banger_core::plan;
+use banger_core::reference::{EXACT_HINT, EXACT_ID};
 use banger_image::Digest;
 use banger_proto::api::{MachineSpec, Pruned, Template};
 use banger_proto::error::{ApiError, ErrorCode};
@@ -309,6 +310,13 @@ impl Templates {
 
     /// Removes one.
     pub async fn delete(&self, services: &Services, reference: &str) -> Result<(), ApiError> {
+        if reference.len() < EXACT_ID {
+            return Err(ApiError::new(
+                ErrorCode::NotFound,
+                format!("`{}` is too short for an id", reference.escape_default()),
+            )
+            .hint(EXACT_HINT));
+        }
         let template = self.show(services, reference).await?;
         self.remove(services, &template.id).await.map(drop)
     }

@@ -1,9 +1,10 @@
 //! What several commands on machines share: options, references, and doing the same to many at once.
 
 use std::collections::HashSet;
+use std::io::BufRead;
 use std::time::Duration;
 
-use banger_core::{forward, name, reference, size, spec};
+use banger_core::{forward, name, reference, signal, size, spec};
 use banger_proto::api::{CreateMachine, Forward, Machine, WaitFor};
 use clap::{Args, ValueEnum};
 use futures_util::future::join_all;
@@ -214,21 +215,44 @@ struct Machines {
     machines: Vec<Machine>,
 }
 
+/// Reads the name of a signal for an engine.
+pub(crate) fn signal(text: &str) -> Result<String, String> {
+    match signal::number(text) {
+        Some(_) => Ok(text.to_owned()),
+        None => Err(format!("not a signal that is sent; possible: {}", signal::names())),
+    }
+}
+
 /// All machines, in the daemon's order.
 pub(crate) async fn machines(client: &Client) -> Result<Vec<Machine>> {
     Ok(client.get::<Machines>("machines").await?.machines)
 }
 
 /// The machines that references mean, looked up in one snapshot; one that is meant twice comes once, where it came first.
-pub(crate) fn resolve(references: &[String], machines: &[Machine]) -> Vec<Result<Machine>> {
+///
+/// What is to be lost has to be named as [`reference::find_exact`] asks for.
+pub(crate) fn resolve(references: &[String], machines: &[Machine], meant: Meant) -> Vec<Result<Machine>> {
     let mut seen = HashSet::new();
+    let find = |wanted: &str| match meant {
+        Meant::Loosely => reference::find(wanted, machines.iter().map(candidate)),
+        Meant::Exactly => reference::find_exact(wanted, machines.iter().map(candidate)),
+    };
     references
         .iter()
-        .filter_map(|wanted| match reference::find(wanted, machines.iter().map(candidate)) {
+        .filter_map(|wanted| match find(wanted) {
             Ok(index) => seen.insert(index).then(|| Ok(machines[index].clone())),
             Err(error) => Some(Err(unresolved(&error))),
         })
         .collect()
+}
+
+/// How a machine has to be named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Meant {
+    /// By a beginning of its name or id that fits no other.
+    Loosely,
+    /// By its name, or four characters or more of its id: something is lost.
+    Exactly,
 }
 
 fn candidate(m: &Machine) -> reference::Candidate<'_> {
@@ -247,7 +271,19 @@ fn unresolved(error: &reference::ReferenceError) -> Error {
         } => found.hint(format!("did you mean `{name}`?")),
         reference::ReferenceError::NotFound { similar: None, .. } => found.hint("`banger vm list` shows all machines"),
         reference::ReferenceError::Ambiguous { .. } => found.hint("write more of the name, or the id"),
+        reference::ReferenceError::Inexact { .. } => found.hint(reference::EXACT_HINT),
     }
+}
+
+/// Asks before something is lost. Nothing but a yes is one.
+pub(crate) fn confirmed(context: &Context, question: &str) -> Result<bool> {
+    context.printer.note(format!("{question} [y/N]"));
+    let mut answer = String::new();
+    std::io::stdin()
+        .lock()
+        .read_line(&mut answer)
+        .map_err(|e| Error::failed(format!("cannot read the answer: {e}")))?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 /// What was done to a machine.
@@ -289,7 +325,7 @@ impl Done {
 pub(crate) async fn for_each<F, Fut>(
     context: &Context,
     client: &Client,
-    references: &[String],
+    (references, meant): (&[String], Meant),
     output: OutputArgs,
     act: F,
 ) -> Result<u8>
@@ -297,7 +333,7 @@ where
     F: Fn(Client, Machine) -> Fut,
     Fut: Future<Output = Result<Done>>,
 {
-    let resolved = resolve(references, &machines(client).await?);
+    let resolved = resolve(references, &machines(client).await?, meant);
     for_all(context, client, resolved, output, act).await
 }
 
@@ -395,7 +431,16 @@ pub(crate) mod tests {
     #[test]
     fn references_resolve_in_order_without_duplicates() {
         let all = [machine("aaaa000000000000", "one"), machine("bbbb000000000000", "two")];
-        let found = resolve(&["two".into(), "bbbb".into(), "nope".into(), "aa".into()], &all);
+        let references = ["two".into(), "bbbb".into(), "nope".into(), "aa".into()];
+        let exactly: Vec<_> = resolve(&references, &all, Meant::Exactly)
+            .iter()
+            .map(|r| r.as_ref().map(|m| m.name.clone()).map_err(|e| e.kind))
+            .collect();
+        assert_eq!(
+            exactly,
+            [Ok("two".to_owned()), Err(Kind::NotFound), Err(Kind::NotFound)]
+        );
+        let found = resolve(&references, &all, Meant::Loosely);
         let names: Vec<_> = found
             .iter()
             .map(|r| r.as_ref().map(|m| m.name.as_str()).map_err(|e| e.kind))

@@ -1,28 +1,29 @@
 //! `banger vm delete`.
 
-use banger_proto::api::{Accepted, Machine};
+use banger_proto::api::{Accepted, Machine, MachineState};
 use clap::Args;
 
 use crate::cli::{Context, OutputArgs};
 use crate::client::operation::{Leaving, follow};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{Done, for_each};
+use crate::commands::vm::common::{Done, Meant, confirmed, for_all, machines, resolve};
 use crate::completion;
 use crate::error::Result;
 use crate::printer::Activity;
+use crate::session::terminal::interactive;
 use crate::signals::Signals;
 
 /// Remove machines and their disks for good
 ///
-/// A machine that runs is ended at once: its disks go as well.
+/// A machine that runs is ended at once: its disks go as well. On a terminal that is asked before; scripts are not asked.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  banger vm delete build\n  banger vm rm build test")]
 pub(crate) struct DeleteArgs {
-    /// Machines by name, id or unambiguous prefix
+    /// Machines by name, id or four characters or more of an id
     #[arg(required = true, value_name = "MACHINE", add = completion::machines())]
     machines: Vec<String>,
-    /// Taken for those used to it; nothing is asked without it either
-    #[arg(short, long, hide = true)]
+    /// Do not ask
+    #[arg(short, long, visible_short_alias = 'y', visible_alias = "yes")]
     force: bool,
     #[command(flatten)]
     output: OutputArgs,
@@ -32,19 +33,38 @@ impl DeleteArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         context.block_on(async {
             let client = Client::new(&context.places)?;
-            for_each(
-                context,
-                &client,
-                &self.machines,
-                self.output,
-                |client, machine| async move {
-                    let activity = context.printer.activity(&format!("vm delete {}", machine.name));
-                    delete(&client, &machine, self.force, activity).await
-                },
-            )
+            let resolved = resolve(&self.machines, &machines(&client).await?, Meant::Exactly);
+            let at_work: Vec<&str> = resolved
+                .iter()
+                .flatten()
+                .filter(|m| is_at_work(m.state))
+                .map(|m| m.name.as_str())
+                .collect();
+            if !self.force && interactive() && !at_work.is_empty() {
+                let question = format!(
+                    "{} would be ended and removed with all disks; go on?",
+                    at_work.join(", ")
+                );
+                if !confirmed(context, &question)? {
+                    context.printer.note("nothing removed");
+                    return Ok(1);
+                }
+            }
+            for_all(context, &client, resolved, self.output, |client, machine| async move {
+                let activity = context.printer.activity(&format!("vm delete {}", machine.name));
+                delete(&client, &machine, self.force, activity).await
+            })
             .await
         })
     }
+}
+
+/// More than disks would be lost: something runs, or is kept in memory.
+fn is_at_work(state: MachineState) -> bool {
+    !matches!(
+        state,
+        MachineState::Stopped | MachineState::Error | MachineState::Creating
+    )
 }
 
 /// Removes one machine.

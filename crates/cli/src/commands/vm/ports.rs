@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{machines, resolve};
+use crate::commands::vm::common::{Meant, machines, resolve};
 use crate::completion;
 use crate::error::{Error, Result};
 use crate::table;
@@ -42,7 +42,7 @@ impl PortsArgs {
                     .map(Ok)
                     .collect()
             } else {
-                resolve(&self.machines, &all)
+                resolve(&self.machines, &all, Meant::Loosely)
             };
             let ports = wanted.into_iter().map(|machine| async {
                 let client = client.sibling();

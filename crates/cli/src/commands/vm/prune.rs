@@ -1,13 +1,13 @@
 //! `banger vm prune`.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::IsTerminal;
 
 use banger_proto::api::{Machine, MachineState};
 use clap::Args;
 
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{Done, for_all, machines};
+use crate::commands::vm::common::{self, Done, for_all, machines};
 use crate::commands::vm::delete::delete;
 use crate::error::{Error, Kind, Result};
 
@@ -77,13 +77,5 @@ fn confirmed(context: &Context, idle: &[Machine]) -> Result<bool> {
             .hint("use --force, or --dry-run to see which ones"));
     }
     let names: Vec<&str> = idle.iter().map(|m| m.name.as_str()).collect();
-    context
-        .printer
-        .note(format!("remove {} and their disks? [y/N]", names.join(", ")));
-    let mut answer = String::new();
-    std::io::stdin()
-        .lock()
-        .read_line(&mut answer)
-        .map_err(|e| Error::failed(format!("cannot read the answer: {e}")))?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+    common::confirmed(context, &format!("remove {} and their disks?", names.join(", ")))
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use crate::cli::{Context, OutputArgs};
 use crate::client::{Client, machine_path};
 use crate::commands::vm::common::{
-    Done, NatArgs, disk, duration, for_each, forwards, memory, milliseconds, publish, vcpu,
+    Done, Meant, NatArgs, disk, duration, for_each, forwards, memory, milliseconds, publish, vcpu,
 };
 use crate::completion;
 use crate::error::{Error, Result};
@@ -66,27 +66,33 @@ impl SetArgs {
         }
         context.block_on(async {
             let client = Client::new(&context.places)?;
-            for_each(context, &client, &self.machines, self.output, |client, machine| {
-                let patch = &patch;
-                async move {
-                    let changed: Machine = client.patch(&machine_path(&machine.id), patch).await?;
-                    if settings(&changed) == settings(&machine) {
-                        return Ok(Done::nothing(&changed, "is set so already"));
+            for_each(
+                context,
+                &client,
+                (&self.machines, Meant::Loosely),
+                self.output,
+                |client, machine| {
+                    let patch = &patch;
+                    async move {
+                        let changed: Machine = client.patch(&machine_path(&machine.id), patch).await?;
+                        if settings(&changed) == settings(&machine) {
+                            return Ok(Done::nothing(&changed, "is set so already"));
+                        }
+                        let later = patch.vcpu.is_some() || patch.memory_mib.is_some();
+                        if later && !matches!(changed.state, MachineState::Stopped | MachineState::Error) {
+                            context
+                                .printer
+                                .note(format!("{} takes it up with its next start", changed.name));
+                        }
+                        if patch.forwards.is_some() && !changed.forwards.is_empty() {
+                            context
+                                .printer
+                                .note(format!("{} ports: {}", changed.name, forwards(&changed)));
+                        }
+                        Ok(Done::new(&changed, "changed"))
                     }
-                    let later = patch.vcpu.is_some() || patch.memory_mib.is_some();
-                    if later && !matches!(changed.state, MachineState::Stopped | MachineState::Error) {
-                        context
-                            .printer
-                            .note(format!("{} takes it up with its next start", changed.name));
-                    }
-                    if patch.forwards.is_some() && !changed.forwards.is_empty() {
-                        context
-                            .printer
-                            .note(format!("{} ports: {}", changed.name, forwards(&changed)));
-                    }
-                    Ok(Done::new(&changed, "changed"))
-                }
-            })
+                },
+            )
             .await
         })
     }

@@ -98,7 +98,7 @@ struct ShowArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  banger vm snapshot restore build before-upgrade")]
 struct RestoreArgs {
-    /// Machine by name, id or unambiguous prefix
+    /// Machine by name, id or four characters or more of an id
     #[arg(add = completion::machines())]
     machine: String,
     /// Name of the snapshot
@@ -114,12 +114,14 @@ struct RestoreArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  banger vm snapshot delete build before-upgrade")]
 struct DeleteArgs {
-    /// Machine by name, id or unambiguous prefix
+    /// Machine by name, id or four characters or more of an id
     #[arg(add = completion::machines())]
     machine: String,
     /// Names of snapshots
     #[arg(required = true, value_name = "NAME", add = completion::snapshots())]
     names: Vec<String>,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 impl Kept for Snapshot {
@@ -179,7 +181,7 @@ impl SnapshotArgs {
                 stock::show::<Snapshot>(context, args.output, &path(&args.machine), &args.name)
             }
             SnapshotCommand::Restore(args) => args.run(context),
-            SnapshotCommand::Delete(args) => stock::remove(context, &path(&args.machine), &args.names),
+            SnapshotCommand::Delete(args) => stock::remove(context, args.output, &path(&args.machine), &args.names),
         }
     }
 }

@@ -10,14 +10,14 @@ use serde::Serialize;
 use crate::cli::{Context, OutputArgs};
 use crate::client::operation::{Leaving, carry_out};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{Done, WaitArgs, duration, for_each, milliseconds};
+use crate::commands::vm::common::{Done, Meant, WaitArgs, duration, for_each, milliseconds, signal};
 use crate::completion;
 use crate::error::Result;
 
 /// Which machines, and how to say what became of them.
 #[derive(Debug, Args)]
 struct Which {
-    /// Machines by name, id or unambiguous prefix
+    /// Machines by name or id; a unique beginning is enough where nothing is lost, else four characters or more of an id
     #[arg(required = true, value_name = "MACHINE", add = completion::machines())]
     machines: Vec<String>,
     #[command(flatten)]
@@ -34,17 +34,20 @@ struct Change {
     already: &'static str,
     /// What becomes of it when we are interrupted.
     leaving: Leaving,
+    /// What a machine has in memory is lost.
+    loses: bool,
 }
 
 impl Which {
     /// Asks for the change of each machine and waits for all.
     fn change(&self, context: &Context, change: &Change, request: &impl Serialize) -> Result<u8> {
+        let meant = if change.loses { Meant::Exactly } else { Meant::Loosely };
         context.block_on(async {
             let client = Client::new(&context.places)?;
             for_each(
                 context,
                 &client,
-                &self.machines,
+                (&self.machines, meant),
                 self.output,
                 |client, machine| async move {
                     let path = format!("{}/{}", machine_path(&machine.id), change.verb);
@@ -93,6 +96,7 @@ impl StartArgs {
             result: "started",
             already: "is running already",
             leaving: Leaving::Cancels,
+            loses: self.cold,
         };
         self.which.change(context, &change, &request)
     }
@@ -121,6 +125,7 @@ impl RestartArgs {
             already: "is running already",
             // Half a restart would leave the machine stopped.
             leaving: Leaving::GoesOn,
+            loses: true,
         };
         self.which.change(context, &change, &request)
     }
@@ -149,6 +154,7 @@ impl StopArgs {
             result: "stopped",
             already: "is stopped already",
             leaving: Leaving::GoesOn,
+            loses: true,
         };
         self.which.change(context, &change, &request)
     }
@@ -158,8 +164,8 @@ impl StopArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  banger vm kill build")]
 pub(crate) struct KillArgs {
-    /// Signal for the engine's process; KILL otherwise
-    #[arg(short, long)]
+    /// Signal for the engine's process: KILL (the default), TERM, INT, HUP, QUIT, USR1, USR2 or ABRT
+    #[arg(short, long, value_parser = signal)]
     signal: Option<String>,
     #[command(flatten)]
     which: Which,
@@ -173,6 +179,7 @@ impl KillArgs {
             result: "killed",
             already: "is stopped already",
             leaving: Leaving::GoesOn,
+            loses: true,
         };
         self.which.change(context, &change, &request)
     }
@@ -195,6 +202,7 @@ impl PauseArgs {
             result: "paused",
             already: "is paused already",
             leaving: Leaving::Cancels,
+            loses: false,
         };
         self.which.change(context, &change, &Nothing {})
     }
@@ -215,6 +223,7 @@ impl ResumeArgs {
             result: "resumed",
             already: "is running already",
             leaving: Leaving::GoesOn,
+            loses: false,
         };
         self.which.change(context, &change, &Nothing {})
     }
@@ -240,6 +249,7 @@ impl SuspendArgs {
             result: "suspended",
             already: "is suspended already",
             leaving: Leaving::Cancels,
+            loses: false,
         };
         self.which.change(context, &change, &Nothing {})
     }

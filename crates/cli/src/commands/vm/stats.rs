@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{machines, resolve};
+use crate::commands::vm::common::{Meant, machines, resolve};
 use crate::completion;
 use crate::error::{Error, Result};
 use crate::table;
@@ -34,7 +34,7 @@ impl StatsArgs {
                     .map(Ok)
                     .collect()
             } else {
-                resolve(&self.machines, &all)
+                resolve(&self.machines, &all, Meant::Loosely)
             };
             let stats = wanted.into_iter().map(|machine| async {
                 let client = client.sibling();
