@@ -127,6 +127,9 @@ mod tests {
         ("banger vm logs", "the output is the guest's console"),
         ("banger vm cp", "prints nothing, or the file"),
         ("banger daemon logs", "the output is the daemon's log"),
+        ("banger daemon stop", "prints nothing"),
+        ("banger system restart", "prints nothing"),
+        ("banger ssh-config", "prints a line for ssh's configuration"),
         ("banger completion", "a script for a shell"),
         ("banger man", "pages for man"),
     ];

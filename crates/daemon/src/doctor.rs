@@ -9,6 +9,8 @@ use crate::services::Services;
 
 /// Room below which a warning is due.
 const LOW: u64 = 5 << 30;
+/// Room below which a first machine, with its image and its disk, does not fit.
+const SCARCE: u64 = 1 << 30;
 
 /// One line of it.
 pub fn check(name: &str, level: CheckLevel, message: impl Into<String>, hint: Option<String>) -> Check {
@@ -29,7 +31,10 @@ pub async fn run(services: &Services) -> Vec<Check> {
     checks.push(database(services));
     checks.push(space(services));
     checks.extend(libexec(services));
+    checks.extend(directories(services));
     checks.push(tool("ssh-keygen", "keys for `banger vm ssh`", "openssh-client"));
+    checks.push(tool("ssh", "`banger vm ssh`", "openssh-client"));
+    checks.push(tool("git", "workspaces (`banger run ./repo`)", "git"));
     checks.extend(crate::stock::checks(services).await);
     checks.extend(orphans(services));
     checks
@@ -114,9 +119,14 @@ fn space(services: &Services) -> Check {
                 path.display()
             );
             if free < LOW {
+                let level = if free < SCARCE {
+                    CheckLevel::Fail
+                } else {
+                    CheckLevel::Warn
+                };
                 check(
                     "disk space",
-                    CheckLevel::Warn,
+                    level,
                     text,
                     Some("delete images and machines that are not needed".to_owned()),
                 )
@@ -146,6 +156,33 @@ fn libexec(services: &Services) -> Vec<Check> {
             }
         })
         .collect()
+}
+
+/// Whether the directories that machines are made in can be written to.
+fn directories(services: &Services) -> Vec<Check> {
+    let temporary = std::env::temp_dir();
+    [
+        ("state directory", services.paths.state.as_path()),
+        ("runtime directory", services.paths.runtime.as_path()),
+        ("temporary directory", temporary.as_path()),
+    ]
+    .into_iter()
+    .map(|(name, path)| directory(name, path))
+    .collect()
+}
+
+fn directory(name: &str, path: &std::path::Path) -> Check {
+    use rustix::fs::Access;
+    let shown = path.display().to_string();
+    match rustix::fs::access(path, Access::WRITE_OK | Access::EXEC_OK) {
+        Ok(()) => check(name, CheckLevel::Pass, shown, None),
+        Err(e) => check(
+            name,
+            CheckLevel::Fail,
+            format!("{shown} cannot be written to: {e}"),
+            Some("machines need it; look at its owner, its mode and its file system".to_owned()),
+        ),
+    }
 }
 
 /// Whether a program is there.

@@ -213,7 +213,8 @@ impl IntoApi for banger_image::Error {
             Self::ProgramMissing { .. }
             | Self::NoApt
             | Self::NoKernelPackage { .. }
-            | Self::NoSubordinateIds { .. } => ErrorCode::Unsupported,
+            | Self::NoSubordinateIds { .. }
+            | Self::NoUserNamespaces { .. } => ErrorCode::Unsupported,
             Self::NoRecipe { .. } | Self::NoKernel(_) | Self::NoImage(_) => ErrorCode::NotFound,
             Self::DiskSize { .. } => ErrorCode::InvalidSpec,
             Self::ProgramTimeout { .. } => ErrorCode::Timeout,

@@ -15,22 +15,27 @@ use crate::recipe::Recipe;
 use crate::store::Staging;
 use crate::tar::Scrub;
 
-const MMDEBSTRAP: Program = Program {
+pub(crate) const MMDEBSTRAP: Program = Program {
     name: "mmdebstrap",
     package: "mmdebstrap",
     purpose: "build an image",
 };
-const UNSHARE: Program = Program {
+pub(crate) const UNSHARE: Program = Program {
     name: "unshare",
     package: "util-linux",
     purpose: "build an image",
 };
-const NEWUIDMAP: Program = Program {
+pub(crate) const NEWUIDMAP: Program = Program {
     name: "newuidmap",
     package: "uidmap",
     purpose: "build an image without root",
 };
-const APT_GET: Program = Program {
+pub(crate) const NEWGIDMAP: Program = Program {
+    name: "newgidmap",
+    package: "uidmap",
+    purpose: "build an image without root",
+};
+pub(crate) const APT_GET: Program = Program {
     name: "apt-get",
     package: "apt",
     purpose: "build an image",
@@ -88,7 +93,9 @@ pub(crate) async fn prepare(recipe: &'static Recipe, scratch: &Scratch) -> Resul
         Run::new(UNSHARE, BUILD_DEADLINE)?.args(["--mount", "--"]).arg(tool)
     } else {
         NEWUIDMAP.find()?;
+        NEWGIDMAP.find()?;
         check_subordinate_ids()?;
+        crate::needs::user_namespaces(crate::needs::setting)?;
         Run::of(&tool, BUILD_DEADLINE)
     };
     let mut run = run
@@ -157,7 +164,7 @@ impl Drop for Scratch {
     }
 }
 
-fn check_subordinate_ids() -> Result<()> {
+pub(crate) fn check_subordinate_ids() -> Result<()> {
     let uid = rustix::process::getuid().as_raw().to_string();
     let user = std::env::var("USER")
         .or_else(|_| std::env::var("LOGNAME"))

@@ -80,6 +80,14 @@ pub enum Error {
         /// Name of the user, where known.
         user: String,
     },
+    /// The kernel lets no ordinary user make user namespaces.
+    #[error("this host lets ordinary users make no user namespaces ({setting} is {value})")]
+    NoUserNamespaces {
+        /// The setting of the kernel that forbids it.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+    },
     /// There is no such recipe.
     #[error("there is no image recipe `{name}`")]
     NoRecipe {
@@ -170,6 +178,13 @@ impl Error {
                 Some("run `apt-get update`, or import a Debian kernel package from a file: banger kernel import --from FILE.deb".to_owned())
             }
             Self::NoSubordinateIds { user } => Some(format!("give the user a range: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}")),
+            Self::NoUserNamespaces { setting, .. } => Some(match *setting {
+                "kernel.apparmor_restrict_unprivileged_userns" => {
+                    "allow them to mmdebstrap with a profile in /etc/apparmor.d/mmdebstrap, or to all: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0".to_owned()
+                }
+                "user.max_user_namespaces" => "raise it: sysctl -w user.max_user_namespaces=10000".to_owned(),
+                other => format!("allow them: sysctl -w {other}=1"),
+            }),
             Self::NoRecipe { .. } => Some(format!("known recipes: {}", crate::recipe::names().join(", "))),
             Self::ProgramFailed { last_words, .. } => network_hint(last_words),
             Self::DiskSize { .. } => Some("ask for another --disk-size".to_owned()),

@@ -9,6 +9,7 @@
 //! * [`ext4`]: a writer of ext4 file systems, without root and without unpacking anything onto the host,
 //! * [`disk`]: root and work disks of machines, and layers over them,
 //! * [`seal`](mod@seal): whether a file that was put away is still what it was,
+//! * [`needs`]: what the host has to have for that,
 //! * [`process`]: how programs are run,
 //! * [`error`], [`progress`], [`digest`]: what all of them share.
 //!
@@ -23,6 +24,7 @@ pub mod ext4;
 pub mod ingest;
 pub mod initramfs;
 pub mod kernel;
+pub mod needs;
 pub mod process;
 pub mod progress;
 pub mod recipe;

@@ -404,11 +404,7 @@ pub async fn checks(services: &Services) -> Vec<Check> {
                 format!("`{default}` will be built when it is needed"),
                 None,
             ));
-            checks.push(crate::doctor::tool(
-                "mmdebstrap",
-                "building the default images",
-                "mmdebstrap",
-            ));
+            checks.extend(banger_image::needs::of_images().into_iter().map(need));
         }
         None => {
             let hint = "set default_image_name to an image that is there, or to a recipe";
@@ -422,14 +418,31 @@ pub async fn checks(services: &Services) -> Vec<Check> {
     }
     match kernels.iter().find(|k| k.name == DEFAULT_KERNEL) {
         Some(kernel) => checks.push(check("default kernel", CheckLevel::Pass, kernel.release.clone(), None)),
-        None => checks.push(check(
-            "default kernel",
-            CheckLevel::Pass,
-            "will be imported when it is needed".to_owned(),
-            None,
-        )),
+        None => {
+            checks.push(check(
+                "default kernel",
+                CheckLevel::Pass,
+                "will be imported when it is needed".to_owned(),
+                None,
+            ));
+            checks.extend(banger_image::needs::of_kernels().await.into_iter().map(need));
+        }
     }
     checks
+}
+
+/// The row of something that the first machine needs: without it that one fails.
+fn need(need: banger_image::needs::Need) -> Check {
+    let (level, message, hint) = match need.found {
+        Ok(found) => (CheckLevel::Pass, found, None),
+        Err(e) => (CheckLevel::Fail, e.to_string(), e.hint()),
+    };
+    Check {
+        name: need.name.to_owned(),
+        level,
+        message,
+        hint,
+    }
 }
 
 #[cfg(test)]

@@ -36,10 +36,7 @@ pub struct Downloaded {
 /// Downloads the kernel package into `dir`.
 pub async fn download(dir: &Path, progress: &Progress) -> Result<Downloaded> {
     progress.begin(Step::DownloadKernel);
-    if find_program("apt-get").is_none() || find_program("apt-cache").is_none() {
-        return Err(Error::NoApt);
-    }
-    let package = find_package().await?;
+    let package = available().await?;
     let size = match Run::new(APT_CACHE, LOOKUP)?
         .args(["show", "--no-all-versions", &package])
         .output(OUTPUT)
@@ -69,6 +66,14 @@ pub async fn download(dir: &Path, progress: &Progress) -> Result<Downloaded> {
         path,
         source: format!("{package} {version}").trim().to_owned(),
     })
+}
+
+/// The package that would be downloaded.
+pub(crate) async fn available() -> Result<String> {
+    if find_program("apt-get").is_none() || find_program("apt-cache").is_none() {
+        return Err(Error::NoApt);
+    }
+    find_package().await
 }
 
 /// The package that the distribution's current kernel is in.
