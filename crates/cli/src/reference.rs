@@ -118,6 +118,17 @@ mod tests {
         assert!(kept == now, "docs/cli.md is out of date; `make docs` writes it anew");
     }
 
+    #[test]
+    fn the_description_of_the_api_has_its_version() {
+        let text = include_str!("../../../docs/api.md");
+        let version = format!(
+            "{{\"version\":\"{}\",\"commit\":\"…\",\"api_version\":{}}}",
+            env!("CARGO_PKG_VERSION"),
+            banger_proto::API_VERSION
+        );
+        assert!(text.contains(&version), "docs/api.md lacks {version}");
+    }
+
     /// Commands without JSON, since they print no data of banger's.
     const WITHOUT_JSON: &[(&str, &str)] = &[
         ("banger vm exec", "the output is the command's"),

@@ -718,6 +718,19 @@ fn removals_say_in_json_what_went() {
 }
 
 #[test]
+fn a_wrong_configuration_has_its_status() {
+    for (status, expected) in [(2, 5), (1, 9)] {
+        let home = Home::new();
+        let script =
+            format!("echo 'error: the configuration is wrong' >&2; echo 'hint: correct it' >&2; exit {status}");
+        let program = home.with_daemon(&script);
+        let ran = Ran::from(home.command(&program).args(["vm", "list"]).output().unwrap());
+        assert_eq!(ran.status, Some(expected), "{ran:?}");
+        assert!(ran.stderr.contains("hint: correct it"), "{ran:?}");
+    }
+}
+
+#[test]
 fn man_pages_are_written_for_every_command() {
     let home = Home::new();
     assert_eq!(home.run(&["man", "pages/man1"]).status, Some(0));

@@ -19,6 +19,9 @@ pub(crate) const START_DEADLINE: Duration = Duration::from_secs(10);
 /// Exit status of a daemon that finds another one at work.
 const ALREADY_RUNNING: i32 = 11;
 
+/// Status of a daemon that cannot use its configuration.
+const WRONG_CONFIGURATION: i32 = 2;
+
 /// Most that is kept of what a failing daemon says.
 const MAX_WORDS: usize = 16 * 1024;
 
@@ -132,7 +135,11 @@ pub(crate) async fn start(program: &Path) -> Result<Started> {
         return Ok(Started::AlreadyRunning);
     }
     first.extend_from_slice(&said);
-    Err(last_words(&String::from_utf8_lossy(&first), &status.to_string()))
+    let mut error = last_words(&String::from_utf8_lossy(&first), &status.to_string());
+    if status.code() == Some(WRONG_CONFIGURATION) {
+        error.kind = Kind::Invalid;
+    }
+    Err(error)
 }
 
 /// The error of a daemon that could not start: its own first line as the message, the rest below.
