@@ -25,6 +25,10 @@ pub(crate) struct Packer<W: Write> {
     builder: Builder<W>,
     /// The directories that were written last, from the outside in.
     directories: Vec<PathBuf>,
+    /// The directory that everything is in.
+    top: PathBuf,
+    /// User and group that everything belongs to.
+    owner: (u32, u32),
 }
 
 impl<W: Write> Packer<W> {
@@ -33,14 +37,30 @@ impl<W: Write> Packer<W> {
         Self {
             builder: Builder::new(sink),
             directories: Vec::new(),
+            top: PathBuf::new(),
+            owner: (0, 0),
         }
+    }
+
+    /// Puts everything into a directory of this name, and gives it to a user and a group.
+    pub(crate) fn within(mut self, top: &Path, owner: (u32, u32)) -> Self {
+        self.top = top.to_owned();
+        self.owner = owner;
+        self
+    }
+
+    fn header(&self, kind: EntryType, mode: u32, mtime: u64, size: u64) -> Header {
+        let mut header = header(kind, mode, mtime, size);
+        header.set_uid(self.owner.0.into());
+        header.set_gid(self.owner.1.into());
+        header
     }
 
     /// A directory.
     pub(crate) fn directory(&mut self, path: &Path, mode: u32, mtime: u64) -> Result<()> {
-        let mut header = header(EntryType::Directory, mode, mtime, 0);
+        let mut header = self.header(EntryType::Directory, mode, mtime, 0);
         self.builder
-            .append_data(&mut header, path, io::empty())
+            .append_data(&mut header, self.top.join(path), io::empty())
             .map_err(|e| unpackable(path, &e))
     }
 
@@ -64,18 +84,18 @@ impl<W: Write> Packer<W> {
 
     /// A symbolic link.
     pub(crate) fn link(&mut self, path: &Path, target: &[u8], mtime: u64) -> Result<()> {
-        let mut header = header(EntryType::Symlink, 0o777, mtime, 0);
+        let mut header = self.header(EntryType::Symlink, 0o777, mtime, 0);
         let target = Path::new(std::ffi::OsStr::from_bytes(target));
         self.builder
-            .append_link(&mut header, path, target)
+            .append_link(&mut header, self.top.join(path), target)
             .map_err(|e| unpackable(path, &e))
     }
 
     /// A file of exactly `size` bytes.
     pub(crate) fn file(&mut self, path: &Path, mode: u32, mtime: u64, size: u64, content: impl Read) -> Result<()> {
-        let mut header = header(EntryType::Regular, mode, mtime, size);
+        let mut header = self.header(EntryType::Regular, mode, mtime, size);
         self.builder
-            .append_data(&mut header, path, content)
+            .append_data(&mut header, self.top.join(path), content)
             .map_err(|e| unpackable(path, &e))
     }
 

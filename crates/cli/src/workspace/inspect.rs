@@ -82,6 +82,7 @@ pub(crate) fn inspect(path: &Path, options: Options, user: &User) -> Result<Snap
         includes_untracked: options.include_untracked,
         guest_path: options.guest_path,
         user: user.clone(),
+        owner: (0, 0),
         root: mirror.place.root,
         git: mirror.git,
     })

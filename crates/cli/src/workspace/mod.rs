@@ -33,6 +33,7 @@ mod git;
 mod history;
 mod inspect;
 mod mirror;
+mod owner;
 mod place;
 mod settings;
 mod url;
@@ -42,6 +43,9 @@ pub(crate) use inspect::inspect;
 
 /// Where a workspace lands when nothing else is said.
 const DEFAULT_PATH: &str = "/root/repo";
+
+/// Its last element, for other users than root.
+const DEFAULT_NAME: &str = "repo";
 
 /// What is asked of a workspace.
 #[derive(Debug, Clone, Default)]
@@ -114,9 +118,24 @@ pub(crate) struct Snapshot {
     skipped_untracked: usize,
     includes_untracked: bool,
     guest_path: String,
+    /// User and group in the machine.
+    owner: (u32, u32),
 }
 
 impl Snapshot {
+    /// Gives it to a user of the machine.
+    pub(crate) async fn settle(&mut self, client: &Client, machine: &str, user: Option<&str>) -> Result<()> {
+        let Some(user) = user.filter(|user| !owner::is_root(user)) else {
+            return Ok(());
+        };
+        let owner = owner::find(client, machine, user).await?;
+        self.owner = (owner.uid, owner.gid);
+        if self.guest_path.starts_with('~') {
+            self.guest_path = format!("{}/{DEFAULT_NAME}", owner.home);
+        }
+        Ok(())
+    }
+
     /// What the machine's record keeps of it.
     pub(crate) fn record(&self) -> Workspace {
         Workspace {
@@ -144,9 +163,14 @@ impl Snapshot {
     }
 }
 
-/// The directory in the guest for a workspace.
-pub(crate) fn guest_path(workdir: Option<&str>) -> Result<String> {
-    let path = workdir.unwrap_or(DEFAULT_PATH);
+/// The directory in the guest for a workspace. `~USER/repo` stands for one in a home directory, which only the machine knows.
+pub(crate) fn guest_path(workdir: Option<&str>, user: Option<&str>) -> Result<String> {
+    let Some(path) = workdir else {
+        return Ok(match user.filter(|user| !owner::is_root(user)) {
+            Some(user) => format!("~{user}/{DEFAULT_NAME}"),
+            None => DEFAULT_PATH.to_owned(),
+        });
+    };
     let sound = path.starts_with('/')
         && Path::new(path)
             .components()
@@ -265,12 +289,16 @@ pub(crate) async fn upload(
         .sum();
     activity.stage("copying the workspace");
     let packed = snapshot.clone();
+    // Through the directory above, so that the work tree itself belongs to its owner too.
+    let (above, name) = snapshot.guest_path.rsplit_once('/').unwrap_or_default();
+    let (above, name) = (if above.is_empty() { "/" } else { above }, PathBuf::from(name));
     let pack = move |sink: &mut crate::files::upload::Sink| {
-        let mut packer = Packer::new(sink);
+        let mut packer = Packer::new(sink).within(&name, packed.owner);
+        packer.directory(Path::new(""), 0o755, now())?;
         write(&mut packer, &packed, &history, &administration)?;
         packer.finish()
     };
-    put(client, machine, &snapshot.guest_path, total, &mut activity, pack).await?;
+    put(client, machine, above, total, &mut activity, pack).await?;
     Ok(())
 }
 
@@ -304,13 +332,18 @@ fn walk(git_dir: &Path) -> Result<Vec<Entry>> {
     Ok(files)
 }
 
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
 fn write<W: Write>(
     packer: &mut Packer<W>,
     snapshot: &Snapshot,
     history: &history::History,
     administration: &[Entry],
 ) -> Result<()> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let now = now();
     // Git wants these even when they are empty.
     for directory in [".git", ".git/objects", ".git/refs", ".git/refs/heads"] {
         packer.directory(Path::new(directory), 0o755, now)?;

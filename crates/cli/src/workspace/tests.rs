@@ -154,6 +154,36 @@ mod forms;
 mod hostile;
 
 #[test]
+fn everything_belongs_to_the_owner() {
+    let place = Place::new();
+    let snapshot = place.look(Options::default()).unwrap();
+    let history = history::build(&snapshot).unwrap();
+    let administration = walk(&history.git_dir()).unwrap();
+    let mut bytes = Vec::new();
+    let mut packer = Packer::new(&mut bytes).within(Path::new("repo"), (1000, 1001));
+    packer.directory(Path::new(""), 0o755, 0).unwrap();
+    write(&mut packer, &snapshot, &history, &administration).unwrap();
+    packer.finish().unwrap();
+    let mut archive = tar::Archive::new(bytes.as_slice());
+    let mut names = Vec::new();
+    for entry in archive.entries().unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.path().unwrap().display().to_string();
+        assert_eq!(
+            (entry.header().uid().unwrap(), entry.header().gid().unwrap()),
+            (1000, 1001),
+            "{name}"
+        );
+        assert!(name.starts_with("repo"), "{name}");
+        names.push(name.trim_end_matches('/').to_owned());
+    }
+    assert_eq!(names[0], "repo");
+    for name in ["repo/.git/config", "repo/a.txt", "repo/link", "repo/sub/b c.txt"] {
+        assert!(names.contains(&name.to_owned()), "{name}: {names:?}");
+    }
+}
+
+#[test]
 fn the_copy_has_the_same_uncommitted_changes() {
     let place = Place::new();
     place.write("r/staged.txt", "to be\n");
@@ -425,9 +455,11 @@ fn what_is_no_work_tree_is_refused_with_a_hint() {
 
 #[test]
 fn a_workspace_has_a_place_below_the_root() {
-    assert_eq!(guest_path(None).unwrap(), "/root/repo");
-    assert_eq!(guest_path(Some("/srv/x/")).unwrap(), "/srv/x");
+    assert_eq!(guest_path(None, None).unwrap(), "/root/repo");
+    assert_eq!(guest_path(None, Some("root")).unwrap(), "/root/repo");
+    assert_eq!(guest_path(None, Some("dev")).unwrap(), "~dev/repo");
+    assert_eq!(guest_path(Some("/srv/x/"), Some("dev")).unwrap(), "/srv/x");
     for bad in ["/", "relative", "/a/../..", "", "//"] {
-        assert_eq!(guest_path(Some(bad)).unwrap_err().kind, Kind::Usage, "{bad}");
+        assert_eq!(guest_path(Some(bad), None).unwrap_err().kind, Kind::Usage, "{bad}");
     }
 }

@@ -37,7 +37,7 @@ const LOOKING_ENDS: Duration = Duration::from_secs(2);
 /// Make a machine, copy a repository into it and run a command or a shell there
 ///
 /// An argument that starts with `.`, `/` or `~` is a workspace: a git work tree whose tracked files, as they are now, land
-/// in /root/repo together with a short history. Anything else is an image. Both, one or none may be given.
+/// in /root/repo together with a short history; with --user they belong to that user, in ~/repo. Anything else is an image. Both, one or none may be given.
 ///
 /// With a command its standard streams and signals pass through and its exit status is ours. Without one a shell opens on a
 /// terminal; elsewhere the machine is left running.
@@ -151,7 +151,8 @@ impl RunArgs {
             };
             let use_it = async {
                 if let (Some(snapshot), Some(packing)) = (&snapshot, packing) {
-                    machine = copy_in(context, &client, &machine, snapshot, packing, &mut signals).await?;
+                    let user = self.program.user.as_deref();
+                    machine = copy_in(context, &client, &machine, (snapshot, user), packing, &mut signals).await?;
                     watch.lap("workspace");
                 }
                 match plan.then {
@@ -282,7 +283,7 @@ impl RunArgs {
             include_untracked: self.include_untracked,
             branch: self.branch.clone(),
             from: self.from.clone(),
-            guest_path: workspace::guest_path(self.program.workdir.as_deref())?,
+            guest_path: workspace::guest_path(self.program.workdir.as_deref(), self.program.user.as_deref())?,
         };
         let (found, mut looking) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || {
@@ -339,12 +340,17 @@ async fn copy_in(
     context: &Context,
     client: &Client,
     machine: &Machine,
-    snapshot: &Snapshot,
+    (snapshot, user): (&Snapshot, Option<&str>),
     packing: Packing,
     signals: &mut Signals,
 ) -> Result<Machine> {
+    let mut snapshot = snapshot.clone();
     let copy = async {
-        workspace::upload(context, client, &machine.id, snapshot, packing).await?;
+        if let Err(error) = snapshot.settle(client, &machine.id, user).await {
+            packing.discard().await;
+            return Err(error);
+        }
+        workspace::upload(context, client, &machine.id, &snapshot, packing).await?;
         let patch = PatchMachine {
             workspace: Some(snapshot.record()),
             ..PatchMachine::default()
