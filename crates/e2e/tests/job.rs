@@ -17,6 +17,55 @@ tests! { MACHINES;
     what_is_no_repository_is_refused,
     a_dry_run_makes_nothing,
     a_repository_may_be_young,
+    a_workspace_belongs_to_its_user,
+}
+
+fn a_workspace_belongs_to_its_user() {
+    let env = shared();
+    Repository::typical(env.work().join("owned"));
+    std::fs::write(
+        env.work().join("identity"),
+        "[user]\n\tname = Some One\n\temail = one@example.invalid\n",
+    )
+    .unwrap();
+    let script = "id -u; stat -c %u . .git README .git/config; git status --porcelain; git config user.name; \
+                  echo more >README; git commit -qam more; git log -1 --format=%ae";
+    let run = |options: &[&str]| {
+        let args = [&["vm", "run", "--rm", "./owned"], options, &["--", "sh", "-c", script]].concat();
+        let identity = env.work().join("identity");
+        env.banger(args)
+            .env("GIT_CONFIG_GLOBAL", identity)
+            .deadline(180)
+            .run()
+            .code(0)
+    };
+    let done = run(&["--user", "1234", "--workdir", "/srv/its/repo"]);
+    let expected = "1234\n1234\n1234\n1234\n1234\nSome One\none@example.invalid\n";
+    assert_eq!(done.out(), expected, "{}", done.err());
+    // Without a place: in the home directory.
+    let done = env
+        .banger([
+            "vm",
+            "run",
+            "--rm",
+            "./owned",
+            "--user",
+            "www-data",
+            "--",
+            "sh",
+            "-c",
+            "pwd; id -un; git status --porcelain",
+        ])
+        .deadline(180)
+        .run()
+        .code(0);
+    assert_eq!(done.out(), "/var/www/repo\nwww-data\n", "{}", done.err());
+    let done = env
+        .banger(["vm", "run", "--rm", "./owned", "--user", "nosuch", "--", "true"])
+        .deadline(180)
+        .run()
+        .code(125);
+    done.says(&["no user `nosuch`", "hint:"]);
 }
 
 fn the_job() {
