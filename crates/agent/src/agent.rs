@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use banger_proto::agent::{GuestNetwork, Init, Personalize};
 use banger_proto::error::{ApiError, ErrorCode};
@@ -43,6 +44,9 @@ pub struct Agent {
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// How long a request waits for a frozen guest to go on. The host waits longer for the answer (20 s), so that it gets the reason.
+pub(crate) const THAW: Duration = Duration::from_secs(15);
 
 /// The answer of a machine that is frozen.
 pub(crate) fn frozen(so: &str) -> ApiError {
@@ -144,6 +148,28 @@ impl Agent {
         ))
     }
 
+    /// Waits until the guest is not frozen, for at most [`THAW`]. Fails in a copy whose source had the request: its client is the
+    /// source's.
+    pub(crate) async fn thawed(&self) -> Result<(), ApiError> {
+        self.thawed_within(THAW).await
+    }
+
+    async fn thawed_within(&self, limit: Duration) -> Result<(), ApiError> {
+        if !self.is_frozen() {
+            return Ok(());
+        }
+        let whose = self.machine_id();
+        if tokio::time::timeout(limit, self.sessions.released()).await.is_err() {
+            let message = format!("the machine is frozen to be saved, and did not go on within {limit:?}");
+            return Err(ApiError::new(ErrorCode::Timeout, message));
+        }
+        if self.machine_id() != whose {
+            let message = "the machine became a copy of another one while the request waited";
+            return Err(ApiError::new(ErrorCode::WrongState, message));
+        }
+        Ok(())
+    }
+
     /// Nothing is changed in a machine that is being saved.
     pub(crate) fn require_thawed(&self) -> Result<(), ApiError> {
         if self.is_frozen() {
@@ -152,9 +178,10 @@ impl Agent {
         Ok(())
     }
 
-    /// The machine is itself and programs run.
-    pub(crate) fn require_running(&self) -> Result<(), ApiError> {
-        self.require_personalized().and_then(|()| self.require_thawed())
+    /// Waits until the machine is itself and programs run.
+    pub(crate) async fn running(&self) -> Result<(), ApiError> {
+        self.require_personalized()?;
+        self.thawed().await
     }
 
     /// The system around is the agent's to change.
@@ -221,5 +248,54 @@ impl Agent {
         }
         *lock(&self.known) = Some(known);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(100);
+
+    #[tokio::test]
+    async fn a_request_waits_until_the_guest_goes_on() {
+        let agent = Agent::for_tests();
+        agent.running().await.unwrap();
+        agent.sessions.hold();
+        let waiting = tokio::spawn({
+            let agent = agent.clone();
+            async move { agent.running().await }
+        });
+        tokio::time::sleep(SHORT).await;
+        assert!(!waiting.is_finished(), "it did not wait");
+        agent.sessions.release();
+        waiting.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_stays_frozen_is_told_of() {
+        let agent = Agent::for_tests();
+        agent.sessions.hold();
+        let error = agent.thawed_within(SHORT).await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::Timeout);
+        assert!(error.message.contains("100ms"), "{}", error.message);
+    }
+
+    #[tokio::test]
+    async fn a_request_of_the_source_is_not_carried_out_in_a_copy() {
+        let agent = Agent::for_tests();
+        agent.sessions.hold();
+        let waiting = tokio::spawn({
+            let agent = agent.clone();
+            async move { agent.thawed().await }
+        });
+        tokio::time::sleep(SHORT).await;
+        agent.set_known(Known {
+            machine_id: "1111111111111111".to_owned(),
+            init: true,
+            network: None,
+        });
+        agent.sessions.release();
+        assert_eq!(waiting.await.unwrap().unwrap_err().code, ErrorCode::WrongState);
     }
 }

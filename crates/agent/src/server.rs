@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
 
-use banger_proto::agent::MAX_JSON;
+use banger_proto::agent::{MAX_JSON, Shutdown};
 use banger_proto::error::{ApiError, ErrorCode};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
@@ -109,7 +109,7 @@ async fn dispatch(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Respo
         }
         (Method::GET, ["v1", "sessions"]) => Ok(reply::json(&agent.sessions.list())),
         (Method::POST, ["v1", "sessions", id]) => {
-            agent.require_running()?;
+            agent.running().await?;
             if !Sessions::valid_id(id) {
                 let message = format!("`{id}` can't name a session: 1 to 64 letters, digits, `-`, `_`, `.`");
                 return Err(ApiError::new(ErrorCode::BadRequest, message));
@@ -122,21 +122,25 @@ async fn dispatch(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Respo
         }
         (Method::GET, ["v1", "files"]) => files::get(&query.need("path")?),
         (Method::PUT, ["v1", "files"]) => {
-            agent.require_thawed()?;
+            agent.thawed().await?;
             files::put(&query.need("path")?, request.into_body()).await
         }
         (Method::GET, ["v1", "stat"]) => Ok(reply::json(&files::stat(&query.need("path")?)?)),
         (Method::POST, ["v1", "connect"]) => {
-            agent.require_running()?;
+            agent.running().await?;
             connect::serve(&agent, &query.need("target")?, request.into_body()).await
         }
         (Method::GET, ["v1", "stats"]) => Ok(reply::json(&system::stats()?)),
         (Method::GET, ["v1", "ports"]) => {
-            agent.require_running()?;
+            agent.running().await?;
             Ok(reply::json(&ports::list().await?))
         }
         (Method::POST, ["v1", "shutdown"]) => {
-            let wanted = body(request).await?;
+            let wanted: Shutdown = body(request).await?;
+            if wanted.graceful {
+                // Nothing in a frozen guest ends by itself.
+                agent.thawed().await?;
+            }
             system::shut_down(&agent, &wanted)?;
             Ok(reply::with(StatusCode::ACCEPTED, reply::full(Bytes::new())))
         }

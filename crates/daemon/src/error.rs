@@ -134,6 +134,8 @@ impl IntoApi for LinkError {
             Self::Timeout { .. } | Self::Handshake(crate::agent::handshake::HandshakeError::Silent(_)) => {
                 ApiError::new(ErrorCode::Timeout, message).hint("look at the guest's console: `banger vm logs`")
             }
+            Self::Frozen { .. } => ApiError::new(ErrorCode::Timeout, message)
+                .hint("try again; where it stays frozen, start it anew: banger vm kill NAME, banger vm start NAME"),
             Self::Broken { .. } => {
                 ApiError::new(ErrorCode::Unavailable, message).hint("try again: the daemon connects anew")
             }

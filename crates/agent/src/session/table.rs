@@ -2,12 +2,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use banger_proto::api;
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_proto::frame::{Open, Opened};
+use tokio::sync::watch;
 
 use super::{Session, lock};
 
@@ -27,7 +27,7 @@ pub struct Sessions {
     etc: PathBuf,
     known: Mutex<Known>,
     /// The guest is frozen: nothing is started.
-    held: AtomicBool,
+    held: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -42,18 +42,18 @@ impl Sessions {
         Self {
             etc,
             known: Mutex::default(),
-            held: AtomicBool::new(false),
+            held: watch::Sender::new(false),
         }
     }
 
     /// Starts nothing from now on.
     pub(crate) fn hold(&self) {
-        self.held.store(true, Ordering::Relaxed);
+        self.held.send_replace(true);
     }
 
     /// Starts what has been waiting, and whatever else is wanted.
     pub(crate) fn release(self: &Arc<Self>) {
-        self.held.store(false, Ordering::Relaxed);
+        self.held.send_replace(false);
         let waiting: Vec<_> = lock(&self.known)
             .by_id
             .values()
@@ -67,7 +67,13 @@ impl Sessions {
 
     /// Whether nothing is started.
     pub(crate) fn is_held(&self) -> bool {
-        self.held.load(Ordering::Relaxed)
+        *self.held.borrow()
+    }
+
+    /// Waits until programs are started again.
+    pub(crate) async fn released(&self) {
+        // The sender lives as long as `self`, so that this cannot fail.
+        let _ = self.held.subscribe().wait_for(|held| !held).await;
     }
 
     /// Whether no session runs or is about to.

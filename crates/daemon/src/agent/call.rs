@@ -89,6 +89,14 @@ calls! {
 }
 
 impl Call {
+    /// Whether it waits while the guest is frozen to be saved. The others are what freezes it and lets it go on.
+    pub(super) fn waits(self) -> bool {
+        !matches!(
+            self,
+            Self::Health | Self::Personalize | Self::Freeze | Self::Renew | Self::Shutdown
+        )
+    }
+
     /// The path without its argument, as errors name it.
     pub fn name(self) -> &'static str {
         self.path().split('?').next().unwrap_or_default().trim_end_matches('/')

@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::call::{Call, Patience};
+use super::gate::{self, Closed, Gate};
 use super::handshake::{self, HandshakeError, rounded, shake};
 
 /// Bytes of one stream that the guest may send ahead of its reader.
@@ -73,6 +74,12 @@ pub enum LinkError {
         /// What was waited for.
         what: String,
         /// For how long.
+        after: Duration,
+    },
+    /// The guest was frozen to be saved, and did not go on in time.
+    #[error("the guest is frozen to be saved, and did not go on within {after:?}")]
+    Frozen {
+        /// For how long it was waited for.
         after: Duration,
     },
     /// An answer that breaks the protocol.
@@ -144,6 +151,7 @@ pub struct Link {
     connection: Mutex<Option<Connection>>,
     relays: Arc<Semaphore>,
     patience: Patience,
+    gate: Gate,
 }
 
 impl std::fmt::Debug for Link {
@@ -161,6 +169,7 @@ impl Link {
             connection: Mutex::new(None),
             relays: Arc::new(Semaphore::new(MAX_RELAYS)),
             patience: Patience::default(),
+            gate: Gate::new(gate::PATIENCE),
         }
     }
 
@@ -189,6 +198,11 @@ impl Link {
     /// A place among the streams that may be relayed at once.
     pub fn relay_permit(&self) -> Result<OwnedSemaphorePermit, LinkError> {
         self.relays.clone().try_acquire_owned().map_err(|_| LinkError::Busy)
+    }
+
+    /// The guest is frozen to be saved: requests wait until the answer is dropped.
+    pub fn hold(&self) -> Closed {
+        self.gate.close()
     }
 
     /// Opens the connection if there is none.
@@ -290,7 +304,8 @@ impl Link {
     }
 
     /// Sends a request and waits for the head of its answer until `late` has come, which is `within` after the agent's last
-    /// progress.
+    /// progress. While the guest is frozen to be saved the request waits, unless it is for a frozen guest; that time counts against no
+    /// deadline.
     pub(super) async fn send_until(
         &self,
         call: Call,
@@ -306,7 +321,12 @@ impl Link {
             doing: what.clone(),
             source,
         };
+        let asked = Instant::now();
+        if call.waits() {
+            self.gate.pass().await?;
+        }
         let began = Instant::now();
+        let connect_by = connect_by + began.duration_since(asked);
         let mut send = self.connected(connect_by).await?;
         timeout_at(connect_by, send.ready())
             .await
@@ -315,14 +335,23 @@ impl Link {
                 after: rounded(connect_by.duration_since(began)),
             })?
             .map_err(broken)?;
+        let answer = send.send_request(request);
+        tokio::pin!(answer);
         tokio::select! {
             biased;
-            answer = send.send_request(request) => answer.map_err(broken),
-            () = late => Err(LinkError::Timeout {
-                what: format!("answer {what}"),
-                after: within,
-            }),
+            answer = &mut answer => return answer.map_err(broken),
+            () = late => {}
         }
+        if call.waits()
+            && self.gate.is_closed()
+            && let Some(answer) = self.gate.bounded(within, answer).await?
+        {
+            return answer.map_err(broken);
+        }
+        Err(LinkError::Timeout {
+            what: format!("answer {what}"),
+            after: within,
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! The client of the guest agent. What comes from there is hostile: bounded, checked, sanitised before anything else sees it.
 //!
+//! * [`gate`]: where requests wait while the guest is frozen,
 //! * [`handshake`]: brings the guest channel into a known state,
 //! * [`link`]: one HTTP/2 connection per machine, made on demand and made again when it breaks,
 //! * [`call`]: the table of all requests, and how long they may take,
@@ -11,6 +12,7 @@
 
 pub mod call;
 pub mod calls;
+pub mod gate;
 pub mod handshake;
 pub mod link;
 pub mod relay;

@@ -62,6 +62,25 @@ async fn a_mute_guest_is_given_up_in_time() {
 }
 
 #[tokio::test]
+async fn requests_wait_for_a_guest_that_is_frozen_and_its_own_do_not() {
+    let (link, _) = link(Manner::Good);
+    let held = link.hold();
+    link.health(soon()).await.unwrap();
+    let waiting = tokio::spawn({
+        let link = link.clone();
+        async move { link.sessions().await.map(drop) }
+    });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!waiting.is_finished(), "a request reached a frozen guest");
+    drop(held);
+    timeout(Duration::from_secs(5), waiting)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
 async fn another_machine_on_the_channel_is_noticed() {
     let (link, _) = link(Manner::Stranger);
     assert!(matches!(link.health(soon()).await, Err(LinkError::WrongMachine { .. })));

@@ -21,6 +21,7 @@ use super::checkpoint;
 use super::disks;
 use super::live::Live;
 use super::record::Machine;
+use crate::agent::gate::Closed;
 use crate::blocking::blocking;
 use crate::error::IntoApi;
 use crate::failpoint;
@@ -64,22 +65,33 @@ pub async fn take(m: &Arc<Machine>, take: Take<'_>) -> Result<Duration, ApiError
     }
     // It may be frozen though it did not say so.
     let renewed = go_on(m, &live).await;
+    still.state().gate = None;
     let stood_still = since.elapsed();
     saved?;
     if renewed { Ok(stood_still) } else { Err(stuck(m)) }
 }
 
-/// A guest that is asked to hold still: since when, and why it could not.
+/// A guest that is asked to hold still.
 #[derive(Debug, Default)]
-struct Still(Mutex<(Option<Instant>, Option<ApiError>)>);
+struct Still(Mutex<HoldingStill>);
+
+#[derive(Debug, Default)]
+struct HoldingStill {
+    /// Since when.
+    since: Option<Instant>,
+    /// Why it could not.
+    failed: Option<ApiError>,
+    /// Keeps requests from it.
+    gate: Option<Closed>,
+}
 
 impl Still {
-    fn state(&self) -> std::sync::MutexGuard<'_, (Option<Instant>, Option<ApiError>)> {
+    fn state(&self) -> std::sync::MutexGuard<'_, HoldingStill> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn since(&self) -> Option<Instant> {
-        self.state().0
+        self.state().since
     }
 }
 
@@ -106,7 +118,7 @@ async fn save(m: &Machine, live: &Live, take: Take<'_>, still: &Arc<Still>) -> R
     };
     let saved = live.engine.save(&live.handles, &plan, steps).await;
     // What the guest said is the better reason.
-    let saved = saved.map_err(|e| still.state().1.take().unwrap_or_else(|| e.into_api()));
+    let saved = saved.map_err(|e| still.state().failed.take().unwrap_or_else(|| e.into_api()));
     if let Some(layer) = take.layer {
         match &saved {
             Ok(_) => {
@@ -128,7 +140,11 @@ async fn save(m: &Machine, live: &Live, take: Take<'_>, still: &Arc<Still>) -> R
 fn hold_still(live: Live, sync: bool, then: AfterSave, still: Arc<Still>) -> Step {
     let told = still.clone();
     let work = async move {
-        still.state().0 = Some(Instant::now());
+        {
+            let mut still = still.state();
+            still.gate = Some(live.link.hold());
+            still.since = Some(Instant::now());
+        }
         let freeze = Freeze { template: false, sync };
         live.link.freeze(&freeze, FREEZE).await.map_err(IntoApi::into_api)?;
         if then == AfterSave::Stopped
@@ -142,7 +158,7 @@ fn hold_still(live: Live, sync: bool, then: AfterSave, still: Arc<Still>) -> Ste
         work.await.map_err(|e| {
             let what = "let the guest hold still".to_owned();
             let source = std::io::Error::other(e.message.clone());
-            told.state().1 = Some(e);
+            told.state().failed = Some(e);
             EngineError::Io { what, source }
         })
     })
