@@ -37,11 +37,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("banger-proto", &[]),
     ("banger-system", &[]),
     ("banger-core", &["banger-proto", "banger-system"]),
-    ("banger-vmm", &["banger-core", "banger-proto", "banger-system"]),
-    ("banger-image", &["banger-core", "banger-proto", "banger-system"]),
+    ("banger-child", &[]),
+    (
+        "banger-vmm",
+        &["banger-child", "banger-core", "banger-proto", "banger-system"],
+    ),
+    (
+        "banger-image",
+        &["banger-child", "banger-core", "banger-proto", "banger-system"],
+    ),
     (
         "banger-daemon",
         &[
+            "banger-child",
             "banger-core",
             "banger-image",
             "banger-proto",

@@ -182,6 +182,7 @@ async fn keypair(path: &Path, comment: &str) -> Result<String, SshError> {
         .args(["-q", "-t", "ed25519", "-N", "", "-C", comment, "-f"])
         .arg(path);
     keygen.stdin(std::process::Stdio::null()).kill_on_drop(true);
+    banger_child::bind(keygen.as_std_mut(), banger_child::End::Killed);
     let output = match tokio::time::timeout(KEYGEN, keygen.output()).await {
         Err(_) => return Err(SshError::Failed(format!("it did not end within {KEYGEN:?}"))),
         Ok(Err(e)) if e.kind() == std::io::ErrorKind::NotFound => return Err(SshError::Missing),

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use banger_child::End;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
@@ -140,6 +141,8 @@ impl Run {
             .stderr(Stdio::piped())
             .process_group(0)
             .kill_on_drop(true);
+        // It cleans up after itself when the daemon ends without having cancelled it.
+        banger_child::bind(command.as_std_mut(), End::Asked);
         Self {
             shown: program.display().to_string(),
             command,

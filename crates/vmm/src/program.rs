@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use banger_child::End;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::engine::EngineError;
@@ -43,13 +44,13 @@ fn executable(path: &Path) -> bool {
 /// What a program prints, bounded in size and time.
 pub(crate) fn ask(binary: &Path, args: &[&str]) -> Result<String, EngineError> {
     let failed = |e: std::io::Error| io_error(format!("run {}", binary.display()), e);
-    let mut child = Command::new(binary)
+    let mut command = Command::new(binary);
+    command
         .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
+        .stderr(Stdio::piped());
+    let mut child = banger_child::bind(&mut command, End::Killed).spawn().map_err(failed)?;
     let mut text = Vec::new();
     let outcome = child.stdout.take().map_or(Ok(()), |out| read(out, &mut text));
     if outcome.is_err() {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use banger_child::End;
 use banger_core::plan::Disk;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -212,15 +213,16 @@ impl Engine {
         for node in nodes {
             command.args(["-blockdev", &node.to_string()]);
         }
-        let mut child = command
+        command
             .env_clear()
             .current_dir("/")
             .stdin(OwnedFd::from(theirs))
             .stdout(output)
             .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(failed)?;
+            .kill_on_drop(true);
+        // It copies for this daemon alone.
+        banger_child::bind(command.as_std_mut(), End::Killed);
+        let mut child = command.spawn().map_err(failed)?;
         Ok(Self {
             words: child.stderr.take(),
             stream: Some(UnixStream::from_std(ours).map_err(failed)?),
