@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::cli;
 use crate::client::Client;
 use crate::commands::vm::common::machines as all_machines;
-use crate::commands::vm::snapshot;
+use crate::commands::vm::{recover, snapshot};
 use crate::commands::{image, kernel, stock, template};
 use crate::error::{Error, Result};
 use crate::paths::Places;
@@ -54,6 +54,16 @@ pub(crate) fn machines() -> ArgValueCandidates {
                 .into_iter()
                 .map(|m| (m.name, Some(format!("{}, {}", m.state.as_str(), m.spec.image))))
                 .collect())
+        })
+    })
+}
+
+/// Names of machines that are not in the database and can be taken back.
+pub(crate) fn recoverable() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        ask(async |client| {
+            let lost = recover::all(&client).await?;
+            Ok(lost.into_iter().map(|m| (m.name, Some(m.image))).collect())
         })
     })
 }

@@ -74,7 +74,7 @@ fn a_snapshot_is_taken_listed_and_brought_back() {
     home.run(&["vm", "snapshot", "create", "build", "clean", "--disk-only"]);
     let ran = home.run(&["vm", "snapshot", "list", "build"]);
     let row = ran.stdout.lines().nth(1).unwrap();
-    assert!(row.starts_with("clean  25M     4M     31 ms"), "{row}");
+    assert!(row.starts_with("clean  whole  25M     4M     31 ms"), "{row}");
     assert_eq!(home.run(&["vm", "snapshot", "ls", "build", "-q"]).stdout, "clean\n");
     assert!(
         home.run(&["vm", "snapshot", "show", "build", "clean"])

@@ -111,6 +111,9 @@ pub fn decide(state: State, request: Request) -> Decision {
     use Request as R;
     let refuse = Decision::Refuse;
     match (state, request) {
+        // Shown, never a machine's own: its task answers by what it knows.
+        (State::Unverified, R::Delete) => Do,
+        (State::Unverified, _) => refuse(Refusal::Busy),
         (State::Deleting, R::Delete) => Already,
         (State::Deleting, _) => refuse(Refusal::Gone),
         (State::Error, R::Delete | R::Rename) => Do,

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use banger_child::Worker;
 use banger_core::id::MachineId;
 use banger_core::state;
 use banger_proto::api::{Audit, AuditObject, MachineState};
@@ -20,8 +21,10 @@ use banger_vmm::{Liveness, identity};
 use crate::blocking::blocking;
 use crate::machine::adopt;
 use crate::machine::live::Live;
+use crate::machine::record::Presence;
 use crate::machine::start::remove_dir;
 use crate::machine::stop;
+use crate::recover;
 use crate::services::Services;
 
 /// Something on the host that is banger's.
@@ -45,13 +48,15 @@ enum Kind {
     Files(PathBuf),
     /// What was begun and not ended, whose making is told by something else than rows.
     Staging(PathBuf),
+    /// A program that a daemon started for a while: it copies a disk, builds an image.
+    Worker(Worker),
 }
 
 impl Kind {
     fn word(&self) -> &'static str {
         match self {
             Self::Host(kind) => kind.as_str(),
-            Self::Engine => "process",
+            Self::Engine | Self::Worker(_) => "process",
             Self::Sockets(_) => "socket",
             Self::Files(_) | Self::Staging(_) => "file",
         }
@@ -66,9 +71,14 @@ fn known(services: &Services) -> Known {
 }
 
 /// Why an object is nobody's, if it is: from what the rows said before and after it was seen.
-fn judge(found: &Found, before: Option<MachineState>, after: Option<MachineState>, lent: bool) -> Option<String> {
+///
+/// `spared`: a machine without a row is made just now, or can be taken back.
+fn judge(found: &Found, before: Option<MachineState>, after: Option<MachineState>, spared: bool) -> Option<String> {
+    if let Kind::Worker(worker) = &found.kind {
+        return (!worker.owned).then(|| "the daemon that started it has ended".to_owned());
+    }
     let id = found.machine.as_ref()?;
-    if lent || matches!(found.kind, Kind::Staging(_)) && (before.is_some() || after.is_some()) {
+    if spared || matches!(found.kind, Kind::Staging(_)) && (before.is_some() || after.is_some()) {
         return None;
     }
     let states = [before, after];
@@ -93,15 +103,18 @@ pub async fn look(services: &Services) -> Audit {
     let mut blind = Vec::new();
     let found = collect(services, &mut blind).await;
     let after = known(services);
+    let spared = recover::spared(services);
     let objects: Vec<AuditObject> = found
         .into_iter()
         .map(|found| {
             let id = found.machine.as_ref();
             let state = |rows: &Known| id.and_then(|id| rows.get(id)).copied();
             let lent = id.is_some_and(|id| services.templates.is_building(id));
+            let note = id.and_then(|id| spared.get(id)).cloned();
             AuditObject {
                 kind: found.kind.word().to_owned(),
-                orphan: judge(&found, state(&before), state(&after), lent),
+                orphan: judge(&found, state(&before), state(&after), lent || note.is_some()),
+                note: note.or_else(|| doubt(services, &found)),
                 machine: found.machine.as_ref().map(ToString::to_string),
                 name: found.name,
                 failed: None,
@@ -113,6 +126,23 @@ pub async fn look(services: &Services) -> Audit {
         orphans: count(&objects),
         objects,
         blind,
+    }
+}
+
+/// What is to be said of an engine that does not answer.
+fn doubt(services: &Services, found: &Found) -> Option<String> {
+    let process = matches!(found.kind, Kind::Engine | Kind::Host(ObjectKind::Process));
+    let m = services
+        .machines()
+        .into_iter()
+        .find(|m| process && Some(&m.id) == found.machine.as_ref())?;
+    match m.presence() {
+        Presence::Doubtful { why, identified: true } => Some(format!(
+            "the engine of `{0}` does not answer ({why}); to end it: banger vm kill --force {0}",
+            m.name()
+        )),
+        Presence::Doubtful { why, .. } => Some(format!("the engine of `{}` cannot be verified: {why}", m.name())),
+        _ => None,
     }
 }
 
@@ -138,11 +168,20 @@ async fn collect(services: &Services, blind: &mut Vec<String>) -> Vec<Found> {
         services.paths.machines(),
         services.paths.templates(),
     );
+    let state = services.paths.state.clone();
     let looked = blocking(move || {
         let mut found = Vec::new();
         let mut blind = Vec::new();
         match engines(Path::new("/proc"), &sockets) {
             Ok(engines) => found.extend(engines),
+            Err(e) => blind.push(format!("processes: {e}")),
+        }
+        match banger_child::workers(Path::new("/proc"), &state) {
+            Ok(workers) => found.extend(workers.into_iter().map(|worker| Found {
+                name: format!("{} {}", worker.comm, worker.pid),
+                machine: None,
+                kind: Kind::Worker(worker),
+            })),
             Err(e) => blind.push(format!("processes: {e}")),
         }
         found.extend(directories(&sockets, Kind::Sockets));
@@ -229,6 +268,7 @@ pub async fn fix(services: &Arc<Services>) -> Audit {
         .collect();
     machines.sort();
     machines.dedup();
+    end_workers(&services.paths.state);
     for id in &machines {
         if let Err(e) = remove(services, id).await {
             tracing::error!(machine = %id, error = %e.message, details = ?e.details, "what is nobody's is not wholly removed");
@@ -258,6 +298,24 @@ pub async fn fix(services: &Arc<Services>) -> Audit {
     audit
 }
 
+/// Ends the programs that an earlier daemon started for this state and left behind.
+pub fn end_workers(state: &Path) {
+    let workers = banger_child::workers(Path::new("/proc"), state).unwrap_or_else(|error| {
+        tracing::warn!(%error, "whether an earlier daemon left programs behind is not known");
+        Vec::new()
+    });
+    for worker in workers.iter().filter(|worker| !worker.owned) {
+        tracing::warn!(
+            pid = worker.pid,
+            comm = worker.comm,
+            "a program that an earlier daemon left behind: ended"
+        );
+        if let Err(error) = banger_child::end(worker) {
+            tracing::warn!(pid = worker.pid, %error, "it is not ended");
+        }
+    }
+}
+
 /// Removes what is left of a machine that is none, or that has no engine: engine, what root has, files.
 async fn remove(services: &Arc<Services>, id: &MachineId) -> Result<(), ApiError> {
     let row = services.machines().into_iter().find(|m| m.id == *id);
@@ -266,7 +324,9 @@ async fn remove(services: &Arc<Services>, id: &MachineId) -> Result<(), ApiError
         let busy = |m: &Arc<crate::machine::Machine>| {
             state::may_have_engine(m.state()) || m.state() == MachineState::Creating || m.live().is_some()
         };
-        !m.as_ref().is_some_and(busy) && !services.templates.is_building(id)
+        !m.as_ref().is_some_and(busy)
+            && !services.templates.is_building(id)
+            && !recover::spared(services).contains_key(id)
     };
     if !idle() {
         return Ok(());
@@ -279,7 +339,7 @@ async fn remove(services: &Arc<Services>, id: &MachineId) -> Result<(), ApiError
             let engine = services.engine(&handles.engine).await?;
             stop::kill_now(&Live::new(id, engine, handles)).await?;
         }
-        Liveness::Unclear(why) => return Err(ApiError::new(ErrorCode::Engine, why)),
+        Liveness::Unclear(why) | Liveness::Silent { why, .. } => return Err(ApiError::new(ErrorCode::Engine, why)),
     }
     let released = match services.hosting.get() {
         Some(system) => system.remove_if(id, idle).await.map(drop),
@@ -338,6 +398,18 @@ mod tests {
         }
         // A machine without a row, for as long as a template is made of it.
         assert_eq!(judge(&tap, None, None, true), None);
+        // A program works for a daemon, or is left.
+        let worker = |owned| Found {
+            kind: Kind::Worker(Worker {
+                pid: 1,
+                start_time: 2,
+                comm: "qemu".to_owned(),
+                owned,
+            }),
+            name: "qemu 1".to_owned(),
+            machine: None,
+        };
+        assert!(!orphan(&worker(true), None, None) && orphan(&worker(false), None, None));
         // What belongs to no machine belongs to the installation.
         let bridge = Found { machine: None, ..tap };
         assert_eq!(judge(&bridge, None, None, false), None);

@@ -37,6 +37,7 @@ pub mod paths;
 pub mod provision;
 pub mod reach;
 pub mod ready;
+pub mod recover;
 pub mod run;
 pub mod server;
 pub mod services;

@@ -97,7 +97,7 @@ fn start(mode: run::Mode, ready_fd: Option<OwnedFd>) -> ExitCode {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         builder
             .worker_threads(WORKERS)
-            .thread_stack_size(1024 * 1024)
+            .thread_stack_size(2 * 1024 * 1024)
             .enable_all();
         let runtime = builder.build().map_err(|source| run::StartError::Io {
             what: "start the runtime".to_owned(),

@@ -12,15 +12,16 @@ use banger_proto::error::{ApiError, ErrorCode};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::db::{DbError, MachineRow, Slots};
+use crate::db::{DbError, MachineRow};
 use crate::engines;
 use crate::error::IntoApi;
 use crate::forwards::Reserved;
 use crate::host::rules::Member;
+use crate::machine::record::Presence;
 use crate::machine::request::{self, Ask, ForkJob};
-use crate::machine::work::{self, Current, Manner};
-use crate::machine::{Machine, adopt, create, fork, start, task};
+use crate::machine::{Machine, adopt, create, fork, start, task, work};
 use crate::ops::Op;
+use crate::recover;
 use crate::services::Services;
 use crate::time;
 
@@ -267,10 +268,7 @@ async fn insert(services: &Services, name: Option<MachineName>, draft: Draft) ->
             slot: None,
             forwards: draft.forwards.clone(),
         };
-        let slots = services.hosting.last_slot().map(|last| Slots {
-            last,
-            lent: services.hosting.lent_slots(),
-        });
+        let slots = recover::free_slots(services);
         match services.db.insert_machine(row, slots).await {
             Ok(row) => return Ok(row),
             Err(DbError::NameTaken(_)) if name.is_none() => {}
@@ -296,6 +294,7 @@ pub async fn load(services: &Arc<Services>) -> Result<Vec<Known>, DbError> {
     let known = rows.into_iter().map(|row| {
         let (asks, queue) = mpsc::channel(task::QUEUE);
         let m = Machine::new(services.clone(), row, asks);
+        m.set_known(Presence::Sought);
         services.remember(m.clone());
         (m, queue)
     });
@@ -303,9 +302,9 @@ pub async fn load(services: &Arc<Services>) -> Result<Vec<Known>, DbError> {
 }
 
 /// Tells of every machine that may have a tap, before anything is made.
-pub fn seat(services: &Services, known: &[Known]) {
+pub fn seat(services: &Services, machines: &[Arc<Machine>]) {
     let Some(system) = services.hosting.get() else { return };
-    for (m, _) in known {
+    for m in machines {
         let row = m.row();
         if row.spec.network == "bridge"
             && state::may_have_engine(row.state)
@@ -327,15 +326,7 @@ pub async fn reconcile(services: &Arc<Services>, known: Vec<Known>) {
     let mut looking = JoinSet::new();
     for (m, queue) in known {
         looking.spawn(async move {
-            let work = adopt::reconcile(&m).await;
-            let first = work.map(|(work, blocked)| Current {
-                work,
-                manner: if blocked {
-                    Manner::Blocked
-                } else {
-                    Manner::Bounded(None)
-                },
-            });
+            let first = adopt::reconcile(&m).await;
             tokio::spawn(task::run(m, queue, first));
         });
     }

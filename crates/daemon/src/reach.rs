@@ -24,7 +24,7 @@ pub async fn reach(m: &Arc<Machine>) -> Result<(Use, Arc<Link>), ApiError> {
     }
     task::check_agent(m)?;
     let Some(live) = m.live() else {
-        let why = m.row().cause.unwrap_or_else(|| "its engine is not up yet".to_owned());
+        let why = m.show().cause.unwrap_or_else(|| "its engine is not up yet".to_owned());
         return Err(ApiError::new(
             ErrorCode::WrongState,
             format!("machine `{}` cannot be talked to: {why}", m.name()),

@@ -17,7 +17,7 @@ use crate::ops::Ops;
 use crate::paths::{PathError, Paths};
 use crate::services::Services;
 use crate::stock::Stock;
-use crate::{failpoint, log, memory, provision, server, version};
+use crate::{audit, failpoint, log, memory, provision, recover, server, version};
 
 /// Exit status of a daemon that finds another one in its place.
 pub const EXIT_RUNNING: u8 = 11;
@@ -324,6 +324,8 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
         config.daemon.idle_exit = Default::default();
     }
     tracing::info!(version = version::VERSION, commit = version::COMMIT, mode = hosting.mode(), state = %paths.state.display(), "daemon starts");
+    banger_child::own(&paths.state);
+    audit::end_workers(&paths.state);
     let db = Db::open(&paths.database())?;
     let ops = Arc::new(Ops::open(db.clone()).await?);
     let libexec = libexec();
@@ -333,11 +335,12 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     let services = Arc::new(Services::new(paths, config, db, ops, stock, hosting, libexec));
     // A row that can't be read is told to whoever starts the daemon.
     let known = provision::load(&services).await?;
+    recover::tell(&services);
     crate::forwards::restore(&services);
     tokio::spawn(signals(services.clone()));
     tokio::spawn(crate::idle::watch(services.clone()));
     // Every machine that may run has its tap before the rules are made.
-    provision::seat(&services, &known);
+    provision::seat(&services, &services.machines());
     tokio::spawn(crate::host::watch(services.clone()));
     if services.hosting.get().is_some() {
         tokio::spawn(crate::dns::serve(services.clone()));

@@ -24,6 +24,7 @@ use crate::machine::Machine;
 use crate::machine::disks::{self, Form};
 use crate::ops::Ops;
 use crate::paths::Paths;
+use crate::recover;
 use crate::ssh::Ssh;
 use crate::stock::Stock;
 use crate::templates::Templates;
@@ -183,16 +184,17 @@ impl Services {
 
     /// The machine that a reference means.
     pub fn find(&self, wanted: &str) -> Result<Arc<Machine>, ApiError> {
-        self.look_up(|candidates| reference::find(wanted, candidates))
+        self.look_up(wanted, |candidates| reference::find(wanted, candidates))
     }
 
     /// The same where something is lost: by a whole name, or a good part of an id.
     pub fn find_exact(&self, wanted: &str) -> Result<Arc<Machine>, ApiError> {
-        self.look_up(|candidates| reference::find_exact(wanted, candidates))
+        self.look_up(wanted, |candidates| reference::find_exact(wanted, candidates))
     }
 
     fn look_up(
         &self,
+        wanted: &str,
         find: impl FnOnce(Vec<Candidate<'_>>) -> Result<usize, reference::ReferenceError>,
     ) -> Result<Arc<Machine>, ApiError> {
         let machines = self.machines();
@@ -202,7 +204,18 @@ impl Services {
             name: &m.name,
             address: m.address.as_deref(),
         });
-        let index = find(candidates.collect()).map_err(IntoApi::into_api)?;
+        let found = find(candidates.collect()).map_err(IntoApi::into_api);
+        let index = found.map_err(|e| match e.code {
+            ErrorCode::NotFound
+                if recover::list(self)
+                    .iter()
+                    .any(|lost| lost.name == wanted || lost.id == wanted) =>
+            {
+                let message = format!("{}: its files are there, but it is not in the database", e.message);
+                ApiError::new(ErrorCode::NotFound, message).hint(format!("take it back: banger vm recover {wanted}"))
+            }
+            _ => e,
+        })?;
         Ok(machines[index].clone())
     }
 

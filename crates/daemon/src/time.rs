@@ -4,5 +4,10 @@ use banger_proto::api::Timestamp;
 
 /// Now, to the millisecond.
 pub fn now() -> Timestamp {
-    format!("{:.3}", jiff::Timestamp::now())
+    text(jiff::Timestamp::now())
+}
+
+/// A point in time, to the millisecond.
+pub fn text(at: jiff::Timestamp) -> Timestamp {
+    format!("{at:.3}")
 }

@@ -28,6 +28,7 @@ mod inputs;
 mod isolation;
 mod job;
 mod lifecycle;
+mod losses;
 mod output;
 mod ports;
 mod remove;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         ports::trials(),
         ssh::trials(),
         job::trials(),
+        losses::trials(),
         lifecycle::trials(),
         adoption::trials(),
         remove::trials(),

@@ -56,8 +56,15 @@ pub enum Liveness {
     Alive(Handles),
     /// There is no such process. Says why that is known.
     Gone(String),
-    /// Something is there that can't be verified (a process that matches, a socket that does not answer). It is neither used
-    /// nor signalled.
+    /// The process is identified by everything but its answer: boot of the host, pid, start time, name and arguments fit, and its
+    /// control socket is gone or silent. It is not used, and signalled only when a user asks for that by the machine's name.
+    Silent {
+        /// The process, and where its sockets should be.
+        handles: Handles,
+        /// What is wrong with its answer.
+        why: String,
+    },
+    /// It cannot be told: processes cannot be listed, several fit, another process holds the socket. It is neither used nor signalled.
     Unclear(String),
 }
 

@@ -182,15 +182,16 @@ pub fn arguments(proc: &Path, pid: u32) -> Option<Vec<Vec<u8>>> {
 /// Processes of a user.
 pub fn processes(proc: &Path, uid: u32) -> io::Result<Vec<u32>> {
     use std::os::unix::fs::MetadataExt;
+    let mut found = all_processes(proc)?;
+    found.retain(|pid| std::fs::metadata(proc.join(pid.to_string())).is_ok_and(|m| m.uid() == uid));
+    Ok(found)
+}
+
+/// Processes of all users.
+pub fn all_processes(proc: &Path) -> io::Result<Vec<u32>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(proc)? {
-        let entry = entry?;
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
-        if entry.metadata().is_ok_and(|m| m.uid() == uid) {
-            found.push(pid);
-        }
+        found.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
     }
     Ok(found)
 }

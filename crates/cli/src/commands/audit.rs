@@ -48,7 +48,7 @@ impl AuditArgs {
         let shown: Vec<&AuditObject> = audit
             .objects
             .iter()
-            .filter(|o| self.all || o.orphan.is_some())
+            .filter(|o| self.all || o.orphan.is_some() || o.note.is_some())
             .collect();
         if !shown.is_empty() {
             let rows = shown.into_iter().map(row);
@@ -75,7 +75,7 @@ fn left(audit: &Audit) -> usize {
 
 fn row(object: &AuditObject) -> Vec<String> {
     let state = match (&object.orphan, &object.failed) {
-        (None, _) => "well".to_owned(),
+        (None, _) => object.note.clone().unwrap_or_else(|| "well".to_owned()),
         (Some(why), _) if object.removed => format!("removed: {why}"),
         (Some(why), Some(failed)) => format!("orphan: {why}; cannot be removed: {failed}"),
         (Some(why), None) => format!("orphan: {why}"),

@@ -9,7 +9,8 @@ use banger_core::name::MachineName;
 use banger_core::spec;
 use banger_core::state;
 use banger_proto::api::{
-    Accepted, CreateMachine, KillMachine, Machine, MachineState, MachineStats, PatchMachine, StartMachine, StopMachine,
+    Accepted, CreateMachine, KillMachine, Machine, MachineState, MachineStats, PatchMachine, Recoverable, StartMachine,
+    StopMachine,
 };
 use banger_proto::error::{ApiError, ErrorBody, ErrorCode};
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,7 @@ use super::App;
 use super::extract::{Body, Params};
 use crate::error::{Failure, IntoApi};
 use crate::machine::{Request, request, stop as stopping, task};
-use crate::{forwards, provision, stats};
+use crate::{failpoint, forwards, provision, recover, stats};
 
 type Answer<T> = Result<T, Failure>;
 
@@ -31,6 +32,13 @@ const MAX_WAIT: Duration = Duration::from_secs(600);
 pub(super) struct Machines {
     /// Oldest first.
     machines: Vec<Machine>,
+    /// How many machines have files and are not in the database: see `/v1/recoverable`.
+    #[serde(skip_serializing_if = "is_zero")]
+    recoverable: usize,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// All machines.
@@ -39,7 +47,32 @@ pub(super) async fn list(State(app): State<App>) -> Json<Machines> {
     app.settled().await;
     Json(Machines {
         machines: app.machines().iter().map(|m| m.show()).collect(),
+        recoverable: recover::ids(&app).len(),
     })
+}
+
+/// Machines that can be taken back.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Recoverables {
+    /// By id.
+    machines: Vec<Recoverable>,
+}
+
+/// Machines whose files are there and which are not in the database.
+#[utoipa::path(get, path = "/v1/recoverable", tag = "machines", responses((status = 200, body = Recoverables)))]
+pub(super) async fn recoverable(State(app): State<App>) -> Answer<Json<Recoverables>> {
+    app.reconciled().await?;
+    Ok(Json(Recoverables {
+        machines: recover::list(&app),
+    }))
+}
+
+/// Takes a machine back whose files are there and which is not in the database, by its name or id.
+#[utoipa::path(post, path = "/v1/recoverable/{ref}", tag = "machines", params(("ref" = String, Path)),
+    responses((status = 200, body = Machine), (status = "4XX", body = ErrorBody)))]
+pub(super) async fn recover_one(State(app): State<App>, Path(reference): Path<String>) -> Answer<Json<Machine>> {
+    app.reconciled().await?;
+    Ok(Json(recover::recover(&app, &reference).await?))
 }
 
 /// Creates a machine, and starts it unless told otherwise.
@@ -139,6 +172,7 @@ pub(super) async fn patch(
     }
     if let Some(name) = name {
         tracing::info!(machine = %m.id, from = row.name, to = %name, "renamed");
+        failpoint::hit("rename.row").await?;
         app.ssh.rename(&m.paths.state, &m.id, name.as_str()).await?;
     }
     if let Some(bytes) = patch.disk_bytes
@@ -155,13 +189,23 @@ pub(super) async fn patch(
 }
 
 /// Removes a machine with everything it has.
-#[utoipa::path(delete, path = "/v1/machines/{ref}", tag = "machines", params(("ref" = String, Path)),
+#[utoipa::path(delete, path = "/v1/machines/{ref}", tag = "machines", params(("ref" = String, Path), DeleteParams),
     responses((status = 202, body = Accepted), (status = "4XX", body = ErrorBody)))]
 pub(super) async fn delete(
     State(app): State<App>,
     Path(reference): Path<String>,
+    Params(params): Params<DeleteParams>,
 ) -> Answer<(StatusCode, Json<Accepted>)> {
-    accept(&app, &reference, Request::Delete).await
+    accept_with(&app, &reference, Request::Delete, params.force).await
+}
+
+/// How a machine is removed.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(super) struct DeleteParams {
+    /// End an engine that does not answer, too: everything else must identify it.
+    #[serde(default)]
+    force: bool,
 }
 
 /// Starts a machine.
@@ -195,7 +239,7 @@ pub(super) async fn stop(
     Body(stop): Body<StopMachine>,
 ) -> Answer<(StatusCode, Json<Accepted>)> {
     let timeout = stop.timeout_ms.map_or(stopping::TIMEOUT, Duration::from_millis);
-    accept(&app, &reference, Request::Stop(timeout)).await
+    accept_with(&app, &reference, Request::Stop(timeout), stop.force).await
 }
 
 /// Ends a machine's engine at once.
@@ -207,17 +251,26 @@ pub(super) async fn kill(
     Body(kill): Body<KillMachine>,
 ) -> Answer<(StatusCode, Json<Accepted>)> {
     let signal = stopping::signal_number(kill.signal.as_deref().unwrap_or("KILL"))?;
-    accept(&app, &reference, Request::Kill(signal)).await
+    accept_with(&app, &reference, Request::Kill(signal), kill.force).await
 }
 
 pub(super) async fn accept(app: &App, reference: &str, request: Request) -> Answer<(StatusCode, Json<Accepted>)> {
+    accept_with(app, reference, request, false).await
+}
+
+async fn accept_with(
+    app: &App,
+    reference: &str,
+    request: Request,
+    force: bool,
+) -> Answer<(StatusCode, Json<Accepted>)> {
     app.reconciled().await?;
     let m = if request.loses_something() {
         app.find_exact(reference)?
     } else {
         app.find(reference)?
     };
-    let op = request::ask(&m, request).await?;
+    let op = request::ask_with(&m, request, force).await?;
     Ok((
         StatusCode::ACCEPTED,
         Json(Accepted {
@@ -252,7 +305,7 @@ pub(super) async fn wait(
         let state: MachineState = serde_json::from_value(serde_json::Value::String(word.to_owned())).map_err(|_| {
             let word: String = word.chars().take(20).flat_map(char::escape_default).collect();
             ApiError::new(ErrorCode::BadRequest, format!("unknown state `{word}`"))
-                .hint("states: creating starting running paused suspending suspended stopping stopped error deleting")
+                .hint("states: creating starting running paused suspending suspended stopping stopped error deleting unverified")
         })?;
         states.push(state);
     }

@@ -66,6 +66,8 @@ fn all() -> OpenApiRouter<App> {
         .routes(routes!(saved::prune_templates))
         .routes(routes!(saved::template, saved::delete_template))
         .routes(routes!(logs::logs))
+        .routes(routes!(machines::recoverable))
+        .routes(routes!(machines::recover_one))
         .routes(routes!(guest::sessions))
         .routes(routes!(guest::attach))
         .routes(routes!(guest::read_files, guest::write_files))

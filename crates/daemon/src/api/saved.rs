@@ -89,7 +89,7 @@ pub(super) async fn snapshot(
 ) -> Answer<Json<Snapshot>> {
     app.reconciled().await?;
     let m = app.find(&reference)?;
-    Ok(Json(snapshot::find(&m, &name)?.0))
+    Ok(Json(snapshot::look(&m, &name)?))
 }
 
 /// Removes a snapshot. What was made of it keeps what it shares with it.

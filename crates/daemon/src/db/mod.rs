@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use rusqlite::{Connection, OpenFlags};
 use tokio::sync::{mpsc, oneshot};
 
+#[cfg(test)]
+pub(crate) use machines::tests::row as test_row;
 pub use machines::{MachineRow, Slots};
 pub use schema::VERSION;
 pub use stock::{NameTable, NamedObject};

@@ -6,19 +6,24 @@ use std::time::Duration;
 use banger_core::id::MachineId;
 use banger_core::plan::MachinePaths;
 use banger_core::state::Event;
-use banger_proto::api::MachineState as State;
+use banger_proto::api::{MachineState as State, WaitFor};
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::{Handles, Liveness, VcpuState};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
+use super::doubt::{self, Doubt};
+use super::journal::{self, Begun};
 use super::live::Live;
-use super::record::Machine;
+use super::record::{Machine, Presence};
 use super::stages::Stages;
-use super::work::{Ended, Work};
+use super::work::{Current, Ended, Manner, Work, yields};
 use super::{cause, create, delete, disks, handles, restore, save, snapshot, start, stop, suspend};
 use crate::engines;
-use crate::error::{IntoApi, chain};
+use crate::error::IntoApi;
 use crate::failpoint;
+use crate::ops::Op;
 use crate::services::Services;
 
 /// How long a start that the last daemon began may still take.
@@ -29,9 +34,6 @@ const LOOK: Duration = Duration::from_secs(15);
 const RECORD: Duration = Duration::from_millis(300);
 /// How long others wait for a guest that may be frozen.
 const SOON: Duration = Duration::from_secs(2);
-/// Pause before an engine that can't be verified is looked at again.
-const AGAIN: Duration = Duration::from_secs(10);
-
 /// What is to be done with a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
@@ -52,7 +54,7 @@ pub enum Fate {
     /// It was being removed: go on. With its engine, if that lives.
     FinishDelete(Option<Handles>),
     /// Its engine can't be verified: neither use nor signal it, look again later.
-    LookAgain(String),
+    LookAgain(Doubt),
 }
 
 /// Decides on the row's state and what the driver found.
@@ -69,7 +71,13 @@ pub fn decide(state: State, found: Liveness) -> Fate {
         (State::Running | State::Paused | State::Suspending | State::Starting | State::Stopping, Liveness::Gone(_)) => {
             Fate::MarkStopped
         }
-        (_, Liveness::Unclear(why)) => Fate::LookAgain(why),
+        // Never a row's.
+        (State::Unverified, _) => Fate::Leave,
+        (_, Liveness::Unclear(why)) => Fate::LookAgain(Doubt { why, process: None }),
+        (_, Liveness::Silent { handles, why }) => Fate::LookAgain(Doubt {
+            why,
+            process: Some(handles),
+        }),
     }
 }
 
@@ -125,9 +133,9 @@ pub async fn find(
 }
 
 /// Looks and decides, and does what is quick. The rest comes back as the first work of the machine's task.
-///
-/// With the work comes whether the machine can't be used until it is done.
-pub async fn reconcile(m: &Arc<Machine>) -> Option<(Work, bool)> {
+pub async fn reconcile(m: &Arc<Machine>) -> Option<Current> {
+    // One that an older banger made has none yet.
+    m.describe();
     let state = m.state();
     let found = if matches!(
         state,
@@ -144,27 +152,82 @@ pub async fn reconcile(m: &Arc<Machine>) -> Option<(Work, bool)> {
     if failpoint::hit("adopt.found").await.is_err() {
         return None;
     }
+    if let Fate::LookAgain(doubt) = fate {
+        let (asks, forced) = mpsc::channel(1);
+        m.set_known(Presence::doubtful(&doubt));
+        return Some(Current {
+            work: Box::pin(doubt::look_again(m.clone(), doubt, forced)),
+            manner: Manner::Blocked(asks),
+        });
+    }
+    let first = carry_out(m, fate).await;
+    m.set_known(Presence::Known);
+    first
+}
+
+/// Does what a fate says that is quick, and comes back with the rest.
+pub(super) async fn carry_out(m: &Arc<Machine>, fate: Fate) -> Option<Current> {
     let m = m.clone();
     match fate {
-        Fate::Leave => {
-            at_rest(&m).await;
-            None
-        }
-        Fate::TakeBackSuspension(handles) => Some((Box::pin(take_back_suspension(m, handles)), false)),
+        Fate::Leave => at_rest(&m).await.map(|next| bounded(go_on(m, next))),
+        Fate::TakeBackSuspension(handles) => Some(bounded(Box::pin(take_back_suspension(m, handles)))),
         Fate::Adopt(handles) => {
             take_charge(&m, handles).await;
             None
         }
-        Fate::MarkStopped => {
-            mark_stopped(&m).await;
-            None
+        Fate::MarkStopped => mark_stopped(&m).await.map(|next| bounded(go_on(m, next))),
+        Fate::FinishStart(handles) => {
+            let op = m.services.ops.begin("machine.start", &m.name());
+            Some(yields(&op, |superseded| {
+                Box::pin(finish_start(m, handles, op.clone(), superseded))
+            }))
         }
-        Fate::FinishStart(handles) => Some((Box::pin(finish_start(m, handles)), false)),
-        Fate::FinishStop(handles) => Some((Box::pin(finish_stop(m, handles)), false)),
-        Fate::Undo => Some((Box::pin(remove(m, None)), false)),
-        Fate::FinishDelete(handles) => Some((Box::pin(remove(m, handles)), false)),
-        Fate::LookAgain(why) => Some((Box::pin(look_again(m, why)), true)),
+        Fate::FinishStop(handles) => Some(bounded(Box::pin(finish_stop(m, handles)))),
+        Fate::Undo => Some(bounded(Box::pin(remove(m, None)))),
+        Fate::FinishDelete(handles) => Some(bounded(Box::pin(remove(m, handles)))),
+        Fate::LookAgain(_) => None,
     }
+}
+
+fn bounded(work: Work) -> Current {
+    Current {
+        work,
+        manner: Manner::Bounded(None),
+    }
+}
+
+/// What is to be gone on with in a machine that has no engine.
+#[derive(Debug)]
+enum Next {
+    /// It was put back to this snapshot, and is to run with its memory.
+    Wake(String),
+    /// It was stopped to be started again.
+    Start,
+    /// It goes with its client, and never came up.
+    Remove,
+}
+
+fn go_on(m: Arc<Machine>, next: Next) -> Work {
+    Box::pin(async move {
+        match next {
+            Next::Wake(snapshot) => {
+                let op = m.services.ops.begin("machine.restore", &m.name());
+                let mut stages = Stages::new(&op, start::TIMEOUT);
+                let work = snapshot::wake_restored(&m, &mut stages, &snapshot);
+                let _ = m.services.ops.run(&op, work).await;
+                Ended::Still
+            }
+            Next::Start => {
+                let op = m.services.ops.begin("machine.start", &m.name());
+                let wanted = start::Wanted {
+                    wait: WaitFor::Agent,
+                    cold: true,
+                };
+                create::run_start(m, op, wanted, start::TIMEOUT, CancellationToken::new()).await
+            }
+            Next::Remove => remove(m, None).await,
+        }
+    })
 }
 
 async fn attach(m: &Machine, handles: Handles) -> Option<Live> {
@@ -192,25 +255,42 @@ pub async fn find_lost(m: &Arc<Machine>) -> Result<(), ApiError> {
             attach(m, handles).await;
             Ok(())
         }
-        Liveness::Unclear(why) => Err(ApiError::new(
+        Liveness::Unclear(why) | Liveness::Silent { why, .. } => Err(ApiError::new(
             ErrorCode::Engine,
             format!("the engine of machine {} cannot be verified: {why}", m.name()),
         )),
     }
 }
 
-/// What was cut off in the middle of a machine without an engine.
-async fn at_rest(m: &Arc<Machine>) {
+/// What was cut off in the middle of a machine without an engine. Comes back with what is to be gone on with.
+async fn at_rest(m: &Arc<Machine>) -> Option<Next> {
     let dir = m.paths.disks();
     let settled = if dir.is_dir() {
         disks::settle(&dir, None)
     } else {
         Ok(())
     };
+    let restored = snapshot::settle(m).await;
     let swept = suspend::sweep(m);
-    if let Err(e) = settled.and(swept).and(snapshot::settle(m).await) {
-        tracing::error!(machine = %m.id, error = %e.message, "what was cut off is not settled");
-    }
+    let restarts = journal::read(m) == Some(Begun::Restart);
+    // Before it is started: a start that fails is not tried again.
+    let cleared = if restarts { journal::clear(m) } else { Ok(()) };
+    let next = match settled.and(swept).and(cleared).and(restored) {
+        Ok(Some(snapshot)) => Some(Next::Wake(snapshot)),
+        Ok(None) if restarts && m.state() == State::Stopped => Some(Next::Start),
+        Ok(None) => None,
+        Err(e) => {
+            tracing::error!(machine = %m.id, error = %e.message, "what was cut off is not settled");
+            None
+        }
+    };
+    next.or_else(|| abandoned(m).then_some(Next::Remove))
+}
+
+/// Whether a machine that goes with its client never came up: there is nothing in it that the client could come back to.
+fn abandoned(m: &Machine) -> bool {
+    let row = m.row();
+    row.auto_remove && row.state == State::Stopped && row.boot.is_none()
 }
 
 /// What was cut off in the middle of a machine whose engine lives: a save that left it standing still, its disks half frozen or its
@@ -223,8 +303,10 @@ async fn settle(m: &Arc<Machine>, live: &Live) -> Result<(), ApiError> {
         let written = live.engine.writes_to(&live.handles).await.map_err(IntoApi::into_api)?;
         disks::settle(&dir, Some(&written))?;
     }
-    snapshot::settle(m).await?;
+    snapshot::undo(m)?;
     suspend::sweep(m)?;
+    // What was to follow the end of this engine was not begun.
+    journal::clear(m)?;
     match (paused, vcpus) {
         (true, VcpuState::Running) => live.engine.pause(&live.handles).await.map_err(IntoApi::into_api),
         (false, VcpuState::Paused) => live.engine.resume(&live.handles).await.map_err(IntoApi::into_api),
@@ -275,7 +357,10 @@ async fn let_go(m: &Machine, live: &Live, time: Duration) -> bool {
         health = live.link.health(Instant::now() + time) => health,
     };
     match health {
-        Ok(health) if health.frozen && health.machine_id == m.id.as_str() => save::go_on(m, live).await,
+        Ok(health) if health.frozen && health.machine_id == m.id.as_str() => {
+            let _gate = live.link.hold();
+            save::go_on(m, live).await
+        }
         Ok(_) => true,
         Err(e) => {
             tracing::debug!(machine = %m.id, error = %e, "whether it is frozen is not known");
@@ -284,29 +369,30 @@ async fn let_go(m: &Machine, live: &Live, time: Duration) -> bool {
     }
 }
 
-async fn mark_stopped(m: &Arc<Machine>) {
+async fn mark_stopped(m: &Arc<Machine>) -> Option<Next> {
     let unspent = m.state() == State::Suspending && m.paths.suspended().is_dir() || suspend::unspent(m);
     if unspent {
         if let Err(e) = suspend::finish(m).await {
             tracing::error!(machine = %m.id, error = %e.message, "cannot be marked suspended");
         }
-        at_rest(m).await;
-        return;
+        return at_rest(m).await;
     }
-    let cause = match m.state() {
-        State::Stopping => None,
-        State::Starting => Some("its start was cut off: the daemon ended in the middle of it".to_owned()),
+    let cause = match (m.state(), journal::read(m)) {
+        (State::Stopping, Some(Begun::Restore(restore))) => {
+            Some(format!("it was put back to snapshot `{}`", restore.snapshot))
+        }
+        (State::Stopping, _) => None,
+        (State::Starting, _) => Some("its start was cut off: the daemon ended in the middle of it".to_owned()),
         _ => Some(cause::find(&m.paths, RECORD).await),
     };
     if let Err(e) = stop::engine_gone(m, cause).await {
         tracing::error!(machine = %m.id, error = %e.message, "cannot be marked stopped");
     }
-    at_rest(m).await;
+    at_rest(m).await
 }
 
-async fn finish_start(m: Arc<Machine>, handles: Handles) -> Ended {
+async fn finish_start(m: Arc<Machine>, handles: Handles, op: Op, superseded: CancellationToken) -> Ended {
     let live = attach(&m, handles).await;
-    let op = m.services.ops.begin("machine.start", &m.name());
     let work = async {
         let mut stages = Stages::new(&op, FINISH);
         if suspend::unspent(&m) {
@@ -328,20 +414,32 @@ async fn finish_start(m: Arc<Machine>, handles: Handles) -> Ended {
         {
             tokio::spawn(start::follow_guest(m.clone(), live));
         }
-        create::after_start(&m, started, false).await
+        create::after_start(&m, started, superseded.is_cancelled()).await
     };
     let _ = m.services.ops.run(&op, work).await;
+    if let Err(e) = journal::clear(&m) {
+        tracing::error!(machine = %m.id, error = %e.message, "the journal of a start that is over is not removed");
+    }
+    if abandoned(&m) {
+        return remove(m, None).await;
+    }
     Ended::Still
 }
 
 async fn finish_stop(m: Arc<Machine>, handles: Handles) -> Ended {
     attach(&m, handles).await;
-    let op = m.services.ops.begin("machine.stop", &m.name());
-    let _ = m.services.ops.run(&op, stop::finish_stop(&m, &op, stop::TIMEOUT)).await;
-    if m.state() == State::Stopped {
-        at_rest(&m).await;
+    if !matches!(journal::read(&m), Some(Begun::Restore(_))) {
+        let op = m.services.ops.begin("machine.stop", &m.name());
+        let _ = m.services.ops.run(&op, stop::finish_stop(&m, &op, stop::TIMEOUT)).await;
+        if m.state() != State::Stopped {
+            return Ended::Still;
+        }
     }
-    Ended::Still
+    // A restore ends the engine itself.
+    match at_rest(&m).await {
+        Some(next) => go_on(m, next).await,
+        None => Ended::Still,
+    }
 }
 
 async fn remove(m: Arc<Machine>, handles: Option<Handles>) -> Ended {
@@ -352,40 +450,6 @@ async fn remove(m: Arc<Machine>, handles: Option<Handles>) -> Ended {
     match m.services.ops.run(&op, delete::delete(&m, &op)).await {
         Ok(()) => Ended::Gone,
         Err(_) => Ended::Still,
-    }
-}
-
-/// Looks at an engine that can't be verified until it can, or is gone.
-async fn look_again(m: Arc<Machine>, mut why: String) -> Ended {
-    loop {
-        let cause = format!("its engine cannot be verified: {why}");
-        if m.row().cause.as_ref() != Some(&cause) {
-            let told = m.change(|row| {
-                row.cause = Some(cause);
-                Ok(())
-            });
-            if let Err(e) = told.await {
-                tracing::warn!(machine = %m.id, error = %chain(&e), "cause not written");
-            }
-        }
-        tokio::time::sleep(AGAIN).await;
-        match decide(m.state(), look(&m).await) {
-            Fate::LookAgain(again) => why = again,
-            Fate::Adopt(handles) => {
-                take_charge(&m, handles).await;
-                return Ended::Still;
-            }
-            Fate::MarkStopped => {
-                mark_stopped(&m).await;
-                return Ended::Still;
-            }
-            Fate::TakeBackSuspension(handles) => return take_back_suspension(m, handles).await,
-            Fate::FinishStart(handles) => return finish_start(m, handles).await,
-            Fate::FinishStop(handles) => return finish_stop(m, handles).await,
-            Fate::Undo => return remove(m, None).await,
-            Fate::FinishDelete(handles) => return remove(m, handles).await,
-            Fate::Leave => return Ended::Still,
-        }
     }
 }
 
@@ -406,11 +470,22 @@ mod tests {
         })
     }
 
+    fn silent() -> Liveness {
+        let Liveness::Alive(handles) = alive() else {
+            unreachable!()
+        };
+        Liveness::Silent {
+            handles,
+            why: "s".to_owned(),
+        }
+    }
+
     fn found() -> impl Strategy<Value = Liveness> {
         prop::sample::select(vec![
             alive(),
             Liveness::Gone("g".to_owned()),
             Liveness::Unclear("u".to_owned()),
+            silent(),
         ])
     }
 
@@ -429,8 +504,12 @@ mod tests {
         }
 
         #[test]
-        fn what_cannot_be_verified_is_not_touched(state in states()) {
-            let fate = decide(state, Liveness::Unclear("x".to_owned()));
+        fn what_cannot_be_verified_is_not_touched(state in states(), identified: bool) {
+            let found = if identified { silent() } else { Liveness::Unclear("x".to_owned()) };
+            let fate = decide(state, found);
+            if let Fate::LookAgain(doubt) = &fate {
+                prop_assert_eq!(doubt.process.is_some(), identified);
+            }
             prop_assert!(matches!(fate, Fate::LookAgain(_) | Fate::Leave | Fate::Undo));
             // An undo happens only before any engine was launched.
             prop_assert!(fate != Fate::Undo || !banger_core::state::may_have_engine(state));

@@ -9,6 +9,7 @@ use banger_proto::api::MachineState;
 use banger_proto::error::{ApiError, ErrorCode};
 use tokio_util::sync::CancellationToken;
 
+use super::journal::{self, Begun};
 use super::record::Machine;
 use super::stages::Stages;
 use super::work::Ended;
@@ -103,6 +104,7 @@ async fn make(m: &Arc<Machine>, stages: &mut Stages, creation: &Creation) -> Res
     failpoint::hit("create.stock").await?;
     stages.restart_clock();
     disks::make_dir(&m.paths.state)?;
+    m.describe();
     if !creation.start {
         stages.enter("disks");
         services.stock.make_disks(services, &m.paths, &m.row().spec).await?;
@@ -178,18 +180,33 @@ pub async fn run_restart(
     superseded: CancellationToken,
 ) -> Ended {
     let work = async {
-        if matches!(m.state(), MachineState::Running | MachineState::Paused) {
-            stop::stop(&m, &op, stop::TIMEOUT).await?;
-        }
-        if op.canceled().is_cancelled() {
-            return Err(canceled());
-        }
-        let mut stages = Stages::new(&op, timeout);
-        let started = start::bring_up(&m, &mut stages, wanted).await;
-        after_start(&m, started, superseded.is_cancelled()).await
+        let restarted = restart(&m, &op, wanted, timeout, superseded).await;
+        restarted.and(journal::clear(&m))
     };
     let _ = m.services.ops.run(&op, work).await;
     Ended::Still
+}
+
+async fn restart(
+    m: &Arc<Machine>,
+    op: &Op,
+    wanted: start::Wanted,
+    timeout: Duration,
+    superseded: CancellationToken,
+) -> Result<(), ApiError> {
+    if matches!(m.state(), MachineState::Running | MachineState::Paused) {
+        // A daemon that finds it stopped knows that it is to be started.
+        journal::write(m, Begun::Restart)?;
+        failpoint::hit("restart.begun").await?;
+        stop::stop(m, op, stop::TIMEOUT).await?;
+        failpoint::hit("restart.stopped").await?;
+    }
+    if op.canceled().is_cancelled() {
+        return Err(canceled());
+    }
+    let mut stages = Stages::new(op, timeout);
+    let started = start::bring_up(m, &mut stages, wanted).await;
+    after_start(m, started, superseded.is_cancelled()).await
 }
 
 /// Settles a start: what failed ends stopped, but for a guest whose own system takes too long.

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use banger_core::state::{self, Event};
 use banger_proto::error::ApiError;
 
-use super::adopt;
 use super::record::Machine;
 use super::start::remove_dir;
 use super::stop;
+use super::{adopt, description};
 use crate::blocking::blocking;
 use crate::error::IntoApi;
 use crate::failpoint;
@@ -33,6 +33,8 @@ pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
     op.stage("files");
     keep(&mut errors, stop::clean_up(m).await);
     keep(&mut errors, m.services.ssh.forget(&m.id).await);
+    // Half a directory is nothing that could be taken back.
+    keep(&mut errors, stop::remove_file(&description::path(&m.paths)));
     let state = m.paths.state.clone();
     keep(&mut errors, blocking(move || remove_dir(&state)).await);
     keep(&mut errors, failpoint::hit("delete.files").await);

@@ -98,6 +98,7 @@ pub async fn start_copy(
     stages.restart_clock();
     stages.enter("disks");
     disks::make_dir(&m.paths.state)?;
+    m.describe();
     disks::create_over(&m.paths.disks(), &checkpoint.disks())?;
     failpoint::hit("fork.disks").await?;
     stages.check()?;

@@ -8,17 +8,22 @@
 //! * [`suspend`], [`snapshot`], [`fork`]: what is made of these,
 //! * [`disks`]: the files that a machine writes to and the layers that it shares,
 //! * [`adopt`]: what becomes of a machine when the daemon starts,
+//! * [`doubt`]: a machine whose engine can't be verified,
 //! * [`live`]: a machine's engine while there is one,
-//! * [`handles`] is `handles.json`.
+//! * [`description`] is `machine.json`: what a machine is, beside its disks,
+//! * [`handles`] is `handles.json`, [`journal`] is `journal.json`: what a machine is in the middle of.
 
 pub mod adopt;
 pub mod cause;
 pub mod checkpoint;
 pub mod create;
 pub mod delete;
+pub mod description;
 pub mod disks;
+pub mod doubt;
 pub mod fork;
 pub mod handles;
+pub mod journal;
 pub mod live;
 pub mod record;
 pub mod request;

@@ -9,6 +9,8 @@ use banger_proto::api::{self, GuestInfo, MachineState};
 use banger_proto::error::{ApiError, ErrorCode};
 use tokio::sync::{mpsc, watch};
 
+use super::description::Description;
+use super::doubt::Doubt;
 use super::live::Live;
 use super::request::Ask;
 use crate::db::MachineRow;
@@ -38,10 +40,55 @@ pub struct Machine {
     pub last_cpu: Mutex<Option<(std::time::Instant, u64)>>,
 }
 
+/// What is known of a machine's engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Presence {
+    /// The daemon has just started and looks for it: the row says what an earlier one knew.
+    Sought,
+    /// The row says what is true.
+    Known,
+    /// Something is there that can't be verified.
+    Doubtful {
+        /// What is wrong.
+        why: String,
+        /// Its process is identified by everything but its answer.
+        identified: bool,
+    },
+}
+
+impl Presence {
+    /// Of a machine whose engine can't be verified.
+    pub fn doubtful(doubt: &Doubt) -> Self {
+        Self::Doubtful {
+            why: doubt.why.clone(),
+            identified: doubt.process.is_some(),
+        }
+    }
+}
+
+/// State and cause that are shown of a machine: those of its row, unless these are not known to be true.
+fn shown(presence: &Presence, state: MachineState, cause: Option<String>) -> (MachineState, Option<String>) {
+    let last = state.as_str();
+    match presence {
+        // Without an engine there is nothing to look for.
+        Presence::Sought if !state::may_have_engine(state) => (state, cause),
+        Presence::Known => (state, cause),
+        Presence::Sought => {
+            let cause = format!("the daemon has just started and still looks for its engine; it was {last}");
+            (MachineState::Unverified, Some(cause))
+        }
+        Presence::Doubtful { why, .. } => {
+            let cause = format!("its engine cannot be verified: {why}; it was {last}");
+            (MachineState::Unverified, Some(cause))
+        }
+    }
+}
+
 /// What clients see.
 #[derive(Debug, Clone)]
 struct View {
     row: MachineRow,
+    presence: Presence,
     guest: Option<GuestInfo>,
     pid: Option<u32>,
     gone: bool,
@@ -70,6 +117,7 @@ impl Machine {
             used: Usage::new(),
             view: watch::Sender::new(View {
                 row,
+                presence: Presence::Known,
                 guest: None,
                 pid: None,
                 gone: false,
@@ -102,11 +150,12 @@ impl Machine {
         let on_bridge = row.spec.network == "bridge";
         let address = on_bridge.then(|| self.services.hosting.address(row.slot)).flatten();
         let address = address.map(|address| address.to_string());
+        let (state, cause) = shown(&view.presence, row.state, row.cause);
         api::Machine {
             id: row.id.to_string(),
             name: row.name,
-            state: row.state,
-            cause: row.cause,
+            state,
+            cause,
             spec: row.spec,
             created_at: row.created_at,
             started_at: row.started_at,
@@ -121,10 +170,30 @@ impl Machine {
         }
     }
 
+    /// What is known of its engine.
+    pub fn presence(&self) -> Presence {
+        self.view.borrow().presence.clone()
+    }
+
+    /// Whether its row says what is true.
+    pub fn is_known(&self) -> bool {
+        self.view.borrow().presence == Presence::Known
+    }
+
+    /// What is known of its engine from now on.
+    pub fn set_known(&self, presence: Presence) {
+        self.view.send_if_modified(|v| {
+            let changed = v.presence != presence;
+            v.presence = presence;
+            changed
+        });
+    }
+
     /// Waits until the machine is in a state that `wanted` accepts, or is gone (`None`).
     pub async fn wait(&self, wanted: impl Fn(MachineState) -> bool) -> Option<api::Machine> {
         let mut view = self.view.subscribe();
-        let gone = match view.wait_for(|v| v.gone || wanted(v.row.state)).await {
+        let accepted = |v: &View| wanted(shown(&v.presence, v.row.state, None).0);
+        let gone = match view.wait_for(|v| v.gone || accepted(v)).await {
             Ok(view) => view.gone,
             Err(_) => true,
         };
@@ -152,7 +221,15 @@ impl Machine {
         };
         written.map_err(IntoApi::into_api)?;
         self.view.send_modify(|v| v.row = row);
+        self.describe();
         Ok(())
+    }
+
+    /// Keeps `machine.json` as the row is. A full disk is no reason to fail: the next change writes it, or the next daemon.
+    pub fn describe(&self) {
+        if let Err(error) = Description::of(&self.row()).keep(&self.paths) {
+            tracing::warn!(machine = %self.id, %error, "machine.json is not written");
+        }
     }
 
     /// Moves to the state that follows an event, with further changes of the row.

@@ -127,6 +127,8 @@ impl Request {
 pub struct Ask {
     /// What is asked.
     pub request: Request,
+    /// A stop, kill or delete ends an engine that does not answer, too, if everything else identifies it.
+    pub force: bool,
     /// The answer: the operation that does it.
     pub reply: oneshot::Sender<Reply>,
 }
@@ -136,8 +138,13 @@ pub type Reply = Result<Op, ApiError>;
 
 /// Asks a machine's task.
 pub async fn ask(m: &Machine, request: Request) -> Reply {
+    ask_with(m, request, false).await
+}
+
+/// The same, by force if so wanted: see [`Ask::force`].
+pub async fn ask_with(m: &Machine, request: Request, force: bool) -> Reply {
     let gone = || ApiError::new(ErrorCode::NotFound, format!("machine `{}` was removed", m.name()));
     let (reply, answer) = oneshot::channel();
-    m.asks.send(Ask { request, reply }).await.map_err(|_| gone())?;
+    m.asks.send(Ask { request, force, reply }).await.map_err(|_| gone())?;
     answer.await.map_err(|_| gone())?
 }

@@ -7,10 +7,12 @@
 //! that is then woken:
 //!
 //! ```text
-//!   engine ended ─▶ disks.new/, restored.new/ prepared ─▶ disks exchanged ─▶ restored.new/ becomes suspended/ ─▶ woken
+//!   disks.new/, restored.new/ prepared ─▶ journal written ─▶ engine ended ─▶ disks exchanged ─▶ restored.new/ becomes suspended/
+//!     ─▶ journal removed ─▶ woken
 //! ```
 //!
-//! Cut off before the exchange it is undone, after it it is gone on with ([`settle`]): a mark among the disks tells.
+//! Cut off while its engine still lives it is undone; once that is to end, the next daemon carries it out ([`settle`]). A mark among
+//! the disks tells whether they were exchanged.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,19 +25,21 @@ use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::AfterSave;
 
 use super::checkpoint::Checkpoint;
+use super::journal::{self, Begun, Restore};
 use super::record::Machine;
 use super::save::{self, Take};
 use super::stages::Stages;
 use super::start::{self, remove_dir};
-use super::{create, disks, stop, suspend};
+use super::{checkpoint, create, disks, stop, suspend};
 use crate::blocking::blocking;
 use crate::error::{self, IntoApi};
 use crate::failpoint;
 use crate::ops::Op;
+use crate::{stats, time};
 
 /// Begins the name of one that is being taken.
 const STAGING: &str = ".new-";
-/// Among disks that were prepared for a restore: once they are the machine's, it is gone on with.
+/// Among disks that were prepared for a restore. Removed once everything is in its place.
 const RESTORING: &str = "restoring";
 
 fn place(m: &Machine, name: &str) -> PathBuf {
@@ -111,23 +115,24 @@ pub async fn finish(m: &Machine, dir: &Path, memory: bool, paused: Duration) -> 
     Checkpoint::seal(&m.services, dir, m.id.as_str(), m.row().spec, layers, memory, paused).await
 }
 
-/// All snapshots, oldest first.
+/// All snapshots, oldest first. A damaged one is among them, with what is wrong.
 pub fn list(m: &Machine) -> Vec<Snapshot> {
     let entries = std::fs::read_dir(m.paths.snapshots()).into_iter().flatten().flatten();
     let names = entries.filter_map(|e| e.file_name().into_string().ok());
     let mut list: Vec<Snapshot> = names
-        .filter(|name| !name.starts_with('.'))
-        .filter_map(|name| match Checkpoint::read(&place(m, &name)) {
-            Ok(Some(checkpoint)) => Some(show(m, name, &checkpoint)),
-            Ok(None) => None,
-            Err(e) => {
-                tracing::warn!(machine = %m.id, snapshot = name, error = %e.message, "not listed");
-                None
-            }
-        })
+        .filter(|name| !name.starts_with('.') && check_name(name).is_ok())
+        .filter_map(|name| look(m, &name).ok())
         .collect();
     list.sort_by(|a, b| (&a.created_at, &a.name).cmp(&(&b.created_at, &b.name)));
     list
+}
+
+fn read(m: &Machine, name: &str) -> Result<Checkpoint, ApiError> {
+    let place = place(m, name);
+    Checkpoint::read(&place)?.ok_or_else(|| {
+        let message = format!("{} has no manifest.json", place.display());
+        ApiError::new(ErrorCode::Conflict, message)
+    })
 }
 
 fn show(m: &Machine, name: String, checkpoint: &Checkpoint) -> Snapshot {
@@ -139,37 +144,80 @@ fn show(m: &Machine, name: String, checkpoint: &Checkpoint) -> Snapshot {
         memory_bytes: checkpoint.memory_bytes(),
         disk_bytes: checkpoint.disk_bytes(),
         paused_ms: checkpoint.manifest.paused_ms,
+        damaged: None,
     }
 }
 
-/// One of them.
-pub fn find(m: &Machine, name: &str) -> Result<(Snapshot, Checkpoint), ApiError> {
-    let found = match check_name(name) {
-        Ok(name) => Checkpoint::read(&place(m, &name))?.map(|checkpoint| (show(m, name, &checkpoint), checkpoint)),
-        Err(_) => None,
-    };
-    found.ok_or_else(|| {
-        let names: Vec<String> = list(m).into_iter().map(|s| s.name).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let error = crate::stock::unknown("snapshot", name, &names);
-        match names.is_empty() {
-            true => error.hint(format!(
-                "machine `{0}` has none: banger vm snapshot create {0} NAME",
-                m.name()
-            )),
-            false => error,
-        }
+/// A snapshot whose manifest cannot be read: what its files say.
+fn damaged(m: &Machine, name: String, why: String) -> Snapshot {
+    let place = place(m, &name);
+    let saved = checkpoint::files(&place);
+    let modified = std::fs::metadata(&place).and_then(|meta| meta.modified());
+    let created = modified.ok().and_then(|at| jiff::Timestamp::try_from(at).ok());
+    Snapshot {
+        machine: m.name(),
+        created_at: created.map(time::text).unwrap_or_default(),
+        memory: saved.memory.exists(),
+        memory_bytes: stats::allocated(&saved.memory) + stats::allocated(&saved.state),
+        disk_bytes: disks::allocated(&place.join("disks")).1,
+        paused_ms: 0,
+        damaged: Some(why),
+        name,
+    }
+}
+
+/// One of them, damaged or not.
+pub fn look(m: &Machine, name: &str) -> Result<Snapshot, ApiError> {
+    let name = known(m, name)?;
+    Ok(match read(m, &name) {
+        Ok(checkpoint) => show(m, name, &checkpoint),
+        Err(e) => damaged(m, name, e.message),
     })
 }
 
-/// Removes one.
+/// One that can be used.
+pub fn find(m: &Machine, name: &str) -> Result<(Snapshot, Checkpoint), ApiError> {
+    let name = known(m, name)?;
+    match read(m, &name) {
+        Ok(checkpoint) => Ok((show(m, name, &checkpoint), checkpoint)),
+        Err(e) => {
+            let message = format!("snapshot `{name}` of machine `{}` is damaged: {}", m.name(), e.message);
+            Err(ApiError::new(ErrorCode::Conflict, message).hint(format!(
+                "only its removal is left: banger vm snapshot delete {} {name}",
+                m.name()
+            )))
+        }
+    }
+}
+
+/// The name of a snapshot that is there, damaged or not.
+fn known(m: &Machine, name: &str) -> Result<String, ApiError> {
+    if let Ok(name) = check_name(name)
+        && place(m, &name).is_dir()
+    {
+        return Ok(name);
+    }
+    let names: Vec<String> = list(m).into_iter().map(|s| s.name).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let error = crate::stock::unknown("snapshot", name, &names);
+    Err(match names.is_empty() {
+        true => error.hint(format!(
+            "machine `{0}` has none: banger vm snapshot create {0} NAME",
+            m.name()
+        )),
+        false => error,
+    })
+}
+
+/// Removes one, damaged or not.
 pub async fn delete(m: &Arc<Machine>, name: &str) -> Result<(), ApiError> {
-    let (snapshot, _) = find(m, name)?;
+    let name = known(m, name)?;
     // Away at once, so that nobody restores what is half removed.
-    let gone = m.paths.snapshots().join(format!("{STAGING}{}", snapshot.name));
+    let gone = m.paths.snapshots().join(format!("{STAGING}{name}"));
     remove_dir(&gone)?;
-    let place = place(m, &snapshot.name);
+    let place = place(m, &name);
     std::fs::rename(&place, &gone).map_err(|e| error::io(format_args!("remove {}", place.display()), e))?;
+    failpoint::hit("snapshot.unlinked").await?;
     blocking(move || remove_dir(&gone)).await
 }
 
@@ -189,28 +237,59 @@ pub async fn restore(m: &Arc<Machine>, stages: &mut Stages, name: &str) -> Resul
     }
     prepared?;
     failpoint::hit("rollback.prepared").await?;
-    match m.state() {
-        MachineState::Suspended => suspend::drop_memory(m).await?,
-        MachineState::Stopped => {}
-        _ => {
-            if m.state() != MachineState::Stopping {
-                m.happen(Event::StopBegins, |_| {}).await?;
-            }
-            if let Some(live) = m.live() {
-                stop::kill_now(&live).await?;
-            }
-            stop::engine_gone(m, Some(format!("it was put back to snapshot `{name}`"))).await?;
-        }
+    let spec = &checkpoint.manifest.spec;
+    let restore = Restore {
+        snapshot: name.to_owned(),
+        memory,
+        vcpu: spec.vcpu,
+        memory_mib: spec.memory_mib,
+        disk_bytes: spec.disk_bytes,
+    };
+    journal::write(m, Begun::Restore(restore.clone()))?;
+    failpoint::hit("rollback.journaled").await?;
+    if !matches!(
+        m.state(),
+        MachineState::Suspended | MachineState::Stopped | MachineState::Stopping
+    ) {
+        m.happen(Event::StopBegins, |_| {}).await?;
     }
-    failpoint::hit("rollback.stopped").await?;
-    let (fresh, _) = restoring(m);
-    exchange(&fresh, &m.paths.disks())?;
-    failpoint::hit("rollback.exchanged").await?;
-    put_in_place(m, &checkpoint).await?;
-    failpoint::hit("rollback.placed").await?;
+    failpoint::hit("rollback.stopping").await?;
+    carry_out(m, &restore).await?;
     if !memory {
         return Ok(());
     }
+    wake_restored(m, stages, name).await
+}
+
+/// Ends the engine and puts in place what is prepared. Begun once, it is carried to its end by the next daemon too.
+pub async fn carry_out(m: &Arc<Machine>, restore: &Restore) -> Result<(), ApiError> {
+    let cause = format!("it was put back to snapshot `{}`", restore.snapshot);
+    let (fresh, _) = restoring(m);
+    let exchanged = !fresh.join(RESTORING).exists();
+    match m.state() {
+        // After the exchange it is the snapshot's memory that it has.
+        MachineState::Suspended if exchanged => {}
+        MachineState::Suspended => suspend::drop_memory(m).await?,
+        MachineState::Stopped => {}
+        _ => {
+            if let Some(live) = m.live() {
+                stop::kill_now(&live).await?;
+            }
+            failpoint::hit("rollback.killed").await?;
+            stop::engine_gone(m, Some(cause)).await?;
+        }
+    }
+    failpoint::hit("rollback.stopped").await?;
+    if !exchanged {
+        exchange(&fresh, &m.paths.disks())?;
+    }
+    failpoint::hit("rollback.exchanged").await?;
+    put_in_place(m, restore).await?;
+    failpoint::hit("rollback.placed").await
+}
+
+/// Wakes a machine whose memory is that of a snapshot.
+pub async fn wake_restored(m: &Arc<Machine>, stages: &mut Stages, name: &str) -> Result<(), ApiError> {
     let woken = async {
         let mut report = suspend::wake(m, stages).await?;
         "snapshot".clone_into(&mut report.how);
@@ -245,19 +324,22 @@ fn prepare(m: &Machine, checkpoint: &Checkpoint) -> Result<(), ApiError> {
     suspend::mark_restored(&restored)
 }
 
-async fn put_in_place(m: &Arc<Machine>, checkpoint: &Checkpoint) -> Result<(), ApiError> {
+async fn put_in_place(m: &Arc<Machine>, restore: &Restore) -> Result<(), ApiError> {
     let (old, restored) = restoring(m);
-    let spec = checkpoint.manifest.spec.clone();
+    let (vcpu, memory_mib, disk_bytes) = (restore.vcpu, restore.memory_mib, restore.disk_bytes);
     let same = move |row: &mut crate::db::MachineRow| {
         // The machine is what it was then, but for what its images are called now.
-        row.spec.vcpu = spec.vcpu;
-        row.spec.memory_mib = spec.memory_mib;
-        row.spec.disk_bytes = spec.disk_bytes;
+        row.spec.vcpu = vcpu;
+        row.spec.memory_mib = memory_mib;
+        row.spec.disk_bytes = disk_bytes;
     };
     if restored.is_dir() {
         remove_dir(&m.paths.suspended())?;
         std::fs::rename(&restored, m.paths.suspended())
             .map_err(|e| error::io(format_args!("move {}", restored.display()), e))?;
+    }
+    failpoint::hit("rollback.memory").await?;
+    if restore.memory && m.state() != MachineState::Suspended {
         m.happen(Event::MemorySaved, |row| {
             row.cause = None;
             same(row);
@@ -270,8 +352,10 @@ async fn put_in_place(m: &Arc<Machine>, checkpoint: &Checkpoint) -> Result<(), A
         })
         .await?;
     }
+    failpoint::hit("rollback.row").await?;
     remove_dir(&old)?;
-    stop::remove_file(&m.paths.disks().join(RESTORING))
+    stop::remove_file(&m.paths.disks().join(RESTORING))?;
+    journal::clear(m)
 }
 
 fn clear(m: &Machine) -> Result<(), ApiError> {
@@ -285,23 +369,39 @@ fn exchange(a: &Path, b: &Path) -> Result<(), ApiError> {
         .map_err(|e| error::io(format_args!("exchange {} and {}", a.display(), b.display()), e.into()))
 }
 
-/// Settles a restore that was cut off, and clears what is left of a snapshot that was being taken.
-pub async fn settle(m: &Arc<Machine>) -> Result<(), ApiError> {
+/// Settles a restore that was cut off, and clears what is left of a snapshot that was being taken. The machine has no engine.
+/// Comes back with the name of the snapshot whose memory it is to go on with.
+pub async fn settle(m: &Arc<Machine>) -> Result<Option<String>, ApiError> {
     sweep(m)?;
-    let (_, restored) = restoring(m);
-    let belongs = match (Checkpoint::read(&restored), disks::read_list(&m.paths.disks())) {
-        (Ok(Some(checkpoint)), Ok(list)) if checkpoint.manifest.layers == list.layers => Some(checkpoint),
-        _ => None,
+    let Some(Begun::Restore(restore)) = journal::read(m) else {
+        clear(m)?;
+        return Ok(None);
     };
-    // The layers alone do not tell: those of the latest snapshot are the machine's before the exchange, too.
-    let belongs = belongs.filter(|_| m.paths.disks().join(RESTORING).exists());
-    match belongs {
-        Some(checkpoint) if m.state() == MachineState::Stopped => {
-            tracing::info!(machine = %m.id, "a restore that was cut off is gone on with");
-            put_in_place(m, &checkpoint).await
-        }
-        _ => clear(m),
+    tracing::info!(machine = %m.id, snapshot = restore.snapshot, "a restore that was cut off is carried out");
+    if is_prepared(m) {
+        carry_out(m, &restore).await?;
+    } else {
+        // All of it was in its place.
+        clear(m)?;
+        journal::clear(m)?;
     }
+    Ok(restore.memory.then_some(restore.snapshot))
+}
+
+/// Undoes a restore that was cut off before the engine was to end, and clears what is left of a snapshot that was being taken.
+pub fn undo(m: &Machine) -> Result<(), ApiError> {
+    sweep(m)?;
+    clear(m)?;
+    match journal::read(m) {
+        Some(Begun::Restore(_)) => journal::clear(m),
+        _ => Ok(()),
+    }
+}
+
+/// Whether something of a restore is still to be put in place.
+fn is_prepared(m: &Machine) -> bool {
+    let (fresh, _) = restoring(m);
+    fresh.join(RESTORING).exists() || m.paths.disks().join(RESTORING).exists()
 }
 
 /// Clears what is left of snapshots that were being taken or removed.

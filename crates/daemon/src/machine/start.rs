@@ -68,7 +68,7 @@ pub async fn bring_up(m: &Arc<Machine>, stages: &mut Stages, wanted: Wanted) -> 
         ensured => ensured?,
     }
     let report = if m.state() == MachineState::Suspended && !wanted.cold {
-        suspend::wake(m, stages).await?
+        Box::pin(suspend::wake(m, stages)).await?
     } else {
         if m.state() == MachineState::Suspended {
             suspend::drop_memory(m).await?;
@@ -76,13 +76,13 @@ pub async fn bring_up(m: &Arc<Machine>, stages: &mut Stages, wanted: Wanted) -> 
         // One that has run before has disks of its own.
         let fresh = m.row().started_at.is_none();
         let from = if fresh && !wanted.cold {
-            from_template(m, stages).await?
+            Box::pin(from_template(m, stages)).await?
         } else {
             None
         };
         if from.is_none() {
-            launch(m, stages).await?;
-            become_itself(m, stages).await?;
+            Box::pin(launch(m, stages)).await?;
+            Box::pin(become_itself(m, stages)).await?;
         }
         settle_system(m, stages, wanted.wait).await?;
         let how = if from.is_some() { "template" } else { "boot" };
@@ -106,9 +106,9 @@ async fn from_template(m: &Arc<Machine>, stages: &mut Stages) -> Result<Option<S
     stages.enter("template");
     let op = stages.op().clone();
     let spec = m.row().spec;
-    let obtained = stages
-        .cancellable(services.templates.obtain(services, &spec, &op))
-        .await;
+    // The future of making a template is large: on the heap, or the worker's stack is too small for it.
+    let obtain = Box::pin(services.templates.obtain(services, &spec, &op));
+    let obtained = stages.cancellable(obtain).await;
     let (id, template) = match obtained {
         Ok(obtained) => obtained,
         Err(e) if e.code == ErrorCode::Canceled => return Err(e),
@@ -131,7 +131,7 @@ async fn from_template(m: &Arc<Machine>, stages: &mut Stages) -> Result<Option<S
         restore::launch(m, stages, &template).await?;
         restore::go_on(m, stages, &template, Becomes::ThisMachine).await
     };
-    let restored = tokio::time::timeout(RESTORE, work).await.unwrap_or_else(|_| {
+    let restored = tokio::time::timeout(RESTORE, Box::pin(work)).await.unwrap_or_else(|_| {
         let message = format!("it was not there within {RESTORE:?}");
         Err(ApiError::new(ErrorCode::Timeout, message))
     });

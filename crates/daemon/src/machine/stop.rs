@@ -23,7 +23,7 @@ const ASK: Duration = Duration::from_secs(10);
 /// How long an engine may take to end by itself after a signal that asks it to; it writes out its disks' tables.
 const TERM: Duration = Duration::from_secs(5);
 /// How long the kernel may take to end a process that was killed.
-const KILL: Duration = Duration::from_secs(10);
+pub const KILL: Duration = Duration::from_secs(10);
 
 /// How long the record of an engine's end may take to be written.
 pub const RECORD: Duration = Duration::from_secs(2);

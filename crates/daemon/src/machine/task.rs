@@ -18,8 +18,9 @@ use banger_core::state::{self, Decision, Refusal};
 use banger_proto::api::MachineState;
 use banger_proto::error::{ApiError, ErrorCode};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
-use super::record::Machine;
+use super::record::{Machine, Presence};
 use super::request::{Ask, Reply, Request};
 use super::stop;
 use super::work::{Current, Ended, Manner, begin, removal};
@@ -120,15 +121,19 @@ async fn unheld(m: &Machine, holders: usize) {
 fn take(m: &Arc<Machine>, current: Option<Current>, ask: Ask, waiting: &mut VecDeque<Ask>) -> Option<Current> {
     let state = m.state();
     if let Some(Current {
-        manner: Manner::Blocked,
+        manner: Manner::Blocked(forced),
         ..
     }) = &current
     {
-        let cause = m.row().cause.unwrap_or_default();
-        let message = format!("machine `{}` cannot be used now: {cause}", m.name());
-        let _ = ask.reply.send(Err(
-            ApiError::new(ErrorCode::WrongState, message).hint("the daemon looks again every few seconds")
-        ));
+        if ask.force {
+            // One at a time: the one before ends it, or says why not.
+            if let Err(TrySendError::Full(ask) | TrySendError::Closed(ask)) = forced.try_send(ask) {
+                let message = format!("the engine of machine `{}` is being ended already", m.name());
+                let _ = ask.reply.send(Err(ApiError::new(ErrorCode::Conflict, message)));
+            }
+        } else {
+            let _ = ask.reply.send(Err(unverified(m)));
+        }
         return current;
     }
     match state::decide(state, ask.request.kind()) {
@@ -172,6 +177,20 @@ fn take(m: &Arc<Machine>, current: Option<Current>, ask: Ask, waiting: &mut VecD
                 Some(current)
             }
         },
+    }
+}
+
+/// The answer of a machine whose engine can't be verified.
+fn unverified(m: &Machine) -> ApiError {
+    let cause = m.show().cause.unwrap_or_default();
+    let message = format!("machine `{}` cannot be used now: {cause}", m.name());
+    let error = ApiError::new(ErrorCode::WrongState, message);
+    match m.presence() {
+        Presence::Doubtful { identified: true, .. } => error.hint(format!(
+            "the daemon looks again every few seconds; to end its process all the same: banger vm kill --force {}",
+            m.name()
+        )),
+        _ => error.hint("the daemon looks again every few seconds; `banger audit` shows what there is"),
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use banger_proto::api::StartMachine;
 use banger_proto::error::{ApiError, ErrorCode};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::record::Machine;
@@ -13,6 +14,7 @@ use super::request::{Ask, Request};
 use super::stages::Stages;
 use super::{create, delete, disks, fork, snapshot, start, stop, suspend};
 use crate::blocking::blocking;
+use crate::failpoint;
 use crate::ops::Op;
 
 /// How a piece of work left the machine.
@@ -39,8 +41,8 @@ pub enum Manner {
     },
     /// It is bounded and runs to its end.
     Bounded(Option<Op>),
-    /// It waits for an engine that can't be verified; nothing can be asked meanwhile.
-    Blocked,
+    /// It waits for an engine that can't be verified. Nothing can be asked meanwhile but its end, by force: that goes here.
+    Blocked(mpsc::Sender<Ask>),
 }
 
 /// The work under way.
@@ -57,7 +59,7 @@ impl Current {
         match &self.manner {
             Manner::Yields { op, .. } => Some(op),
             Manner::Bounded(op) => op.as_ref(),
-            Manner::Blocked => None,
+            Manner::Blocked(_) => None,
         }
     }
 }
@@ -181,6 +183,7 @@ async fn grow(m: &Arc<Machine>, op: &Op, bytes: u64) -> Result<(), ApiError> {
     start::ensure_disks(m).await?;
     let dir = m.paths.disks();
     blocking(move || disks::grow(&dir, bytes)).await?;
+    failpoint::hit("grow.disk").await?;
     m.change(|row| {
         row.spec.disk_bytes = bytes;
         Ok(())

@@ -20,6 +20,7 @@ use crate::error::IntoApi;
 use crate::machine::disks;
 use crate::ops::{Op, Ops};
 use crate::paths::Paths;
+use crate::recover;
 use crate::services::Services;
 use crate::time;
 use flight::Flights;
@@ -340,8 +341,11 @@ fn users(services: &Services, uses: impl Fn(&MachineSpec) -> bool) -> Vec<String
         .machines()
         .iter()
         .map(|m| m.row())
-        .filter(|row| uses(&row.spec))
-        .map(|row| row.name)
+        .map(|row| (row.spec, row.name))
+        // What can be taken back needs its image as well.
+        .chain(recover::specs(services))
+        .filter(|(spec, _)| uses(spec))
+        .map(|(_, name)| name)
         .collect()
 }
 

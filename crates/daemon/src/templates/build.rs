@@ -257,7 +257,7 @@ async fn lost(services: &Arc<Services>, id: &MachineId, paths: &MachinePaths) ->
             let engine = services.engine(&found.engine).await?;
             stop::kill_now(&Live::new(id, engine, found)).await?;
         }
-        Liveness::Unclear(why) => return Err(ApiError::new(ErrorCode::Engine, why)),
+        Liveness::Unclear(why) | Liveness::Silent { why, .. } => return Err(ApiError::new(ErrorCode::Engine, why)),
     }
     let released = services.hosting.release(id).await;
     remove_dir(&paths.run).and(released)

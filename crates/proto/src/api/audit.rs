@@ -28,6 +28,9 @@ pub struct AuditObject {
     /// What is wrong with it, in words; none where all is well.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub orphan: Option<String>,
+    /// What can be done about it where it is no orphan: a machine that can be taken back, an engine that does not answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
     /// Why it could not be removed, where that was tried; absent where it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,

@@ -81,6 +81,9 @@ pub enum MachineState {
     Error,
     /// Being removed.
     Deleting,
+    /// What became of its engine is not known: the daemon has just started and still looks, or something is there that does not
+    /// answer. Only shown, with what it was before in the cause; never stored.
+    Unverified,
 }
 
 impl MachineState {
@@ -97,6 +100,7 @@ impl MachineState {
             Self::Stopped => "stopped",
             Self::Error => "error",
             Self::Deleting => "deleting",
+            Self::Unverified => "unverified",
         }
     }
 }
@@ -324,6 +328,8 @@ pub struct StartMachine {
 pub struct StopMachine {
     /// How long the guest may take to shut down before its engine is ended, in milliseconds.
     pub timeout_ms: Option<u64>,
+    /// End an engine that does not answer, too: everything else must identify it.
+    pub force: bool,
 }
 
 /// Request to end a machine's engine at once.
@@ -332,6 +338,21 @@ pub struct StopMachine {
 pub struct KillMachine {
     /// Signal name for the engine process, `KILL` when absent.
     pub signal: Option<String>,
+    /// End an engine that does not answer, too, with signal `KILL`: everything else must identify it.
+    pub force: bool,
+}
+
+/// A machine whose files are there and which is not in the database.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Recoverable {
+    /// Identifier.
+    pub id: String,
+    /// Name that it had.
+    pub name: String,
+    /// Image that it was made of.
+    pub image: String,
+    /// When it was created.
+    pub created_at: Timestamp,
 }
 
 /// Answer to a request that takes a while.

@@ -22,6 +22,9 @@ pub struct Snapshot {
     pub disk_bytes: u64,
     /// How long the machine stood still for it, in milliseconds.
     pub paused_ms: u64,
+    /// Why it cannot be restored: its manifest cannot be read. Such a snapshot can only be removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
 }
 
 /// Request to take a snapshot.

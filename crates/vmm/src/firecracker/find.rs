@@ -8,6 +8,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -84,6 +85,9 @@ pub enum Seek {
 
 /// Looks for the process of a machine's engine. `control` is the machine's control socket; `chroot` its jail, where machines
 /// have one; `kept` pid and start time of the handles that were kept in this boot of the host.
+///
+/// Where machines have jails, link and file with the number may be lost: then the process is told by the machine's id, which is in
+/// its command line. Only where no process bears that there is none.
 pub fn seek(
     proc: &Path,
     id: &MachineId,
@@ -93,11 +97,21 @@ pub fn seek(
 ) -> Result<Stat, Seek> {
     let stat = match by_arguments(proc, id, control).map_err(Seek::Unclear)? {
         Some(stat) => stat,
-        None => in_jail(proc, id, control, chroot)?,
+        None => match in_jail(proc, id, control, chroot) {
+            Err(Seek::NotFound(why)) if chroot.is_some() => {
+                return by_id(proc, id).map_err(Seek::Unclear)?.ok_or(Seek::NotFound(why));
+            }
+            found => found?,
+        },
     };
     match kept {
         Some((pid, start_time)) if pid == stat.pid && start_time != stat.start_time => {
-            Err(NotFound::OtherStart(pid).into())
+            // Where the process says whose it is, it is the handles that are wrong.
+            let arguments = identity::arguments(proc, pid).unwrap_or_default();
+            match machine_of(&arguments).is_some_and(|found| found == id.as_str()) {
+                true => Ok(stat),
+                false => Err(NotFound::OtherStart(pid).into()),
+            }
         }
         _ => Ok(stat),
     }
@@ -117,6 +131,27 @@ pub(super) fn by_arguments(proc: &Path, id: &MachineId, control: &Path) -> Resul
             found.push(stat);
         }
     }
+    only(found)
+}
+
+/// The process of any user that is called `firecracker`, was started in a jail with the machine's id, and is in no other machine's
+/// control group.
+fn by_id(proc: &Path, id: &MachineId) -> Result<Option<Stat>, String> {
+    let all = identity::all_processes(proc).map_err(|e| format!("cannot list {}: {e}", proc.display()))?;
+    let named = all.into_iter().filter(|pid| {
+        let arguments = identity::arguments(proc, *pid);
+        arguments.is_some_and(|arguments| is_jailed(&arguments) && names_machine(&arguments, id))
+    });
+    only(named.filter_map(|pid| in_this_jail(proc, id, pid).ok()).collect())
+}
+
+/// Whether a process was started with the API socket that every engine in a jail has.
+fn is_jailed(arguments: &[Vec<u8>]) -> bool {
+    value(arguments, "--api-sock").is_some_and(|path| path.strip_prefix(b"/").unwrap_or(path) == jail::API.as_bytes())
+}
+
+/// The only one of them.
+fn only(mut found: Vec<Stat>) -> Result<Option<Stat>, String> {
     if found.len() > 1 {
         let pids: Vec<String> = found.iter().map(|s| s.pid.to_string()).collect();
         return Err(format!(
@@ -129,13 +164,15 @@ pub(super) fn by_arguments(proc: &Path, id: &MachineId, control: &Path) -> Resul
 
 /// The process in the jail that a machine's control socket leads into.
 fn in_jail(proc: &Path, id: &MachineId, control: &Path, chroot: Option<&Path>) -> Result<Stat, Seek> {
-    let target = match fs::read_link(control) {
-        Ok(target) => target,
+    let target = match (fs::read_link(control), chroot) {
+        (Ok(target), _) => target,
+        // Lost; where it led is known.
+        (Err(e), Some(chroot)) if e.kind() == io::ErrorKind::NotFound => chroot.join(jail::API),
         // Something else than a link, or nothing.
-        Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
+        (Err(e), _) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
             return Err(NotFound::NoLink(control.to_owned()).into());
         }
-        Err(e) => {
+        (Err(e), _) => {
             return Err(Seek::Unclear(format!(
                 "cannot read the link {}: {e}",
                 control.display()
@@ -381,7 +418,7 @@ pub(super) async fn find(
     let mut gone = None;
     if let Some(handles) = handles {
         match open(proc, handles) {
-            Ok(_) => return answer(firecracker, id, handles).await,
+            Ok(_) => return answer(firecracker, id, paths, handles).await,
             Err(Mismatch::Unclear(why)) => return Liveness::Unclear(why),
             // The handles may be older than the machine's last start.
             Err(Mismatch::Gone(why)) => gone = Some(why),
@@ -408,13 +445,34 @@ pub(super) async fn find(
                 control,
                 agent: paths.agent_socket(),
             };
-            answer(firecracker, id, &found).await
+            answer(firecracker, id, paths, &found).await
         }
     }
 }
 
+/// Makes the links into a machine's jail again, where they are lost: both ends are known without them. Others stay as they are.
+fn mend_links(paths: &MachinePaths, chroot: &Path) -> io::Result<()> {
+    if !chroot.is_dir() {
+        return Ok(());
+    }
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(&paths.run)?;
+    for (link, name) in [(paths.control_socket(), jail::API), (paths.agent_socket(), jail::AGENT)] {
+        match symlink(chroot.join(name), &link) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            Err(_) => {}
+            Ok(()) => tracing::warn!(link = %link.display(), "a link into a jail was lost: made again"),
+        }
+    }
+    Ok(())
+}
+
 /// Asks a process that fits whether it is the machine.
-async fn answer(firecracker: &Firecracker, id: &MachineId, handles: &Handles) -> Liveness {
+async fn answer(firecracker: &Firecracker, id: &MachineId, paths: &MachinePaths, handles: &Handles) -> Liveness {
+    if let Some(jail) = &firecracker.options.jail
+        && let Err(e) = mend_links(paths, &jail.chroot(id))
+    {
+        tracing::warn!(machine = %id, error = %e, "the links into the jail are not made again");
+    }
     let why = match verified_client(firecracker, handles, Some(id)).await {
         Ok(_) => return Liveness::Alive(handles.clone()),
         Err(why) => why,
@@ -426,6 +484,10 @@ async fn answer(firecracker: &Firecracker, id: &MachineId, handles: &Handles) ->
             let (pid, why) = (handles.pid, why.to_string());
             Liveness::Gone(NotFound::OtherMachine { pid, why }.to_string())
         }
+        Ok(_) if matches!(why, ControlFault::Api(_)) => Liveness::Silent {
+            handles: handles.clone(),
+            why: format!("process {}: {why}", handles.pid),
+        },
         _ => Liveness::Unclear(format!("process {}: {why}", handles.pid)),
     }
 }

@@ -126,9 +126,13 @@ async fn answer(qemu: &Qemu, id: &MachineId, handles: &Handles) -> Liveness {
     let proc = &qemu.options.roots.proc;
     match verified_client(qemu, handles, Some(id)).await {
         Ok(_) => Liveness::Alive(handles.clone()),
-        Err(why) => match open(proc, handles) {
+        Err(fault) => match open(proc, handles) {
             Err(Mismatch::Gone(why)) => Liveness::Gone(why),
-            _ => Liveness::Unclear(format!("process {}: {why}", handles.pid)),
+            Ok(_) if matches!(fault, ControlFault::Qmp(_)) => Liveness::Silent {
+                handles: handles.clone(),
+                why: format!("process {}: {fault}", handles.pid),
+            },
+            _ => Liveness::Unclear(format!("process {}: {fault}", handles.pid)),
         },
     }
 }

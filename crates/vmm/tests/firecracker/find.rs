@@ -32,6 +32,8 @@ tests!(
     api_socket_is_no_symlink,
     api_socket_is_not_there,
     api_socket_leads_elsewhere,
+    link_and_pidfile_are_lost,
+    several_bear_the_id,
     direct_launch_by_command_line,
     two_of_them,
     no_proc,
@@ -105,6 +107,11 @@ impl Host {
         fs::write(dir.join("cgroup"), "0::/system.slice/bangerd-root.service\n").unwrap();
     }
 
+    /// The process does not say whose it is, so that link and file alone tell.
+    fn unnamed(&self) {
+        self.process(PID, "firecracker", START, &["firecracker"]);
+    }
+
     fn pidfile(&self, text: &str) {
         fs::write(self.chroot.join("firecracker.pid"), text).unwrap();
     }
@@ -164,6 +171,7 @@ async fn happy_path() {
 
 async fn missing_pidfile() {
     let host = Host::new();
+    host.unnamed();
     fs::remove_file(host.chroot.join("firecracker.pid")).unwrap();
     assert_eq!(
         host.not_found(),
@@ -175,6 +183,7 @@ async fn missing_pidfile() {
 
 async fn empty_pidfile() {
     let host = Host::new();
+    host.unnamed();
     for text in ["", " ", "\n \t\n"] {
         host.pidfile(text);
         assert!(matches!(host.not_found(), NotFound::EmptyPidFile(_)), "{text:?}");
@@ -183,6 +192,7 @@ async fn empty_pidfile() {
 
 async fn garbage_in_pidfile() {
     let host = Host::new();
+    host.unnamed();
     for text in [
         "x",
         "0",
@@ -235,6 +245,7 @@ async fn wrong_comm() {
 
 async fn start_time_changed() {
     let host = Host::new();
+    host.unnamed();
     assert_eq!(host.seek(Some((PID, START + 1))), Err(NotFound::OtherStart(PID).into()));
 }
 
@@ -284,6 +295,7 @@ async fn recycled_pid_whose_api_answers_another_id() {
 
 async fn api_socket_is_no_symlink() {
     let host = Host::new();
+    host.unnamed();
     let control = host.paths.control_socket();
     fs::remove_file(&control).unwrap();
     let _socket = UnixListener::bind(&control).unwrap();
@@ -292,13 +304,64 @@ async fn api_socket_is_no_symlink() {
 
 async fn api_socket_is_not_there() {
     let host = Host::new();
+    host.unnamed();
     fs::remove_file(host.paths.control_socket()).unwrap();
-    assert!(matches!(host.not_found(), NotFound::NoLink(_)));
+    // Where it led is known.
+    assert_eq!(host.seek(None), Ok((PID, START)));
+    // But not to a driver without jails.
     assert!(matches!(host.find(None).await, Liveness::Gone(_)));
+}
+
+/// One loss after the other, and two at once: a process that bears the machine's id is found without link and file.
+async fn link_and_pidfile_are_lost() {
+    let lose: [fn(&Host); 4] = [
+        |host| drop(fs::remove_file(host.paths.control_socket())),
+        |host| drop(fs::remove_dir_all(&host.paths.run)),
+        |host| host.pidfile("garbage"),
+        |host| drop(fs::remove_file(host.chroot.join("firecracker.pid"))),
+    ];
+    for (one, first) in lose.iter().enumerate() {
+        for (two, second) in lose.iter().enumerate() {
+            let host = Host::new();
+            first(&host);
+            second(&host);
+            assert_eq!(host.seek(None), Ok((PID, START)), "{one} {two}");
+            assert_eq!(
+                host.seek(Some((PID, START + 1))),
+                Ok((PID, START)),
+                "{one} {two}, and handles"
+            );
+            // What bears another id, or has ended, is not it.
+            host.process(PID, "firecracker", START, &["firecracker", "--id", OTHER]);
+            assert!(matches!(host.seek(None), Err(Seek::NotFound(_))), "{one} {two}");
+        }
+    }
+}
+
+async fn several_bear_the_id() {
+    let host = Host::new();
+    fs::remove_file(host.paths.control_socket()).unwrap();
+    host.pidfile("garbage");
+    // What was started outside of a jail, with a socket of its own, is not meant.
+    host.process(
+        PID + 1,
+        "firecracker",
+        9,
+        &["firecracker", "--id", ID, "--api-sock", "/x/control.sock"],
+    );
+    assert_eq!(host.seek(None), Ok((PID, START)));
+    host.process(
+        PID + 1,
+        "firecracker",
+        9,
+        &["firecracker", "--id", ID, "--api-sock=/firecracker.socket"],
+    );
+    assert!(matches!(host.seek(None), Err(Seek::Unclear(_))));
 }
 
 async fn api_socket_leads_elsewhere() {
     let host = Host::new();
+    host.unnamed();
     let control = host.paths.control_socket();
     for target in [
         host.dir
@@ -316,6 +379,7 @@ async fn api_socket_leads_elsewhere() {
 
 async fn direct_launch_by_command_line() {
     let host = Host::new();
+    host.unnamed();
     let control = host.paths.control_socket();
     fs::remove_file(&control).unwrap();
     let socket = control.to_str().unwrap();
@@ -334,6 +398,7 @@ async fn direct_launch_by_command_line() {
     symlink(host.chroot.join("firecracker.socket"), &control).unwrap();
     assert_eq!(host.seek(None), Ok((77, 9)));
     fs::remove_file(&control).unwrap();
+    fs::remove_dir_all(&host.chroot).unwrap();
     // Whoever only mentions it is not it.
     for args in [
         ["curl", "--unix-socket", socket, "--id", ID],
@@ -341,10 +406,10 @@ async fn direct_launch_by_command_line() {
         ["firecracker", "--api-sock", &format!("{socket}2"), "--id", ID],
     ] {
         host.process(77, "firecracker", 9, &args);
-        assert!(matches!(host.not_found(), NotFound::NoLink(_)), "{args:?}");
+        assert!(matches!(host.not_found(), NotFound::NoPidFile(_)), "{args:?}");
     }
     host.process(77, "bash", 9, &["firecracker", "--api-sock", socket, "--id", ID]);
-    assert!(matches!(host.not_found(), NotFound::NoLink(_)));
+    assert!(matches!(host.not_found(), NotFound::NoPidFile(_)));
     host.in_state(
         77,
         "firecracker",
@@ -352,7 +417,7 @@ async fn direct_launch_by_command_line() {
         9,
         &["firecracker", "--api-sock", socket, "--id", ID],
     );
-    assert!(matches!(host.not_found(), NotFound::NoLink(_)));
+    assert!(matches!(host.not_found(), NotFound::NoPidFile(_)));
 }
 
 async fn two_of_them() {
@@ -389,7 +454,10 @@ async fn the_api_must_answer_with_this_machine() {
     host.pidfile(&format!("{me}\n"));
     // Nobody answers: it is not touched.
     let found = host.find(None).await;
-    assert!(matches!(found, Liveness::Unclear(_)), "{found:?}");
+    assert!(
+        matches!(&found, Liveness::Silent { handles, .. } if handles.pid == me),
+        "{found:?}"
+    );
     fs::remove_dir_all(host.dir.path().join("bin")).unwrap();
     host.api(ID);
     let expected = Handles {
@@ -416,7 +484,8 @@ async fn the_api_must_answer_with_this_machine() {
     fs::remove_dir_all(host.dir.path().join("bin")).unwrap();
     let mut old = expected.clone();
     old.start_time += 1;
-    assert!(matches!(host.find(Some(&old)).await, Liveness::Gone(_)));
+    // The process says whose it is, so it is the handles that are wrong.
+    assert_eq!(host.find(Some(&old)).await, Liveness::Alive(expected.clone()));
     // What answers is another process than the one that was found.
     fs::remove_dir_all(host.dir.path().join("bin")).unwrap();
     host.process(PID, "firecracker", START, &["./firecracker", "--id", ID]);

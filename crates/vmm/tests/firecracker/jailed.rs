@@ -158,6 +158,12 @@ async fn from_launch_to_end() {
     for kept in [Some(&handles), None] {
         assert_eq!(driver.find(id, paths, kept).await, Liveness::Alive(handles.clone()));
     }
+    // Links whose ends are known are made again.
+    for kept in [Some(&handles), None] {
+        fs::remove_dir_all(&paths.run).unwrap();
+        assert_eq!(driver.find(id, paths, kept).await, Liveness::Alive(handles.clone()));
+        assert!(paths.agent_socket().symlink_metadata().is_ok());
+    }
     until("the console", || bed.console().contains("the guest's console")).await;
     assert_eq!(ask(&driver, &handles, &[b'p', 1, 11]).await, b'P');
     let metrics = driver.metrics(&handles, paths).await.unwrap().unwrap();

@@ -213,6 +213,8 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
 #[derive(Deserialize)]
 struct Machines {
     machines: Vec<Machine>,
+    #[serde(default)]
+    recoverable: usize,
 }
 
 /// Reads the name of a signal for an engine.
@@ -226,6 +228,12 @@ pub(crate) fn signal(text: &str) -> Result<String, String> {
 /// All machines, in the daemon's order.
 pub(crate) async fn machines(client: &Client) -> Result<Vec<Machine>> {
     Ok(client.get::<Machines>("machines").await?.machines)
+}
+
+/// The same, with how many machines have files and are not in the database.
+pub(crate) async fn machines_and_lost(client: &Client) -> Result<(Vec<Machine>, usize)> {
+    let found: Machines = client.get("machines").await?;
+    Ok((found.machines, found.recoverable))
 }
 
 /// The machines that references mean, looked up in one snapshot; one that is meant twice comes once, where it came first.
@@ -335,6 +343,18 @@ where
 {
     let resolved = resolve(references, &machines(client).await?, meant);
     for_all(context, client, resolved, output, act).await
+}
+
+/// Fails unless one of the references is the machine's whole name or id: what is done by force is not done to what only begins so.
+pub(crate) fn named_in_full(machine: &Machine, references: &[String]) -> Result<()> {
+    if references.iter().any(|r| *r == machine.name || *r == machine.id) {
+        return Ok(());
+    }
+    let message = format!(
+        "--force needs the whole name or id of a machine; this is `{}`",
+        machine.name
+    );
+    Err(Error::new(Kind::Usage, message).hint(format!("name it: --force {}", machine.name)))
 }
 
 /// The same for machines that are known already.

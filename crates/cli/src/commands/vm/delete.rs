@@ -6,7 +6,7 @@ use clap::Args;
 use crate::cli::{Context, OutputArgs};
 use crate::client::operation::{Leaving, follow};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{Done, Meant, confirmed, for_all, machines, resolve};
+use crate::commands::vm::common::{Done, Meant, confirmed, for_all, machines, named_in_full, resolve};
 use crate::completion;
 use crate::error::Result;
 use crate::printer::Activity;
@@ -22,7 +22,7 @@ pub(crate) struct DeleteArgs {
     /// Machines by name, id or four characters or more of an id
     #[arg(required = true, value_name = "MACHINE", add = completion::machines())]
     machines: Vec<String>,
-    /// Do not ask
+    /// Do not ask; remove a machine whose engine does not answer, too (state `unverified`), if it is named in full
     #[arg(short, long, visible_short_alias = 'y', visible_alias = "yes")]
     force: bool,
     #[command(flatten)]
@@ -50,9 +50,12 @@ impl DeleteArgs {
                     return Ok(1);
                 }
             }
+            let named = &self.machines;
             for_all(context, &client, resolved, self.output, |client, machine| async move {
+                // Without an answer its name alone says that it is meant.
+                let force = self.force && named_in_full(&machine, named).is_ok();
                 let activity = context.printer.activity(&format!("vm delete {}", machine.name));
-                delete(&client, &machine, self.force, activity).await
+                delete(&client, &machine, force, activity).await
             })
             .await
         })

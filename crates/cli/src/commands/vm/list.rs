@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::Client;
-use crate::commands::vm::common::{forwards, machines};
+use crate::commands::vm::common::{forwards, machines_and_lost};
 use crate::error::Result;
 use crate::table;
 
@@ -29,7 +29,7 @@ pub(crate) struct ListArgs {
 
 impl ListArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
-        let mut found = context.block_on(async { machines(&Client::new(&context.places)?).await })?;
+        let (mut found, lost) = context.block_on(async { machines_and_lost(&Client::new(&context.places)?).await })?;
         if self.running {
             found.retain(|m| m.state == MachineState::Running);
         }
@@ -40,6 +40,15 @@ impl ListArgs {
             printer.data(found.iter().map(|m| format!("{}\n", m.id)).collect::<String>())?;
         } else {
             printer.data(render(&found, Timestamp::now()))?;
+        }
+        if lost > 0 {
+            let machines = match lost {
+                1 => "1 machine has files but is".to_owned(),
+                n => format!("{n} machines have files but are"),
+            };
+            printer.warn(format!(
+                "{machines} not in the database: `banger vm recover` lists what can be taken back"
+            ));
         }
         Ok(0)
     }

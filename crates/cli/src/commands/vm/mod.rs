@@ -17,6 +17,7 @@ pub(crate) mod list;
 pub(crate) mod logs;
 pub(crate) mod ports;
 pub(crate) mod prune;
+pub(crate) mod recover;
 pub(crate) mod rename;
 pub(crate) mod run;
 pub(crate) mod sessions;
@@ -73,6 +74,7 @@ enum VmCommand {
     Ports(ports::PortsArgs),
     Set(set::SetArgs),
     Rename(rename::RenameArgs),
+    Recover(recover::RecoverArgs),
     Wait(wait::WaitForArgs),
 }
 
@@ -106,6 +108,7 @@ impl VmArgs {
             VmCommand::Ports(args) => args.run(context),
             VmCommand::Set(args) => args.run(context),
             VmCommand::Rename(args) => args.run(context),
+            VmCommand::Recover(args) => args.run(context),
             VmCommand::Wait(args) => args.run(context),
         }
     }

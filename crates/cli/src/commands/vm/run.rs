@@ -140,9 +140,15 @@ impl RunArgs {
             }
             let client = Client::new(&context.places)?;
             let packing = snapshot.as_ref().map(Packing::begin);
-            let mut machine = match start(context, &client, &request, &mut signals, &mut watch).await {
+            let mut begun = None;
+            let started = start(context, &client, &request, &mut signals, &mut watch, &mut begun).await;
+            let mut machine = match started {
                 Ok(machine) => machine,
                 Err(error) => {
+                    // A daemon that fails undoes what it began; one that ended left it to the next.
+                    if let Some(machine) = begun.filter(|_| self.rm && error.kind == Kind::Unavailable) {
+                        clean_up(context, &client, &machine).await;
+                    }
                     if let Some(packing) = packing {
                         packing.discard().await;
                     }
@@ -307,11 +313,13 @@ async fn start(
     request: &CreateMachine,
     signals: &mut Signals,
     watch: &mut Stopwatch,
+    begun: &mut Option<Machine>,
 ) -> Result<Machine> {
     client.connected().await?;
     watch.lap("connect");
     let machine = create(context, client, request, signals, |machine| {
         watch.lap("create");
+        *begun = Some(machine.clone());
         if request.auto_remove {
             tokio::spawn(hold(client.sibling(), machine.id.clone()));
         }
@@ -365,10 +373,14 @@ async fn copy_in(
 
 /// Removes the machine with a deadline of its own. Signals that come meanwhile change nothing: they have been taken over.
 async fn clean_up(context: &Context, client: &Client, machine: &Machine) {
-    let client = client.sibling();
     // Its own lines would stand behind the command's output.
     let activity = context.printer.short_activity("vm delete");
-    let removed = tokio::time::timeout(CLEANUP_DEADLINE, delete(&client, machine, true, activity)).await;
+    let removal = async {
+        // The daemon may have ended; the removal is for the next one then.
+        client.connected().await?;
+        delete(&client.sibling(), machine, true, activity).await
+    };
+    let removed = tokio::time::timeout(CLEANUP_DEADLINE, removal).await;
     let error = match removed {
         Ok(Ok(_)) => return,
         Ok(Err(error)) if error.kind == Kind::NotFound => return,

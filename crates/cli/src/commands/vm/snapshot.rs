@@ -126,7 +126,7 @@ struct DeleteArgs {
 
 impl Kept for Snapshot {
     const LIST: &'static str = "snapshots";
-    const HEADINGS: &'static [&'static str] = &["NAME", "MEMORY", "DISKS", "PAUSED", "CREATED"];
+    const HEADINGS: &'static [&'static str] = &["NAME", "STATE", "MEMORY", "DISKS", "PAUSED", "CREATED"];
 
     fn name(&self) -> &str {
         &self.name
@@ -140,6 +140,7 @@ impl Kept for Snapshot {
         };
         vec![
             self.name.clone(),
+            if self.damaged.is_some() { "damaged" } else { "whole" }.to_owned(),
             memory,
             size::format(self.disk_bytes),
             paused,
@@ -156,6 +157,12 @@ impl Kept for Snapshot {
         vec![
             ("name", self.name.clone()),
             ("machine", self.machine.clone()),
+            (
+                "state",
+                self.damaged
+                    .as_ref()
+                    .map_or_else(|| "whole".to_owned(), |why| format!("damaged: {why}")),
+            ),
             ("memory", memory),
             (
                 "disks",

@@ -3,14 +3,14 @@
 
 use std::time::Duration;
 
-use banger_proto::api::{KillMachine, StartMachine, StopMachine};
+use banger_proto::api::{KillMachine, Machine, StartMachine, StopMachine};
 use clap::Args;
 use serde::Serialize;
 
 use crate::cli::{Context, OutputArgs};
 use crate::client::operation::{Leaving, carry_out};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::{Done, Meant, WaitArgs, duration, for_each, milliseconds, signal};
+use crate::commands::vm::common::{Done, Meant, WaitArgs, duration, for_each, milliseconds, named_in_full, signal};
 use crate::completion;
 use crate::error::Result;
 
@@ -38,9 +38,38 @@ struct Change {
     loses: bool,
 }
 
+/// Whether an engine that does not answer is ended, too.
+#[derive(Debug, Args)]
+struct ForceArgs {
+    /// End a machine whose engine does not answer, too (state `unverified`); it has to be named in full
+    #[arg(short, long)]
+    force: bool,
+}
+
+impl ForceArgs {
+    /// With force no prefix is enough.
+    fn check(&self, machine: &Machine, references: &[String]) -> Result<()> {
+        match self.force {
+            true => named_in_full(machine, references),
+            false => Ok(()),
+        }
+    }
+}
+
 impl Which {
     /// Asks for the change of each machine and waits for all.
     fn change(&self, context: &Context, change: &Change, request: &impl Serialize) -> Result<u8> {
+        self.change_with(context, change, request, &ForceArgs { force: false })
+    }
+
+    /// The same, by force if so wanted.
+    fn change_with(
+        &self,
+        context: &Context,
+        change: &Change,
+        request: &impl Serialize,
+        force: &ForceArgs,
+    ) -> Result<u8> {
         let meant = if change.loses { Meant::Exactly } else { Meant::Loosely };
         context.block_on(async {
             let client = Client::new(&context.places)?;
@@ -50,6 +79,7 @@ impl Which {
                 (&self.machines, meant),
                 self.output,
                 |client, machine| async move {
+                    force.check(&machine, &self.machines)?;
                     let path = format!("{}/{}", machine_path(&machine.id), change.verb);
                     let label = format!("vm {} {}", change.verb, machine.name);
                     let done = carry_out(context, &client, &path, request, &label, change.leaving).await?;
@@ -133,13 +163,17 @@ impl RestartArgs {
 
 /// Shut machines down; their disks stay
 ///
-/// A machine that does not go down in time is ended.
+/// A machine that does not go down in time is ended. One whose engine does not answer at all is left alone: --force ends its process.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  banger vm stop build\n  banger vm stop build test --timeout 5s")]
+#[command(
+    after_help = "Examples:\n  banger vm stop build\n  banger vm stop build test --timeout 5s\n  banger vm stop --force build"
+)]
 pub(crate) struct StopArgs {
     /// How long a machine may take to go down by itself
     #[arg(long, value_name = "TIME", value_parser = duration)]
     timeout: Option<Duration>,
+    #[command(flatten)]
+    force: ForceArgs,
     #[command(flatten)]
     which: Which,
 }
@@ -148,6 +182,7 @@ impl StopArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         let request = StopMachine {
             timeout_ms: self.timeout.map(milliseconds),
+            force: self.force.force,
         };
         let change = Change {
             verb: "stop",
@@ -156,24 +191,32 @@ impl StopArgs {
             leaving: Leaving::GoesOn,
             loses: true,
         };
-        self.which.change(context, &change, &request)
+        self.which.change_with(context, &change, &request, &self.force)
     }
 }
 
 /// End machines at once, as if the power went out; their disks stay
+///
+/// A machine whose engine does not answer is left alone, for it might be another's: with --force its process is ended, if everything
+/// but its answer identifies it (process id, start time, name, arguments).
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  banger vm kill build")]
+#[command(after_help = "Examples:\n  banger vm kill build\n  banger vm kill --force build")]
 pub(crate) struct KillArgs {
     /// Signal for the engine's process: KILL (the default), TERM, INT, HUP, QUIT, USR1, USR2 or ABRT
     #[arg(short, long, value_parser = signal)]
     signal: Option<String>,
+    #[command(flatten)]
+    force: ForceArgs,
     #[command(flatten)]
     which: Which,
 }
 
 impl KillArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
-        let request = KillMachine { signal: self.signal };
+        let request = KillMachine {
+            signal: self.signal,
+            force: self.force.force,
+        };
         let change = Change {
             verb: "kill",
             result: "killed",
@@ -181,7 +224,7 @@ impl KillArgs {
             leaving: Leaving::GoesOn,
             loses: true,
         };
-        self.which.change(context, &change, &request)
+        self.which.change_with(context, &change, &request, &self.force)
     }
 }
 
