@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use banger_system::net::{DEFAULT_ADDRESS, DEFAULT_BRIDGE, Network};
+use banger_system::net::{DEFAULT_ADDRESS, DEFAULT_BRIDGE, DNS_PORT, FIRST_OPEN_PORT, Network};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
@@ -53,7 +53,7 @@ pub struct NetworkConfig {
     pub dns: Option<Vec<Ipv4Addr>>,
     /// Idle taps that are made ahead.
     pub tap_pool: u32,
-    /// Port of the name server for `.vm` on 127.0.0.1.
+    /// Port of the name server for `.vm` on 127.0.0.1: [`DNS_PORT`], which the root helper binds, or from [`FIRST_OPEN_PORT`] on.
     pub dns_port: u16,
 }
 
@@ -63,7 +63,7 @@ impl Default for NetworkConfig {
             net: None,
             dns: None,
             tap_pool: 4,
-            dns_port: 42069,
+            dns_port: DNS_PORT,
         }
     }
 }
@@ -104,6 +104,12 @@ impl TryFrom<RawNetworkConfig> for NetworkConfig {
         }
         if config.dns_port == 0 {
             return Err("the name server needs a port".to_owned());
+        }
+        if config.dns_port != DNS_PORT && config.dns_port < FIRST_OPEN_PORT {
+            return Err(format!(
+                "the name server's port is {DNS_PORT}, or one from {FIRST_OPEN_PORT} on, not {}",
+                config.dns_port
+            ));
         }
         Ok(config)
     }

@@ -90,8 +90,13 @@ impl Locks {
     }
 }
 
-/// Carries out a call with the descriptors that came with it.
-pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) -> Result<Answer, HelperError> {
+/// Carries out a call with the descriptors that came with it. The answer may have some, too.
+pub(crate) fn dispatch(
+    ctx: &Ctx,
+    locks: &Locks,
+    call: Call,
+    fds: Vec<OwnedFd>,
+) -> Result<(Answer, Vec<OwnedFd>), HelperError> {
     if call.version != VERSION {
         let text = format!("the helper speaks version {VERSION}, the daemon {}", call.version);
         return Err(error(HelperCode::BadVersion, text));
@@ -107,6 +112,15 @@ pub(crate) fn dispatch(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) 
     }
     let net = &ctx.record.network;
     match call.request {
+        Request::NameSockets => net::name_sockets().map(|sockets| (Answer::NameSockets, sockets)),
+        request => act(ctx, locks, request, fds).map(|answer| (answer, Vec::new())),
+    }
+}
+
+fn act(ctx: &Ctx, locks: &Locks, request: Request, fds: Vec<OwnedFd>) -> Result<Answer, HelperError> {
+    match request {
+        // Answered with descriptors, by `dispatch`.
+        Request::NameSockets => Err(error(HelperCode::BadRequest, "this call has descriptors in its answer")),
         Request::Ping => Ok(Answer::Pong {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),

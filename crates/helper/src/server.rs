@@ -5,7 +5,7 @@
 
 use std::io::{IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +14,10 @@ use std::time::{Duration, Instant};
 use banger_system::helper::{Answer, Call, HelperCode, HelperError, MAX_DESCRIPTORS, MAX_REPLY, Reply};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, Uid};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, sendmsg,
+};
 
 use crate::auth;
 use crate::call;
@@ -239,13 +242,13 @@ fn talk(stream: &UnixStream, number: u64, ctx: &Ctx, locks: &Locks, seats: &Seat
             // Where the next call begins is not known any more.
             Err(e) => {
                 log_call(None, "unreadable", Duration::ZERO, Err(&e));
-                let _ = send(stream, &Reply::Error(e));
+                let _ = send(stream, &Reply::Error(e), &[]);
                 return;
             }
         };
         seats.set_busy(number, true);
-        let reply = answer(ctx, locks, &bytes, fds);
-        let sent = send(stream, &reply);
+        let (reply, fds) = answer(ctx, locks, &bytes, fds);
+        let sent = send(stream, &reply, &fds);
         seats.set_busy(number, false);
         if sent.is_err() {
             return;
@@ -254,25 +257,28 @@ fn talk(stream: &UnixStream, number: u64, ctx: &Ctx, locks: &Locks, seats: &Seat
 }
 
 /// Carries out what a frame asks for. A fault of the helper's own is an answer too.
-fn answer(ctx: &Ctx, locks: &Locks, bytes: &[u8], fds: Vec<OwnedFd>) -> Reply {
+fn answer(ctx: &Ctx, locks: &Locks, bytes: &[u8], fds: Vec<OwnedFd>) -> (Reply, Vec<OwnedFd>) {
     let begun = Instant::now();
     let call = match call::parse(bytes) {
         Ok(call) => call,
         Err(e) => {
             log_call(None, "unreadable", begun.elapsed(), Err(&e));
-            return Reply::Error(e);
+            return (Reply::Error(e), Vec::new());
         }
     };
     let (op, method) = (call.op.clone(), call.request.name());
     let result = carry_out(ctx, locks, call, fds);
     log_call(op.as_deref(), method, begun.elapsed(), result.as_ref().map(|_| ()));
     match result {
-        Ok(answer) => Reply::Ok(answer),
-        Err(e) => Reply::Error(e),
+        Ok((answer, fds)) => (Reply::Ok(answer), fds),
+        Err(e) => (Reply::Error(e), Vec::new()),
     }
 }
 
-fn carry_out(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) -> Result<Answer, HelperError> {
+/// An answer with its descriptors, or why there is none.
+type Outcome = Result<(Answer, Vec<OwnedFd>), HelperError>;
+
+fn carry_out(ctx: &Ctx, locks: &Locks, call: Call, fds: Vec<OwnedFd>) -> Outcome {
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| dispatch(ctx, locks, call, fds)));
     caught.unwrap_or_else(|_| Err(error(HelperCode::Failed, "the helper has a fault; its log has it")))
 }
@@ -341,8 +347,8 @@ fn rest(stream: &UnixStream, mut buffer: &mut [u8], deadline: Instant) -> std::i
     Ok(())
 }
 
-/// Sends an answer.
-fn send(mut stream: &UnixStream, reply: &Reply) -> std::io::Result<()> {
+/// Sends an answer, its descriptors on the first byte.
+fn send(mut stream: &UnixStream, reply: &Reply, fds: &[OwnedFd]) -> std::io::Result<()> {
     let encode = |reply: &Reply| serde_json::to_vec(reply).map_err(std::io::Error::other);
     let mut bytes = encode(reply)?;
     if bytes.len() > MAX_REPLY as usize {
@@ -355,7 +361,17 @@ fn send(mut stream: &UnixStream, reply: &Reply) -> std::io::Result<()> {
     let mut frame = Vec::with_capacity(bytes.len() + 4);
     frame.write_all(&length)?;
     frame.write_all(&bytes)?;
-    stream.write_all(&frame)
+    let mut sent = 0;
+    if !fds.is_empty() {
+        let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
+        sent = sendmsg(stream, &[IoSlice::new(&frame)], &mut control, SendFlags::NOSIGNAL)?;
+    }
+    stream.write_all(frame.get(sent..).unwrap_or_default())
 }
 
 /// The line of a call.

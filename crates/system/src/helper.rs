@@ -5,7 +5,7 @@
 //!
 //! **Framing.** A Unix stream socket. A frame is its length (four bytes, big-endian, at most [`MAX_REQUEST`] or [`MAX_REPLY`]) and so much
 //! JSON. The daemon sends a [`Call`], with its descriptors (`SCM_RIGHTS`) on the frame's first byte; the helper answers with a
-//! [`Reply`]. Calls on one connection are answered one by one; any number may follow each other, and connections are independent.
+//! [`Reply`], with descriptors in the same way where the answer has some. Calls on one connection are answered one by one; any number may follow each other, and connections are independent.
 
 use serde::{Deserialize, Serialize};
 
@@ -77,6 +77,8 @@ pub enum Request {
         /// Its slot.
         slot: u32,
     },
+    /// The sockets of the daemon's name server, at [`crate::net::DNS_PORT`] of 127.0.0.1. Answers [`Answer::NameSockets`].
+    NameSockets,
     /// Has the host's resolver ask the daemon for names below `.vm`. Answers [`Answer::Resolver`].
     ResolverSet {
         /// Port of the daemon's name server on 127.0.0.1.
@@ -186,6 +188,7 @@ impl Request {
             Self::TapTake { .. } => "tap_take",
             Self::TapChange { .. } => "tap_change",
             Self::TapDrop { .. } => "tap_drop",
+            Self::NameSockets => "name_sockets",
             Self::ResolverSet { .. } => "resolver_set",
             Self::ResolverClear => "resolver_clear",
             Self::DiskAttach { .. } => "disk_attach",
@@ -340,6 +343,8 @@ pub enum Answer {
         /// Its unit; none without systemd.
         unit: Option<String>,
     },
+    /// The name server's sockets. Two descriptors come with it: a datagram socket that is bound, a stream socket that listens.
+    NameSockets,
     /// The host's resolver.
     Resolver {
         /// It asks the daemon now. False: there is no systemd-resolved here.

@@ -14,6 +14,12 @@ use crate::overlap::Block;
 pub const DEFAULT_BRIDGE: &str = "br-fc";
 /// Address of the bridge, with its prefix, when the configuration has none.
 pub const DEFAULT_ADDRESS: (Ipv4Addr, u8) = (Ipv4Addr::new(172, 16, 0, 1), 24);
+/// Port of the name server for `.vm` on 127.0.0.1 when the configuration has none. Privileged, so that no user of the host can take it
+/// while the daemon is away and answer in its place; below those that programs of root pick at random (512 to 1023); assigned to
+/// nothing.
+pub const DNS_PORT: u16 = 253;
+/// The first port that is not privileged, where the host says nothing else.
+pub const FIRST_OPEN_PORT: u16 = 1024;
 /// What every tap's name begins with; the slot follows.
 pub const TAP_PREFIX: &str = "tap-fc-";
 /// Highest slot. With the prefix it still fits the 15 characters of an interface's name.

@@ -32,13 +32,14 @@ pub const MARK: &str =
 pub const KVM_GROUP: &str = "kvm";
 
 /// The only capabilities that the helper, and what it starts, can ever have.
-pub const CAPABILITIES: [&str; 11] = [
+pub const CAPABILITIES: [&str; 12] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
     "CAP_FOWNER",
     "CAP_KILL",
     "CAP_MKNOD",
     "CAP_NET_ADMIN",
+    "CAP_NET_BIND_SERVICE",
     "CAP_NET_RAW",
     "CAP_SETGID",
     "CAP_SETUID",

@@ -1,14 +1,20 @@
 //! The name server for `.vm` in system mode: `NAME.vm` is the address of the running machine of that name on the bridge.
 //!
+//! **The port** is one that only root can bind, and the root helper does: a daemon that has gone leaves names unanswered until the next
+//! one is there, and no other user of the host can answer instead. A port that the configuration names from 1024 on the daemon binds
+//! itself; `doctor` says that it is not held.
+//!
 //! It listens on loopback only and knows nothing else; the host's resolver is told to ask it for `.vm` (`docs/network.md`). What
 //! clients send is bounded: one buffer for datagrams, a few connections with a deadline for each question.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use banger_proto::api::MachineState;
+use banger_system::net::DNS_PORT;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
@@ -71,7 +77,7 @@ pub async fn serve(services: Arc<Services>) {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, services.config.network.dns_port));
     let work = async {
         loop {
-            match bind(address).await {
+            match sockets(&services, address).await {
                 Ok((udp, tcp)) => {
                     services.dns.set(State::Listening(address));
                     tracing::info!(%address, "names of machines are served");
@@ -79,9 +85,11 @@ pub async fn serve(services: Arc<Services>) {
                     return tokio::join!(datagrams(&udp, zone), connections(&tcp, zone));
                 }
                 Err(e) => {
-                    let why = e.to_string();
-                    if services.dns.set(State::Failed { address, why }) {
-                        tracing::warn!(%address, error = %e, "names of machines are not served");
+                    if services.dns.set(State::Failed {
+                        address,
+                        why: e.clone(),
+                    }) {
+                        tracing::warn!(%address, error = e, "names of machines are not served");
                     }
                 }
             }
@@ -103,6 +111,23 @@ fn address_of(services: &Services, name: &str) -> Option<Ipv4Addr> {
         MachineState::Starting | MachineState::Running | MachineState::Paused
     );
     machine.show().address.filter(|_| runs)?.parse().ok()
+}
+
+/// The sockets, from whoever may bind the port.
+async fn sockets(services: &Services, address: SocketAddr) -> Result<(UdpSocket, TcpListener), String> {
+    if let (DNS_PORT, Some(system)) = (address.port(), services.hosting.get()) {
+        let (datagrams, connections) = system.name_sockets().await.map_err(|e| e.message)?;
+        return adopt(datagrams, connections).map_err(|e| e.to_string());
+    }
+    bind(address).await.map_err(|e| e.to_string())
+}
+
+fn adopt(datagrams: OwnedFd, connections: OwnedFd) -> io::Result<(UdpSocket, TcpListener)> {
+    let datagrams = std::net::UdpSocket::from(datagrams);
+    let connections = std::net::TcpListener::from(connections);
+    datagrams.set_nonblocking(true)?;
+    connections.set_nonblocking(true)?;
+    Ok((UdpSocket::from_std(datagrams)?, TcpListener::from_std(connections)?))
 }
 
 async fn bind(address: SocketAddr) -> io::Result<(UdpSocket, TcpListener)> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use banger_proto::api::{Check, CheckLevel};
+use banger_system::net::{DNS_PORT, FIRST_OPEN_PORT};
 use banger_system::units::{self, Unit};
 
 use super::System;
@@ -333,6 +334,12 @@ fn uplinks(routes: &str) -> Vec<String> {
     found
 }
 
+/// The first port that everybody may bind.
+fn first_open_port(proc: &Path) -> u16 {
+    let text = std::fs::read_to_string(proc.join("sys/net/ipv4/ip_unprivileged_port_start")).unwrap_or_default();
+    text.trim().parse().unwrap_or(FIRST_OPEN_PORT)
+}
+
 /// Whether names below `.vm` are answered, and by whom they are asked for.
 fn names(services: &Services, system: &System) -> Check {
     let port = services.config.network.dns_port;
@@ -341,6 +348,18 @@ fn names(services: &Services, system: &System) -> Check {
             "end whoever has that port, or give banger another one: dns_port = … under [network] in the configuration";
         let text = format!("names below .vm are not served at {address}: {why}");
         return check("names", CheckLevel::Fail, text, Some(hint.to_owned()));
+    }
+    let first = first_open_port(Path::new("/proc"));
+    if port >= first {
+        let text = format!("*.vm at 127.0.0.1:{port}: while the daemon is away any user of this host can answer there");
+        let hint = if port == DNS_PORT {
+            format!(
+                "let only root bind it: net.ipv4.ip_unprivileged_port_start is {first}, above {DNS_PORT} it is held"
+            )
+        } else {
+            format!("take the port that is held for it: no dns_port in the configuration, or {DNS_PORT}")
+        };
+        return check("names", CheckLevel::Warn, text, Some(hint));
     }
     let resolved = system.layout.root().join("run/systemd/resolve").is_dir();
     let text = format!("*.vm at 127.0.0.1:{port}");

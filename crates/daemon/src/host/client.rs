@@ -5,7 +5,7 @@
 //! is made again on a fresh one, once, where doing it twice is the same as doing it once.
 
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,10 @@ use banger_proto::error::{ApiError, ErrorCode};
 use banger_system::helper::{
     Answer, Call, HelperCode, HelperError, MAX_DESCRIPTORS, MAX_REPLY, MAX_REQUEST, Reply, Request, VERSION,
 };
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -156,6 +159,36 @@ impl Client {
                 why: e.to_string(),
             })
         })
+    }
+
+    /// Makes a call whose answer has descriptors, over a connection of its own.
+    pub async fn call_for(&self, request: Request) -> Result<(Answer, Vec<OwnedFd>), CallError> {
+        let (method, after) = (request.name(), deadline(&request));
+        let by = Instant::now() + after;
+        let broken = |why: String| CallError::Broken { method, why };
+        let call = Call {
+            version: VERSION,
+            op: crate::ops::current(),
+            request,
+        };
+        let frame = frame(&call).map_err(broken)?;
+        let work = async {
+            let mut stream = self.connect(by).await?;
+            send(&mut stream, &frame, &[])
+                .await
+                .map_err(|e| broken(e.to_string()))?;
+            receive(&mut stream).await.map_err(|fault| match fault {
+                Fault::Silent(e) => broken(e.to_string()),
+                Fault::Answer(why) => broken(why),
+            })
+        };
+        match timeout_at(by, work)
+            .await
+            .map_err(|_| CallError::Late { method, after })??
+        {
+            (Reply::Ok(answer), fds) => Ok((answer, fds)),
+            (Reply::Error(error), _) => Err(CallError::Refused { method, error }),
+        }
     }
 
     async fn make(&self, request: Request, files: Vec<OwnedFd>, op: Option<String>) -> Result<Answer, CallError> {
@@ -320,6 +353,35 @@ async fn exchange(stream: &mut UnixStream, frame: &[u8], files: &[OwnedFd]) -> R
     send(stream, frame, files).await.map_err(Fault::Silent)?;
     let mut length = [0; 4];
     stream.read_exact(&mut length).await.map_err(Fault::Silent)?;
+    body(stream, length).await
+}
+
+/// An answer with its descriptors, which come with its first byte.
+async fn receive(stream: &mut UnixStream) -> Result<(Reply, Vec<OwnedFd>), Fault> {
+    let mut length = [0; 4];
+    let mut fds = Vec::new();
+    let first = stream.async_io(Interest::READABLE, || {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(&mut length)];
+        let message = recvmsg(&*stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        for part in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = part {
+                fds.extend(rights);
+            }
+        }
+        Ok(message.bytes)
+    });
+    let count = match first.await.map_err(Fault::Silent)? {
+        0 => return Err(Fault::Silent(io::ErrorKind::UnexpectedEof.into())),
+        count => count,
+    };
+    let rest = length.get_mut(count..).unwrap_or_default();
+    stream.read_exact(rest).await.map_err(Fault::Silent)?;
+    Ok((body(stream, length).await?, fds))
+}
+
+async fn body(stream: &mut UnixStream, length: [u8; 4]) -> Result<Reply, Fault> {
     let length = u32::from_be_bytes(length);
     if length > MAX_REPLY {
         return Err(Fault::Answer(format!("its answer has {length} bytes")));

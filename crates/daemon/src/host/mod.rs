@@ -21,6 +21,7 @@ mod ways;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -414,6 +415,20 @@ impl System {
         match self.call(request).await? {
             Answer::Inventory { objects } => Ok(objects),
             other => Err(odd(&other)),
+        }
+    }
+
+    /// The sockets of the name server at the port that is root's to bind: for datagrams, for connections.
+    pub async fn name_sockets(&self) -> Result<(OwnedFd, OwnedFd), ApiError> {
+        let (answer, fds) = self
+            .client
+            .call_for(Request::NameSockets)
+            .await
+            .map_err(CallError::into_api)?;
+        let fds: Result<[OwnedFd; 2], _> = fds.try_into();
+        match (answer, fds) {
+            (Answer::NameSockets, Ok([datagrams, connections])) => Ok((datagrams, connections)),
+            (other, _) => Err(odd(&other)),
         }
     }
 

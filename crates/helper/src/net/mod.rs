@@ -20,6 +20,7 @@ mod tun;
 mod uplinks;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 
 use banger_system::helper::{Answer, EngineUser, HelperError, HostObject, ObjectKind, TapRules};
 use banger_system::id::MachineId;
@@ -160,6 +161,11 @@ pub(crate) fn slots(machine: &MachineId) -> Result<Vec<u32>, HelperError> {
 /// Removes all taps of a machine.
 pub(crate) fn drop_all(locks: &Locks, net: &Network, machine: &MachineId) -> Result<(), HelperError> {
     taps::drop_all(locks, net, machine)
+}
+
+/// The sockets of the daemon's name server.
+pub(crate) fn name_sockets() -> Result<Vec<OwnedFd>, HelperError> {
+    resolver::sockets()
 }
 
 /// Has the host's resolver ask the daemon. False: there is none to tell.

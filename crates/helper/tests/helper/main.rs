@@ -5,6 +5,7 @@ mod foreign;
 mod frames;
 mod gates;
 mod guests;
+mod names;
 mod rounds;
 mod support;
 mod uplinks;

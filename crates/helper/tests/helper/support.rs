@@ -1,7 +1,7 @@
 //! A helper under a root directory of its own in a network namespace of its own, and a client for it.
 #![allow(unsafe_code)]
 
-use std::io::{IoSlice, Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -15,7 +15,9 @@ use banger_system::helper::{
 };
 use banger_system::id::MachineId;
 use banger_system::net::Network;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+};
 
 /// The owner of the tests' installations.
 pub(crate) const OWNER: u32 = 61_234;
@@ -316,9 +318,38 @@ impl Client {
         self.reply()
     }
 
+    /// A call whose answer has descriptors.
+    pub(crate) fn call_for(&mut self, request: Request) -> Result<(Answer, Vec<OwnedFd>), HelperError> {
+        let call = Call {
+            version: VERSION,
+            op: None,
+            request,
+        };
+        let bytes = serde_json::to_vec(&call).unwrap();
+        let length = u32::try_from(bytes.len()).unwrap().to_be_bytes();
+        self.0.write_all(&[&length[..], &bytes].concat()).unwrap();
+        let mut space = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(6))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut head = [0; 4];
+        let buffers = &mut [IoSliceMut::new(&mut head)];
+        let message = rustix::net::recvmsg(&self.0, buffers, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+        assert_eq!(message.bytes, 4);
+        let mut fds = Vec::new();
+        for part in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = part {
+                fds.extend(rights);
+            }
+        }
+        self.body(head).map(|answer| (answer, fds))
+    }
+
     pub(crate) fn reply(&mut self) -> Result<Answer, HelperError> {
         let mut head = [0; 4];
         self.0.read_exact(&mut head).unwrap();
+        self.body(head)
+    }
+
+    fn body(&mut self, head: [u8; 4]) -> Result<Answer, HelperError> {
         let mut bytes = vec![0; u32::from_be_bytes(head) as usize];
         self.0.read_exact(&mut bytes).unwrap();
         match serde_json::from_slice(&bytes).unwrap() {
