@@ -13,7 +13,7 @@ use std::sync::Arc;
 use banger_child::Worker;
 use banger_core::id::MachineId;
 use banger_core::state;
-use banger_proto::api::{Audit, AuditObject, MachineState};
+use banger_proto::api::{Audit, AuditMissing, AuditObject, MachineState};
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_system::helper::ObjectKind;
 use banger_vmm::{Liveness, identity};
@@ -102,6 +102,7 @@ pub async fn look(services: &Services) -> Audit {
     let before = known(services);
     let mut blind = Vec::new();
     let found = collect(services, &mut blind).await;
+    let missing = missing(services, Path::new("/sys"));
     let after = known(services);
     let spared = recover::spared(services);
     let objects: Vec<AuditObject> = found
@@ -125,6 +126,7 @@ pub async fn look(services: &Services) -> Audit {
     Audit {
         orphans: count(&objects),
         objects,
+        missing,
         blind,
     }
 }
@@ -144,6 +146,35 @@ fn doubt(services: &Services, found: &Found) -> Option<String> {
         Presence::Doubtful { why, .. } => Some(format!("the engine of `{}` cannot be verified: {why}", m.name())),
         _ => None,
     }
+}
+
+/// Taps that machines have been given and that somebody has removed: the engine holds one that leads nowhere, and only another start
+/// gives it another.
+pub fn missing(services: &Services, sys: &Path) -> Vec<AuditMissing> {
+    if services.hosting.get().is_none() {
+        return Vec::new();
+    }
+    let mut missing = Vec::new();
+    for m in services.machines() {
+        let row = m.row();
+        let (Some(slot), "bridge") = (row.slot, row.spec.network.as_str()) else {
+            continue;
+        };
+        let name = banger_system::net::tap(slot);
+        let gone = || !sys.join("class/net").join(&name).exists();
+        let runs = || matches!(m.state(), MachineState::Running | MachineState::Paused);
+        // It may have been stopped while it was looked at.
+        if runs() && gone() && runs() {
+            missing.push(AuditMissing {
+                kind: ObjectKind::Interface.as_str().to_owned(),
+                name,
+                machine: m.id.to_string(),
+                why: format!("machine `{}` has no network", m.name()),
+                hint: format!("banger vm restart {}", m.name()),
+            });
+        }
+    }
+    missing
 }
 
 fn count(objects: &[AuditObject]) -> u32 {
@@ -258,6 +289,7 @@ fn staging(dir: &Path) -> Vec<Found> {
 /// Looks, and removes what is nobody's.
 pub async fn fix(services: &Arc<Services>) -> Audit {
     let before = look(services).await;
+    // What is missing is not made: a machine's engine would not take it.
     if before.orphans == 0 {
         return before;
     }
@@ -295,6 +327,7 @@ pub async fn fix(services: &Arc<Services>) -> Audit {
     }
     audit.orphans = count(&audit.objects);
     audit.blind = after.blind;
+    audit.missing = after.missing;
     audit
 }
 

@@ -25,6 +25,17 @@ pub fn current() -> Option<String> {
     CURRENT.try_with(Clone::clone).ok()
 }
 
+/// Work for a task of its own that stays part of this operation: its calls of the root helper bear the operation's id.
+pub fn part<F: Future>(work: F) -> impl Future<Output = F::Output> {
+    let op = current();
+    async move {
+        match op {
+            Some(op) => CURRENT.scope(op, work).await,
+            None => work.await,
+        }
+    }
+}
+
 /// One operation. Cheap to clone; all clones are the same operation.
 #[derive(Debug, Clone)]
 pub struct Op {

@@ -97,10 +97,7 @@ fn own_machine_id() {
 }
 
 fn own_ssh_host_key() {
-    if let Some(reason) = need::missing(&[Need::Ssh]) {
-        eprintln!("skipped: {reason}");
-        return;
-    }
+    need::require(&[Need::Ssh]);
     let env = shared();
     let names = three(env, "host-key", "debian");
     let public =

@@ -27,10 +27,15 @@ pub(crate) fn trial(name: &str, needs: &'static [Need], test: fn()) -> Trial {
     let own_name = name.to_owned();
     Trial::ignorable_test(name, move || {
         if let Some(reason) = need::missing(needs) {
-            return Ok(Completion::ignored_with(format!("skipped: {reason}")));
+            return Ok(Completion::ignored_with(reason));
         }
         let begun = std::time::Instant::now();
-        test();
+        if let Err(panic) = std::panic::catch_unwind(test) {
+            match panic.downcast::<need::Skip>() {
+                Ok(skip) => return Ok(Completion::ignored_with(skip.0)),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
         if std::env::var_os("BANGER_TEST_TIMES").is_some() {
             eprintln!("{:6.1} s {own_name}", begun.elapsed().as_secs_f32());
         }

@@ -170,10 +170,7 @@ fn whoever_needs_it_wakes_it() {
 }
 
 fn ssh_wakes_it() {
-    if let Some(reason) = need::missing(&[Need::Ssh]) {
-        eprintln!("skipped: {reason}");
-        return;
-    }
+    need::require(&[Need::Ssh]);
     let env = TestEnv::new("wake-ssh");
     create(&env, "m", "debian");
     env.ok("vm suspend m");
@@ -366,10 +363,7 @@ fn damaged_memory() {
 }
 
 fn a_disk_that_is_full() {
-    if let Some(reason) = need::missing(&[Need::MountNamespace]) {
-        eprintln!("skipped: {reason}");
-        return;
-    }
+    need::require(&[Need::MountNamespace]);
     let env = TestEnv::new("suspend-full");
     // The whole state is on a file system of its own, which is then filled; templates on another one would not do.
     let script = "

@@ -23,6 +23,9 @@ tests! { SYSTEM;
     an_orphan_is_found_and_removed,
     many_machines_are_taken_charge_of,
     what_needs_a_bridge_or_may_not_have_one,
+    a_tap_that_somebody_removed_is_missed,
+    calls_of_root_name_their_operation,
+    routes_are_followed_and_names_answered,
 }
 
 /// Whether a machine reaches a TCP port: a refusal is an answer too.
@@ -318,5 +321,101 @@ fn what_needs_a_bridge_or_may_not_have_one() {
     // The smallest place is given again.
     env.create("n", &[]);
     assert_eq!(address(&env, "n"), "172.16.0.2");
+    env.close();
+}
+
+fn a_tap_that_somebody_removed_is_missed() {
+    let env = SystemEnv::new("missed");
+    env.create("m", &[]);
+    let id = env.machine("m")["id"].as_str().expect("an id").to_owned();
+    assert_eq!(env.api("GET", "/v1/audit", None)["missing"], json!([]));
+    env.root_sh("ip link del tap-fc-0").code(0);
+    let missing = env.api("GET", "/v1/audit", None)["missing"].clone();
+    assert_eq!(
+        (&missing[0]["name"], &missing[0]["machine"]),
+        (&json!("tap-fc-0"), &json!(id)),
+        "{missing}"
+    );
+    let done = env.banger(["audit"]).run();
+    assert!(done.status == 1 && done.err().contains("vm restart m"), "{done:?}");
+    let doctor = env.api("GET", "/v1/doctor", None);
+    let row = doctor["checks"]
+        .as_array()
+        .and_then(|all| all.iter().find(|c| c["name"] == "taps"));
+    assert_eq!(row.expect("a row")["level"], "fail");
+    // What is said to do about it is what helps.
+    env.ok("vm restart m");
+    assert_eq!(env.api("GET", "/v1/audit", None)["missing"], json!([]));
+    assert!(reached(&env, &address(&env, "m")));
+    env.close();
+}
+
+/// The helper's log names the daemon's operation with whatever is done for a machine.
+fn calls_of_root_name_their_operation() {
+    let env = SystemEnv::new("calls");
+    env.create("m", &[]);
+    env.ok("vm stop m");
+    env.ok("vm start m");
+    env.ok("vm delete --force m");
+    let log = env.helper_log();
+    let mut seen = std::collections::BTreeSet::new();
+    for line in log
+        .lines()
+        .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok())
+    {
+        let method = line["method"].as_str().unwrap_or_default().to_owned();
+        if matches!(
+            method.as_str(),
+            "tap_take" | "disk_attach" | "engine_launch" | "engine_scope" | "machine_remove"
+        ) {
+            assert!(line["op"].as_str().is_some_and(|op| op.starts_with("op-")), "{line}");
+            seen.insert(method);
+        }
+    }
+    assert!(
+        ["tap_take", "engine_scope", "machine_remove"]
+            .iter()
+            .all(|m| seen.contains(*m)),
+        "{seen:?}"
+    );
+    env.close();
+}
+
+fn routes_are_followed_and_names_answered() {
+    let env = SystemEnv::new("routes");
+    env.create("m", &[]);
+    let outside = system::OUTSIDE.to_string();
+    assert!(reaches(&env, "m", &outside, 9));
+    // The network that leads outside is one among others now, and then leads outside again: long before the daemon looks by itself.
+    let follows = |change: &str, reached: bool| {
+        env.root_sh(change).code(0);
+        let end = Instant::now() + Duration::from_secs(8);
+        while reaches(&env, "m", &outside, 9) != reached {
+            assert!(Instant::now() < end, "`{change}` was not followed within 8 s");
+        }
+    };
+    follows("ip route del default", false);
+    follows(&format!("ip route add default via {outside}"), true);
+    // Nobody else can have the port of names, not even when the daemon has been killed; the next one has it again.
+    let take = "setpriv --reuid 65000 --regid 65000 --clear-groups -- python3 -c 'import socket; \
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind((\"127.0.0.1\", 253))' 2>&1";
+    let names = || {
+        let doctor = env.api("GET", "/v1/doctor", None);
+        let checks = doctor["checks"].as_array().cloned().unwrap_or_default();
+        checks.into_iter().find(|c| c["name"] == "names").expect("a row")["message"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let served = || names().starts_with("*.vm at 127.0.0.1:253");
+    assert!(processes::reached(Duration::from_secs(10), served), "{}", names());
+    env.end_daemon(Signal::KILL);
+    assert!(
+        env.root_sh(take).out().contains("Permission"),
+        "{:?}",
+        env.root_sh(take)
+    );
+    env.start_daemon();
+    assert!(processes::reached(Duration::from_secs(15), served), "{}", names());
     env.close();
 }

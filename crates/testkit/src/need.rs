@@ -38,6 +38,23 @@ pub fn missing(needs: &[Need]) -> Option<String> {
     Some(reason)
 }
 
+/// What a test ends with that finds out in the middle that it cannot run: its harness counts it as skipped, with the reason.
+#[derive(Debug)]
+pub struct Skip(pub String);
+
+/// Ends the test as skipped.
+pub fn skip(reason: impl Into<String>) -> ! {
+    // No panic: nothing is said of where, and no hook is called.
+    std::panic::resume_unwind(Box::new(Skip(reason.into())))
+}
+
+/// Ends the test as skipped where something is missing.
+pub fn require(needs: &[Need]) {
+    if let Some(reason) = missing(needs) {
+        skip(reason);
+    }
+}
+
 /// For plain `#[test]` functions: says why the test is skipped; `true` when all is there.
 pub fn have(needs: &[Need]) -> bool {
     match missing(needs) {

@@ -177,6 +177,54 @@ fn quoted(word: &str) -> String {
 mod tests {
     use super::*;
 
+    /// The page of the lab names scenarios: those that are there.
+    #[test]
+    fn scenarios_that_docs_name_are_there() {
+        let top = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let page = std::fs::read_to_string(top.join("docs/lab.md")).unwrap();
+        let mut scenarios = Vec::new();
+        for entry in std::fs::read_dir(top.join("crates/e2e/tests/system"))
+            .unwrap()
+            .flatten()
+        {
+            let text = std::fs::read_to_string(entry.path()).unwrap();
+            let Some((_, list)) = text.split_once("\nscenarios! {") else {
+                continue;
+            };
+            let names = list
+                .split('}')
+                .next()
+                .unwrap_or_default()
+                .lines()
+                .filter_map(|line| line.trim().split_once(": "));
+            let module = entry.path().file_stem().unwrap().to_string_lossy().into_owned();
+            scenarios.extend(names.map(|(name, _)| format!("{module}::{name}")));
+        }
+        let run = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("$ cargo xtask lab run"));
+        let words = run.flat_map(|rest| rest.split('#').next().unwrap_or_default().split_whitespace());
+        let named: Vec<&str> = words
+            .filter(|word| !word.starts_with('-') && !word.starts_with('.'))
+            .collect();
+        assert!(!named.is_empty() && !scenarios.is_empty());
+        for word in named {
+            assert!(
+                scenarios.iter().any(|name| name.contains(word)),
+                "docs/lab.md runs `{word}`"
+            );
+        }
+        let example = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("fn ")?.strip_suffix("() {"));
+        for name in example {
+            assert!(
+                scenarios.iter().any(|known| known.ends_with(&format!("::{name}"))),
+                "docs/lab.md has `{name}`"
+            );
+        }
+    }
+
     #[test]
     fn what_a_run_is_told_reaches_the_test_program() {
         let options = Options::parse(&["install", "--exact", "--deadline", "60", "--logs"]).unwrap();

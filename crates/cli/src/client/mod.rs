@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use banger_proto::API_VERSION;
 use banger_proto::api::VersionInfo;
 use banger_proto::error::{ErrorBody, ErrorCode};
 use bytes::Bytes;
@@ -23,13 +22,18 @@ use tokio::net::UnixStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
-use crate::commands::version;
+use crate::client::again::{Cut, again};
+use crate::client::skew::of_another_build;
 use crate::error::{Error, Kind, Result, reason};
 use crate::paths::{Installation, Places};
 
+mod again;
 mod detach;
 pub(crate) mod operation;
+mod skew;
 pub(crate) mod start;
+
+pub(crate) use skew::{Renew, skew};
 
 /// Body of a request.
 pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
@@ -43,18 +47,26 @@ const MAX_ANSWER: usize = 64 * 1024 * 1024;
 /// How long the daemon may take for an answer that needs no waiting.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 
-/// How the message begins when a daemon that was there goes away in the middle.
-const LOST: &str = "the connection to the daemon was lost";
-
 /// When a daemon that should be coming up and is not there is started after all.
 const RETRY_START: Duration = Duration::from_millis(300);
 
-/// A client. Requests go one after the other over one connection as far as it lasts.
+/// What a client does when no daemon answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Absent {
+    /// It starts one, or waits for the one that systemd is bringing up.
+    Start,
+    /// It starts none, and waits for the one that systemd is bringing up.
+    Wait,
+    /// It fails.
+    Fail,
+}
+
+/// A client. Requests go one after the other over one connection as far as it lasts. Those that only read are asked again when the
+/// daemon goes away before its answer is whole; others may have been carried out, and are not.
 #[derive(Debug)]
 pub(crate) struct Client {
     socket: PathBuf,
-    /// Start a daemon when there is none.
-    start: bool,
+    absent: Absent,
     /// Where the daemon is systemd's to start: the owner.
     system: Option<u32>,
     idle: Mutex<Option<SendRequest<Body>>>,
@@ -63,12 +75,12 @@ pub(crate) struct Client {
 impl Client {
     /// A client that starts the daemon when there is none.
     pub(crate) fn new(places: &Places) -> Result<Self> {
-        Self::of(places, true)
+        Self::of(places, Absent::Start)
     }
 
     /// A client that takes what is there.
     pub(crate) fn passive(places: &Places) -> Result<Self> {
-        Self::of(places, false)
+        Self::of(places, Absent::Fail)
     }
 
     /// A client of the daemon of an installation, for root as well, which takes what is there.
@@ -81,16 +93,20 @@ impl Client {
         Self::at(socket, false, Some(uid))
     }
 
-    fn of(places: &Places, start: bool) -> Result<Self> {
+    fn of(places: &Places, absent: Absent) -> Result<Self> {
         let system = places.system()?.map(|i| i.record.owner.uid);
-        Ok(Self::at(places.socket()?, start, system))
+        Ok(Self::with(places.socket()?, absent, system))
     }
 
-    /// A client of the daemon at this socket.
+    /// A client of the daemon at this socket, which starts it or does not.
     pub(crate) fn at(socket: PathBuf, start: bool, system: Option<u32>) -> Self {
+        Self::with(socket, if start { Absent::Start } else { Absent::Fail }, system)
+    }
+
+    fn with(socket: PathBuf, absent: Absent, system: Option<u32>) -> Self {
         Self {
             socket,
-            start,
+            absent,
             system,
             idle: Mutex::new(None),
         }
@@ -98,7 +114,16 @@ impl Client {
 
     /// Another client of the same daemon, which does not start it.
     pub(crate) fn sibling(&self) -> Self {
-        Self::at(self.socket.clone(), false, self.system)
+        let absent = match self.absent {
+            Absent::Start | Absent::Wait => Absent::Wait,
+            Absent::Fail => Absent::Fail,
+        };
+        Self::with(self.socket.clone(), absent, self.system)
+    }
+
+    /// Another client that does as this one, for what is asked side by side.
+    pub(crate) fn another(&self) -> Self {
+        Self::with(self.socket.clone(), self.absent, self.system)
     }
 
     /// Connects, so that the first request need not. Starts the daemon when there is none.
@@ -122,7 +147,8 @@ impl Client {
 
     /// `POST` with a JSON body whose answer is not looked at.
     pub(crate) async fn post_only<B: Serialize>(&self, path: &str, body: &B) -> Result<()> {
-        self.send(Method::POST, path, json(body)?).await.map(|_| ())
+        self.send(Method::POST, path, json(body)?).await?;
+        Ok(())
     }
 
     /// `PATCH` with a JSON body.
@@ -137,24 +163,25 @@ impl Client {
 
     /// `DELETE` whose answer is not looked at.
     pub(crate) async fn delete_only(&self, path: &str) -> Result<()> {
-        self.send(Method::DELETE, path, empty()).await.map(|_| ())
+        self.send(Method::DELETE, path, empty()).await?;
+        Ok(())
     }
 
     /// `GET` that may wait as long as the daemon does.
     pub(crate) async fn long_poll<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
-        let response = self.send(Method::GET, path, empty()).await?;
-        self.read(path, response).await
+        again(async || self.read(path, self.send(Method::GET, path, empty()).await?).await).await
     }
 
-    /// `GET` of a stream.
+    /// `GET` of a stream. Asked again until it begins; what it breaks off in is its reader's.
     pub(crate) async fn stream(&self, path: &str) -> Result<Incoming> {
-        Ok(self.send(Method::GET, path, empty()).await?.into_body())
+        let response = again(async || self.send(Method::GET, path, empty()).await).await?;
+        Ok(response.into_body())
     }
 
     /// `PUT` of a stream.
     pub(crate) async fn put<T: DeserializeOwned>(&self, path: &str, body: Body) -> Result<T> {
         let response = self.send(Method::PUT, path, body).await?;
-        self.read(path, response).await
+        Ok(self.read(path, response).await?)
     }
 
     /// Opens a WebSocket. `limit` bounds a message.
@@ -195,8 +222,11 @@ impl Client {
 
     async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Body) -> Result<T> {
         let answer = async {
+            if method == Method::GET {
+                return self.long_poll(path).await;
+            }
             let response = self.send(method.clone(), path, body).await?;
-            self.read(path, response).await
+            Ok(self.read(path, response).await?)
         };
         // The start of the daemon has a deadline of its own and is not counted.
         tokio::time::timeout(ANSWER_DEADLINE + start::START_DEADLINE, answer)
@@ -207,34 +237,26 @@ impl Client {
             })
     }
 
-    async fn send(&self, method: Method, path: &str, body: Body) -> Result<Response<Incoming>> {
-        let request = |body: Body| {
-            Request::builder()
-                .method(method.clone())
-                .uri(format!("/v1/{path}"))
-                .header(HOST, "banger")
-                .header(CONTENT_TYPE, "application/json")
-                .body(body)
-                .map_err(|e| Error::failed(format!("cannot ask for {path}: {e}")))
-        };
-        let response = match self.dispatch(request(body)?).await {
-            // A daemon that dies takes connections until it is wholly gone. What only reads can be asked again, of the next.
-            Err(error) if method == Method::GET && error.message.starts_with(LOST) => {
-                self.dispatch(request(empty())?).await.map_err(|_| error)?
-            }
-            other => other?,
-        };
+    async fn send(&self, method: Method, path: &str, body: Body) -> again::Answer<Response<Incoming>> {
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("/v1/{path}"))
+            .header(HOST, "banger")
+            .header(CONTENT_TYPE, "application/json")
+            .body(body)
+            .map_err(|e| Error::failed(format!("cannot ask for {path}: {e}")))?;
+        let response = self.dispatch(request).await?;
         if response.status().is_client_error() || response.status().is_server_error() {
             let status = response.status();
-            return Err(match self.refused(response).await {
+            return Err(Cut::Told(match self.refused(response).await {
                 Some(error) => error,
                 None => self.not_understood(path, &format!("status {status}")).await,
-            });
+            }));
         }
         Ok(response)
     }
 
-    async fn dispatch(&self, request: Request<Body>) -> Result<Response<Incoming>> {
+    async fn dispatch(&self, mut request: Request<Body>) -> again::Answer<Response<Incoming>> {
         let idle = self.take_idle();
         if let Some(sender) = &idle
             && !sender.is_ready()
@@ -247,7 +269,20 @@ impl Client {
             Some(sender) if sender.is_ready() => sender,
             _ => self.open().await?,
         };
-        let response = sender.send_request(request).await.map_err(|e| lost(&e))?;
+        let mut unsent = false;
+        let response = loop {
+            match sender.try_send_request(request).await {
+                Ok(response) => break response,
+                Err(mut e) => match e.take_message() {
+                    // The connection had ended before anything was sent: whatever is asked for, it was not done.
+                    Some(back) if !unsent => {
+                        (request, unsent) = (back, true);
+                        sender = self.open().await?;
+                    }
+                    _ => return Err(Cut::Lost(lost(&e.into_error()))),
+                },
+            }
+        };
         if let Ok(mut idle) = self.idle.lock() {
             *idle = Some(sender);
         }
@@ -278,7 +313,7 @@ impl Client {
         if self.system.is_some() {
             return self.wait_for_unit().await;
         }
-        if !self.start {
+        if self.absent != Absent::Start {
             return Err(Error::unavailable("the daemon is not running").hint("banger starts it when it is needed"));
         }
         let deadline = tokio::time::Instant::now() + start::START_DEADLINE;
@@ -305,7 +340,10 @@ impl Client {
     /// The daemon is systemd's to start. One that is just being restarted is waited for.
     async fn wait_for_unit(&self) -> Result<UnixStream> {
         let deadline = tokio::time::Instant::now() + start::START_DEADLINE;
-        while self.start && tokio::time::Instant::now() < deadline && start::unit_is_coming(&self.socket).await {
+        while self.absent != Absent::Fail
+            && tokio::time::Instant::now() < deadline
+            && start::unit_is_coming(&self.socket).await
+        {
             tokio::time::sleep(Duration::from_millis(100)).await;
             match self.connect_once().await {
                 Ok(stream) => return Ok(stream),
@@ -331,14 +369,14 @@ impl Client {
         Ok(stream)
     }
 
-    async fn read<T: DeserializeOwned>(&self, path: &str, response: Response<Incoming>) -> Result<T> {
+    async fn read<T: DeserializeOwned>(&self, path: &str, response: Response<Incoming>) -> again::Answer<T> {
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
         let body = body
-            .map_err(|e| Error::unavailable(format!("the daemon's answer broke off: {e}")))?
+            .map_err(|e| Cut::Lost(Error::unavailable(format!("the daemon's answer broke off: {e}"))))?
             .to_bytes();
         match serde_json::from_slice(&body) {
             Ok(value) => Ok(value),
-            Err(error) => Err(self.not_understood(path, &error.to_string()).await),
+            Err(error) => Err(Cut::Told(self.not_understood(path, &error.to_string()).await)),
         }
     }
 
@@ -401,49 +439,6 @@ impl Client {
     }
 }
 
-/// How a daemon of another build is replaced.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Renew {
-    /// It is stopped; the next command starts one of this build.
-    Stop,
-    /// This build is installed.
-    Install,
-}
-
-impl Renew {
-    fn words(self) -> &'static str {
-        match self {
-            Self::Stop => "stop it with `banger daemon stop`; machines run on and the next one adopts them",
-            Self::Install => {
-                "install this one with `sudo banger system install`; machines run on and the new daemon adopts them"
-            }
-        }
-    }
-}
-
-/// The error for a daemon of another API version.
-pub(crate) fn skew(daemon: &VersionInfo, renew: Renew) -> Option<Error> {
-    if daemon.api_version == API_VERSION {
-        return None;
-    }
-    let message = format!(
-        "the running daemon is version {} (API {}), this is {} (API {API_VERSION})",
-        daemon.version,
-        daemon.api_version,
-        env!("CARGO_PKG_VERSION"),
-    );
-    Some(Error::unavailable(message).hint(renew.words()))
-}
-
-/// A refusal by a daemon of another build gets the hint that this may be why.
-fn of_another_build(mut error: Error, daemon: &VersionInfo, renew: Renew) -> Error {
-    let same = daemon.version == env!("CARGO_PKG_VERSION") && daemon.commit == version::commit();
-    if !same && error.hint.is_none() {
-        error.hint = Some(format!("the running daemon is of another build: {}", renew.words()));
-    }
-    error
-}
-
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
@@ -457,7 +452,8 @@ fn unreachable(socket: &Path, error: &io::Error) -> Error {
 }
 
 fn lost(error: &hyper::Error) -> Error {
-    Error::unavailable(format!("{LOST}: {error}")).hint("try again; machines are not affected by the daemon's end")
+    Error::unavailable(format!("the connection to the daemon was lost: {error}"))
+        .hint("try again; machines are not affected by the daemon's end")
 }
 
 /// An empty body.
@@ -503,24 +499,5 @@ mod tests {
         assert_eq!(machine_path("swift-otter"), "machines/swift-otter");
         assert_eq!(machine_path("../images/x y"), "machines/%2E%2E%2Fimages%2Fx%20y");
         assert_eq!(encode("/root/a b&c=ü"), "/root/a%20b%26c%3D%C3%BC");
-    }
-
-    #[test]
-    fn another_api_version_is_explained() {
-        let version = VersionInfo {
-            version: "9.0.0".into(),
-            commit: "unknown".into(),
-            api_version: API_VERSION,
-        };
-        assert_eq!(skew(&version, Renew::Stop), None);
-        let hint = of_another_build(Error::failed("unknown field `cold`"), &version, Renew::Stop).hint;
-        assert!(hint.unwrap().contains("another build"));
-        let newer = VersionInfo {
-            api_version: API_VERSION + 1,
-            ..version
-        };
-        for (renew, words) in [(Renew::Stop, "banger daemon stop"), (Renew::Install, "system install")] {
-            assert!(skew(&newer, renew).unwrap().hint.unwrap().contains(words));
-        }
     }
 }

@@ -43,23 +43,30 @@ pub(crate) fn program() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from("bangerd"))
 }
 
-/// Whether systemd is about to bring up, or just bringing down, the installed daemon. Only for that of the host itself: a test's
-/// installation is not systemd's.
+/// Whether systemd has the installed daemon up, or is bringing it up or down. Only for that of the host itself: a test's installation is
+/// not systemd's.
 pub(crate) async fn unit_is_coming(socket: &Path) -> bool {
     if socket != Layout::default().socket() {
         return false;
     }
     let asked = tokio::process::Command::new("systemctl")
-        .args(["is-active", units::DAEMON])
+        .args(["show", "--property=ActiveState,Job", units::DAEMON])
         .stdin(Stdio::null())
         .output()
         .await;
-    asked.is_ok_and(|output| {
-        matches!(
-            output.stdout.trim_ascii(),
-            b"active" | b"activating" | b"deactivating" | b"reloading"
-        )
-    })
+    asked.is_ok_and(|output| is_coming(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// The same, from what `systemctl show` says. A unit that has ended by itself waits as `activating` (`auto-restart`), then as `inactive` or
+/// `failed` with a job, for as long as what it starts after (the helper, which may have ended as well) is not up.
+fn is_coming(shown: &str) -> bool {
+    let value = |key: &str| shown.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+    let state = value("ActiveState").unwrap_or_default();
+    let job = value("Job").is_some_and(|job| !matches!(job, "" | "0"));
+    job || matches!(
+        state,
+        "active" | "activating" | "deactivating" | "reloading" | "refreshing" | "maintenance"
+    )
 }
 
 /// Starts the daemon detached and waits until it says that it is ready.
@@ -190,6 +197,29 @@ mod tests {
     async fn outcome(body: &str) -> Result<Started> {
         let dir = tempfile::tempdir().unwrap();
         start(&script(dir.path(), body)).await
+    }
+
+    #[test]
+    fn a_unit_with_a_job_is_coming() {
+        for coming in [
+            "ActiveState=active\n",
+            "ActiveState=activating\nJob=17\n",
+            // Auto-restart has no job yet.
+            "ActiveState=activating\n",
+            "ActiveState=inactive\nJob=17\n",
+            "Job=17\nActiveState=failed\n",
+            "ActiveState=deactivating\n",
+        ] {
+            assert!(is_coming(coming), "{coming}");
+        }
+        for not in [
+            "ActiveState=inactive\n",
+            "ActiveState=failed\nJob=0\n",
+            "ActiveState=inactive\nJob=\n",
+            "",
+        ] {
+            assert!(!is_coming(not), "{not}");
+        }
     }
 
     #[tokio::test]

@@ -8,14 +8,14 @@ use crate::client::Client;
 use crate::error::Result;
 use crate::table;
 
-/// Exit status when something is left that nobody owns, or when it cannot be told.
+/// Exit status when something is left that nobody owns, when something is missing, or when it cannot be told.
 const FOUND: u8 = 1;
 
 /// Look for what machines have left behind on this host
 ///
 /// Compares every object that carries banger's mark (processes, network interfaces, rules, block devices, mounts, jails, control
-/// groups, sockets, files) with what the database says. The exit status is 0 when each has its machine, and 1 when one has none or when
-/// something could not be looked at.
+/// groups, sockets, files) with what the database says, and the taps of machines that run with what is there. The exit status is 0 when
+/// each has its machine, and 1 when one has none, when a tap is missing, or when something could not be looked at.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  banger audit\n  banger audit --fix")]
 pub(crate) struct AuditArgs {
@@ -40,7 +40,8 @@ impl AuditArgs {
             }
         })?;
         let left = left(&audit);
-        let status = if left == 0 && audit.blind.is_empty() { 0 } else { FOUND };
+        let well = left == 0 && audit.blind.is_empty() && audit.missing.is_empty();
+        let status = if well { 0 } else { FOUND };
         if self.output.json() {
             context.printer.json(&versioned(audit))?;
             return Ok(status);
@@ -55,6 +56,10 @@ impl AuditArgs {
             context
                 .printer
                 .data(table::render(&["KIND", "NAME", "MACHINE", "STATE"], rows))?;
+        }
+        for missing in &audit.missing {
+            let text = format!("{} `{}` is not there: {}", missing.kind, missing.name, missing.why);
+            context.printer.warn(format!("{text}; hint: {}", missing.hint));
         }
         for blind in &audit.blind {
             context.printer.warn(format!("could not look: {blind}"));
@@ -94,6 +99,9 @@ fn summary(audit: &Audit, left: usize) -> String {
     let mut parts = vec![format!("{well} well")];
     if removed > 0 {
         parts.push(format!("{removed} removed"));
+    }
+    if !audit.missing.is_empty() {
+        parts.push(format!("{} missing", audit.missing.len()));
     }
     parts.push(match left {
         0 => "no orphans".to_owned(),

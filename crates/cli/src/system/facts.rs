@@ -193,9 +193,18 @@ pub(crate) fn read(ground: &Ground, wanted: &Wanted, manager: &dyn Manager) -> R
             ours,
         )?);
     }
-    let states = Unit::STARTED.map(|unit| Ok((unit, manager.state(unit)?)));
+    let systemd = ground.host("run/systemd/system").is_dir();
+    // Without systemd there is nobody to ask; that it is not there is told with everything else that is in the way.
+    let state = |unit| {
+        if systemd {
+            manager.state(unit)
+        } else {
+            Ok(UnitState::default())
+        }
+    };
+    let states = Unit::STARTED.map(|unit| Ok((unit, state(unit)?)));
     Ok(Facts {
-        systemd: ground.host("run/systemd/system").is_dir(),
+        systemd,
         cgroup2: ground.host("sys/fs/cgroup/cgroup.controllers").is_file(),
         broken_record,
         broken_config,

@@ -45,6 +45,9 @@ impl Fake {
 
 impl Manager for Fake {
     fn state(&self, unit: Unit) -> Result<UnitState> {
+        if self.broken.borrow().as_deref() == Some("state") {
+            return Err(Error::failed("there is no systemctl"));
+        }
         let is = |map: &RefCell<BTreeMap<&'static str, bool>>| map.borrow().get(unit.name()).copied().unwrap_or(false);
         Ok(UnitState {
             active: is(&self.active),
@@ -419,6 +422,14 @@ fn only_what_differs_is_changed_and_only_what_it_concerns_restarted() {
         assert_eq!(words(&host.install().unwrap()), expected, "{name}");
         assert_eq!(host.install().unwrap(), [], "{name}: once");
     }
+}
+
+#[test]
+fn without_systemd_nobody_is_asked_how_units_are() {
+    let host = Host::new();
+    std::fs::remove_dir_all(host.path("run/systemd")).unwrap();
+    host.fake.broken.replace(Some("state".to_owned()));
+    assert_eq!(host.refused(), ["systemd does not run this host"]);
 }
 
 #[test]

@@ -16,6 +16,8 @@ use crate::services::Services;
 
 /// How long the helper may take to answer.
 const PING: Duration = Duration::from_secs(2);
+/// How long the first look at the network is waited for, right after the daemon's start.
+const SETTLED: Duration = Duration::from_secs(10);
 /// Descriptors that a daemon with many machines needs.
 const DESCRIPTORS: u64 = 4096;
 /// Modules that machines need, the place that shows that one is there, and what for.
@@ -50,7 +52,8 @@ pub async fn run(services: &Services) -> Vec<Check> {
     checks.extend(MODULES.map(module));
     checks.push(storage(services).await);
     checks.push(limits());
-    checks.extend(network(system));
+    checks.extend(network(system).await);
+    checks.extend(taps(services, Path::new("/sys")));
     checks.push(names(services, system));
     checks
 }
@@ -247,11 +250,13 @@ fn limits() -> Check {
     }
 }
 
-fn network(system: &System) -> Vec<Check> {
+async fn network(system: &System) -> Vec<Check> {
     let bridge = system.net.bridge();
     let place = PathBuf::from("/sys/class/net").join(bridge);
     let mut checks = Vec::new();
     let text = format!("{bridge}, {} in {}", system.net.gateway(), system.net.cidr());
+    // A daemon that has just been started is about to make it.
+    let settled = system.settled(SETTLED).await;
     checks.push(if place.join("bridge").is_dir() {
         check("bridge", CheckLevel::Pass, text, None)
     } else {
@@ -259,7 +264,10 @@ fn network(system: &System) -> Vec<Check> {
         check(
             "bridge",
             CheckLevel::Fail,
-            format!("{text}: it is not there"),
+            match settled {
+                Some(Err(why)) => format!("{text}: it is not there: {why}"),
+                _ => format!("{text}: it is not there"),
+            },
             Some(hint.to_owned()),
         )
     });
@@ -293,6 +301,15 @@ fn network(system: &System) -> Vec<Check> {
         )
     });
     checks
+}
+
+/// Machines that run without the tap that they were given.
+fn taps(services: &Services, sys: &Path) -> Option<Check> {
+    let missing = crate::audit::missing(services, sys);
+    let names: Vec<&str> = missing.iter().map(|m| m.name.as_str()).collect();
+    let first = missing.first()?;
+    let text = format!("{} not there: {}", names.join(", "), first.why);
+    Some(check("taps", CheckLevel::Fail, text, Some(first.hint.clone())))
 }
 
 /// Whether bridge and uplinks forward. Uplinks as the main table of routes has them; the helper looks at the others too.

@@ -35,7 +35,7 @@ use banger_system::helper::{Answer, DiskStatus, EngineUser, HelperCode, HostObje
 use banger_system::install::{Layout, Record};
 use banger_system::net::{self, Network};
 use banger_vmm::jail::Jail;
-use tokio::sync::{Notify, RwLock};
+use tokio::sync::{Notify, RwLock, watch};
 
 use client::{CallError, Client, descriptor};
 use rules::{Member, Members};
@@ -73,6 +73,8 @@ pub struct System {
     /// What is done for one machine is done one after the other.
     each: Mutex<BTreeMap<MachineId, Arc<tokio::sync::Mutex<()>>>>,
     due: Notify,
+    /// How the last look at the network ended; nothing before the first.
+    settled: watch::Sender<Option<Result<(), String>>>,
 }
 
 /// A block device that a machine is to have.
@@ -126,6 +128,7 @@ impl Host {
             turn: RwLock::default(),
             each: Mutex::default(),
             due: Notify::new(),
+            settled: watch::Sender::new(None),
         })))
     }
 
@@ -167,7 +170,7 @@ impl Host {
             Some(system) => {
                 // To its end whatever becomes of the caller, so that whoever clears up after it knows of everything.
                 let own = system.clone();
-                let work = tokio::spawn(async move { own.attach(wants).await });
+                let work = tokio::spawn(crate::ops::part(async move { own.attach(wants).await }));
                 work.await.unwrap_or_else(|e| {
                     Err(ApiError::new(
                         ErrorCode::Internal,
@@ -387,6 +390,13 @@ impl System {
         let taps = rules::all(&lock(&self.members));
         let request = Request::NetworkSetup { taps };
         self.call(request).await.map(drop)
+    }
+
+    /// How the last look at the network ended. Right after the daemon's start the first is waited for; none: it takes longer than that.
+    pub async fn settled(&self, within: Duration) -> Option<Result<(), String>> {
+        let mut settled = self.settled.subscribe();
+        let looked = tokio::time::timeout(within, settled.wait_for(Option::is_some)).await;
+        looked.ok()?.ok()?.clone()
     }
 
     /// Makes the taps ahead that are taken next.

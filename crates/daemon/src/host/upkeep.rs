@@ -32,7 +32,10 @@ pub async fn watch(services: Arc<Services>) {
     let mut told = None;
     let mut routed: Option<(bool, Instant)> = None;
     loop {
-        tell_once(&mut told, system.setup().await);
+        let done = system.setup().await;
+        let outcome = done.as_ref().map(|_| ()).map_err(|e| e.message.clone());
+        system.settled.send_replace(Some(outcome));
+        tell_once(&mut told, done);
         let due = routed.is_none_or(|(_, at)| at.elapsed() >= SELDOM);
         if told.is_none() && due && matches!(services.dns.state(), dns::State::Listening(_)) {
             match system.route_names(services.config.network.dns_port).await {

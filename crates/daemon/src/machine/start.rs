@@ -207,7 +207,8 @@ pub async fn launch_engine(m: &Arc<Machine>, stages: &Stages, resume: Option<Sav
     let live = Live::new(&m.id, engine, launched.clone());
     let written = handles::write(&m.paths.handles(), &launched);
     m.set_live(live);
-    tokio::spawn(scope(m.services.clone(), m.id.clone(), row.spec, launched));
+    let scoped = scope(m.services.clone(), m.id.clone(), row.spec, launched);
+    tokio::spawn(crate::ops::part(scoped));
     // Only now may anything fail: the engine has an owner who can end it.
     passed.and(written)?;
     failpoint::hit("start.handles").await?;

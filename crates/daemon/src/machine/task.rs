@@ -206,11 +206,11 @@ fn hurry(m: &Arc<Machine>, signal: i32) {
         return;
     }
     if let Some(live) = m.live() {
-        tokio::spawn(async move {
+        tokio::spawn(crate::ops::part(async move {
             if let Err(e) = live.engine.signal(&live.handles, signal).await {
                 tracing::warn!(error = %e, "the engine could not be signalled");
             }
-        });
+        }));
     }
 }
 

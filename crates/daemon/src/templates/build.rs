@@ -79,7 +79,7 @@ pub async fn build(services: &Arc<Services>, id: &str, spec: &MachineSpec, op: &
     // A task of its own: whoever stops waiting leaves the clearing up to it.
     let cancel = CancellationToken::new();
     let _guard = cancel.clone().drop_guard();
-    let work = tokio::spawn(async move {
+    let work = tokio::spawn(crate::ops::part(async move {
         let mut live = None;
         let made = tokio::select! {
             biased;
@@ -100,7 +100,7 @@ pub async fn build(services: &Arc<Services>, id: &str, spec: &MachineSpec, op: &
         }
         super::lock(&builder.services.templates.building).remove(&builder.id);
         done
-    });
+    }));
     work.await
         .unwrap_or_else(|e| Err(ApiError::new(ErrorCode::Internal, format!("the making broke off: {e}"))))
 }
@@ -131,7 +131,8 @@ impl Builder {
         let live = live.insert(Live::new(&self.id, engine, launched.clone()));
         handles::write(&self.paths.handles(), &launched)?;
         let spec = self.spec.clone();
-        tokio::spawn(start::scope(self.services.clone(), self.id.clone(), spec, launched));
+        let scoped = start::scope(self.services.clone(), self.id.clone(), spec, launched);
+        tokio::spawn(crate::ops::part(scoped));
         failpoint::hit("template.launched").await?;
         let booted = tokio::select! {
             biased;

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use banger_testkit::need::Skip;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::lab;
@@ -50,6 +51,13 @@ pub(crate) fn scenario(name: &str, seconds: u64, run: fn()) -> Trial {
                 Ok(Completion::Completed)
             }
             Ok(Err(panic)) => {
+                let panic = match panic.downcast::<Skip>() {
+                    Ok(skip) => {
+                        eprintln!("--- {own}: skipped: {}", skip.0);
+                        return Ok(Completion::ignored_with(skip.0));
+                    }
+                    Err(panic) => panic,
+                };
                 let text = panic
                     .downcast_ref::<String>()
                     .map(String::as_str)

@@ -145,15 +145,16 @@ pub(crate) fn failures(done: &Done) -> Vec<String> {
         .collect()
 }
 
-/// Installs Firecracker where only root can change it, and says with which options it is used.
+/// Installs Firecracker where only root can change it, and says with which options it is used. Where there is none, the scenario is
+/// skipped.
 #[track_caller]
-pub(crate) fn firecracker_options() -> Option<String> {
-    let (firecracker, jailer) = lab::firecracker()?;
+pub(crate) fn firecracker_options() -> String {
+    let (firecracker, jailer) = lab::need_firecracker();
     for (from, to) in [(firecracker, "firecracker"), (jailer, "jailer")] {
         lab::root(["install", "-o", "root", "-g", "root", "-m", "755"])
             .arg(from)
             .arg(format!("/opt/{to}"))
             .ok();
     }
-    Some("--firecracker /opt/firecracker --jailer /opt/jailer".to_owned())
+    "--firecracker /opt/firecracker --jailer /opt/jailer".to_owned()
 }

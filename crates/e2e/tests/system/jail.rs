@@ -54,9 +54,7 @@ fn vmlinux() -> std::path::PathBuf {
 }
 
 fn a_jailed_engine_from_start_to_end() {
-    if lab::firecracker().is_none() {
-        return;
-    }
+    lab::need_firecracker();
     let mut helper = Helper::start();
     let (base, cow) = (state("base"), state("cow"));
     sparse(&base, 64 << 20);
@@ -178,9 +176,7 @@ fn a_jailed_engine_from_start_to_end() {
 }
 
 fn an_engine_that_cannot_start_leaves_nothing() {
-    if lab::firecracker().is_none() {
-        return;
-    }
+    lab::need_firecracker();
     let helper = Helper::start();
     // A program that is no engine: the jailer starts it, and it ends.
     let engine = Path::new("/b/bin/firecracker");

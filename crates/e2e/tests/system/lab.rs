@@ -151,6 +151,12 @@ pub(crate) fn firecracker() -> Option<(PathBuf, PathBuf)> {
     (firecracker.is_file() && jailer.is_file()).then_some((firecracker, jailer))
 }
 
+/// The same, without which the scenario is skipped.
+pub(crate) fn need_firecracker() -> (PathBuf, PathBuf) {
+    firecracker()
+        .unwrap_or_else(|| banger_testkit::need::skip("no Firecracker was given: --firecracker FILE --jailer FILE"))
+}
+
 /// All processes, for whoever has to find out what hangs.
 pub(crate) fn processes() -> String {
     let done = root(["ps", "axfww", "-o", "pid,user,stat,wchan:20,etimes,args"])

@@ -24,6 +24,7 @@ mod jail;
 mod promises;
 mod survive;
 mod user_mode;
+mod wait;
 
 fn main() -> ExitCode {
     let scenarios = [
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         promises::scenarios(),
         install::scenarios(),
         survive::scenarios(),
+        wait::scenarios(),
         user_mode::scenarios(),
         disk::scenarios(),
         jail::scenarios(),

@@ -4,6 +4,10 @@ use crate::frames::*;
 use crate::support::*;
 use banger_system::helper::Request;
 
+crate::tests! {
+    other_firewalls_keep_what_they_have,
+}
+
 /// What Docker (by `iptables-nft`) and firewalld have, in short.
 const THEIRS: &str = r#"
 table ip filter {
@@ -59,7 +63,6 @@ fn without_marked(text: &str) -> String {
     text.lines().filter(foreign).flat_map(|line| [line, "\n"]).collect()
 }
 
-#[test]
 fn other_firewalls_keep_what_they_have() {
     in_namespace(|| {
         let outside = Outside::new();

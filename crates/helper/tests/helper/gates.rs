@@ -11,7 +11,18 @@ use banger_system::helper::{Answer, EngineUser, HelperCode, MAX_REQUEST, Request
 
 use crate::support::*;
 
-#[test]
+crate::tests! {
+    root_and_the_owner_are_let_in_by_number,
+    the_socket_is_never_anybodys,
+    it_serves_only_as_root_and_alone_for_a_record_of_roots,
+    garbage_is_answered_and_costs_nothing,
+    descriptors_are_counted,
+    what_is_not_bangers_is_left_alone,
+    numbers_have_their_bounds,
+    a_tap_is_its_users_alone,
+    who_goes_away_leaves_nothing_half,
+}
+
 fn root_and_the_owner_are_let_in_by_number() {
     in_namespace(|| {
         let helper = Helper::start();
@@ -33,7 +44,6 @@ fn root_and_the_owner_are_let_in_by_number() {
     });
 }
 
-#[test]
 fn the_socket_is_never_anybodys() {
     in_namespace(|| {
         let mut root = Root::new();
@@ -64,7 +74,6 @@ fn the_socket_is_never_anybodys() {
     });
 }
 
-#[test]
 fn it_serves_only_as_root_and_alone_for_a_record_of_roots() {
     in_namespace(|| {
         let fails = |root: &Root, text: &str| {
@@ -93,7 +102,6 @@ fn it_serves_only_as_root_and_alone_for_a_record_of_roots() {
     });
 }
 
-#[test]
 fn garbage_is_answered_and_costs_nothing() {
     in_namespace(|| {
         let helper = Helper::start();
@@ -155,7 +163,6 @@ fn garbage_is_answered_and_costs_nothing() {
     });
 }
 
-#[test]
 fn descriptors_are_counted() {
     in_namespace(|| {
         let helper = Helper::start();
@@ -181,7 +188,6 @@ fn descriptors_are_counted() {
     });
 }
 
-#[test]
 fn what_is_not_bangers_is_left_alone() {
     in_namespace(|| {
         let helper = Helper::start();
@@ -301,7 +307,6 @@ fn the_network_is_the_records_and_nothing_of_the_hosts() {
     });
 }
 
-#[test]
 fn numbers_have_their_bounds() {
     in_namespace(|| {
         let helper = Helper::start();
@@ -330,7 +335,6 @@ fn numbers_have_their_bounds() {
     });
 }
 
-#[test]
 fn a_tap_is_its_users_alone() {
     in_namespace(|| {
         let helper = Helper::start();
@@ -366,7 +370,6 @@ fn a_tap_is_its_users_alone() {
     });
 }
 
-#[test]
 fn who_goes_away_leaves_nothing_half() {
     in_namespace(|| {
         let helper = Helper::start();

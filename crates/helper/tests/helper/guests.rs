@@ -6,6 +6,14 @@ use std::time::Duration;
 use crate::frames::*;
 use crate::support::*;
 
+crate::tests! {
+    only_what_is_its_own_leaves_a_machine,
+    machines_do_not_reach_each_other_unless_asked,
+    the_outside_is_reached_by_translation_or_not_at_all,
+    the_hosts_own_services_are_not_reached,
+    machines_go_on_while_the_network_is_set_up_again,
+}
+
 /// A helper with its network and taps.
 fn helper_with(taps: Vec<banger_system::helper::TapRules>) -> Helper {
     let helper = Helper::start();
@@ -16,7 +24,6 @@ fn helper_with(taps: Vec<banger_system::helper::TapRules>) -> Helper {
     helper
 }
 
-#[test]
 fn only_what_is_its_own_leaves_a_machine() {
     in_namespace(|| {
         let _helper = helper_with(vec![rules(0, true, &[1]), rules(1, true, &[0])]);
@@ -75,7 +82,6 @@ fn spoof_everything(a: &Guest, b: &Guest) {
     a.send(&ethernet(EVERYBODY, a.mac, 0x0806, &long[..8]));
 }
 
-#[test]
 fn machines_do_not_reach_each_other_unless_asked() {
     in_namespace(|| {
         let helper = helper_with(vec![rules(0, true, &[]), rules(1, true, &[2]), rules(2, true, &[1])]);
@@ -121,7 +127,6 @@ fn machines_do_not_reach_each_other_unless_asked() {
     });
 }
 
-#[test]
 fn the_outside_is_reached_by_translation_or_not_at_all() {
     in_namespace(|| {
         let outside = Outside::new();
@@ -160,7 +165,6 @@ fn the_outside_is_reached_by_translation_or_not_at_all() {
     });
 }
 
-#[test]
 fn the_hosts_own_services_are_not_reached() {
     in_namespace(|| {
         let _outside = Outside::new();
@@ -211,7 +215,6 @@ fn the_hosts_own_services_are_not_reached() {
     });
 }
 
-#[test]
 fn machines_go_on_while_the_network_is_set_up_again() {
     in_namespace(|| {
         let outside = Outside::new();

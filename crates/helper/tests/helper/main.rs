@@ -5,7 +5,22 @@ mod foreign;
 mod frames;
 mod gates;
 mod guests;
+mod harness;
 mod names;
 mod rounds;
 mod support;
 mod uplinks;
+
+pub(crate) use harness::tests;
+
+fn main() -> std::process::ExitCode {
+    let trials = [
+        rounds::trials(),
+        gates::trials(),
+        guests::trials(),
+        uplinks::trials(),
+        foreign::trials(),
+        names::trials(),
+    ];
+    harness::run(trials.into_iter().flatten().collect())
+}

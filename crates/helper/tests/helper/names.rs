@@ -9,6 +9,10 @@ use banger_system::net::DNS_PORT;
 
 use crate::support::*;
 
+crate::tests! {
+    nobody_answers_in_the_place_of_a_daemon_that_has_gone,
+}
+
 fn sockets(helper: &Helper) -> Result<(UdpSocket, TcpListener), HelperError> {
     let (answer, fds) = helper.connect().call_for(Request::NameSockets)?;
     assert_eq!(answer, Answer::NameSockets);
@@ -28,7 +32,6 @@ fn takes(uid: u32) -> Vec<Result<(), ErrorKind>> {
     })
 }
 
-#[test]
 fn nobody_answers_in_the_place_of_a_daemon_that_has_gone() {
     in_namespace(|| {
         let helper = Helper::start();

@@ -6,12 +6,17 @@ use banger_system::helper::{Answer, Request};
 
 use crate::support::*;
 
+crate::tests! {
+    two_hundred_machines_leave_nothing,
+    a_tap_is_taken_while_others_come_and_go;
+    ignored: figures
+}
+
 fn middle(mut times: Vec<Duration>) -> Duration {
     times.sort();
     times[times.len() / 2]
 }
 
-#[test]
 fn two_hundred_machines_leave_nothing() {
     in_namespace(|| {
         let helper = Helper::start();
@@ -42,8 +47,7 @@ fn two_hundred_machines_leave_nothing() {
     });
 }
 
-#[test]
-#[ignore = "prints figures, and wants the machine for itself: cargo test --release -p banger-helper figures -- --ignored --nocapture"]
+/// Prints figures, and wants the machine for itself: `cargo test --release -p banger-helper --test helper figures -- --ignored --nocapture`.
 fn figures() {
     in_namespace(|| {
         let helper = Helper::start();
@@ -101,7 +105,6 @@ fn figures() {
     });
 }
 
-#[test]
 fn a_tap_is_taken_while_others_come_and_go() {
     in_namespace(|| {
         let helper = Helper::start();

@@ -8,6 +8,14 @@ use banger_system::helper::Request;
 use crate::frames::*;
 use crate::support::*;
 
+crate::tests! {
+    containers_are_not_outside,
+    uplinks_are_where_routes_to_everywhere_lead,
+    the_host_becomes_no_router_between_its_other_networks,
+    who_has_the_whole_host_forward_is_not_hindered,
+    one_machine_does_not_fill_the_table_of_connections,
+}
+
 /// What Docker has by `iptables-nft`, in short: what is forwarded and not its own is dropped, and so are ports that are not published.
 const DOCKER: &str = r#"
 table ip filter {
@@ -51,7 +59,6 @@ fn machines(helper: &Helper, count: u32) -> Vec<Guest> {
         .collect()
 }
 
-#[test]
 fn containers_are_not_outside() {
     in_namespace(|| {
         let (outside, container) = (Outside::new(), Outside::container());
@@ -87,7 +94,6 @@ fn containers_are_not_outside() {
     });
 }
 
-#[test]
 fn uplinks_are_where_routes_to_everywhere_lead() {
     in_namespace(|| {
         let outside = Outside::new();
@@ -146,7 +152,6 @@ fn uplinks_are_where_routes_to_everywhere_lead() {
     });
 }
 
-#[test]
 fn the_host_becomes_no_router_between_its_other_networks() {
     in_namespace(|| {
         let (outside, container) = (Outside::new(), Outside::container());
@@ -191,7 +196,6 @@ fn the_host_becomes_no_router_between_its_other_networks() {
     });
 }
 
-#[test]
 fn who_has_the_whole_host_forward_is_not_hindered() {
     in_namespace(|| {
         let (outside, container) = (Outside::new(), Outside::container());
@@ -218,7 +222,6 @@ fn tracked() -> u32 {
         .unwrap()
 }
 
-#[test]
 fn one_machine_does_not_fill_the_table_of_connections() {
     in_namespace(|| {
         let outside = Outside::new();

@@ -53,7 +53,15 @@ pub async fn download(dir: &Path, progress: &Progress) -> Result<Downloaded> {
         .args(["-q", "-o", "APT::Sandbox::User=root", "download", &package])
         .dir(dir)
         .shown(format!("apt-get download {package}"));
-    run.output(OUTPUT).await?;
+    if let Err(e) = run.output(OUTPUT).await {
+        // A kernel that is installed is known without package lists, and then there is nowhere to download it from.
+        let lists_missing = lists_missing().await;
+        return Err(if lists_missing {
+            Error::NoKernelPackage { package, lists_missing }
+        } else {
+            e
+        });
+    }
     let path = downloaded(dir, &package)?;
     progress.bytes(Step::DownloadKernel, size, size);
     let version = path
@@ -78,7 +86,6 @@ pub(crate) async fn available() -> Result<String> {
 
 /// The package that the distribution's current kernel is in.
 async fn find_package() -> Result<String> {
-    let mut lists_missing = true;
     for meta in META_PACKAGES {
         // Unknown packages are an error of apt's; whatever it was, the next candidate may do.
         let run = Run::new(APT_CACHE, LOOKUP)?.args(["depends", "--no-recommends", "--no-suggests", meta]);
@@ -92,18 +99,22 @@ async fn find_package() -> Result<String> {
             Err(other) => return Err(other),
         }
     }
-    if let Ok(text) = Run::new(APT_CACHE, LOOKUP)?
-        .args(["show", "--no-all-versions", "base-files"])
-        .output(OUTPUT)
-        .await
-    {
-        // Installed packages are known without lists, but then without a file to download.
-        lists_missing = field(&String::from_utf8_lossy(&text), "Filename").is_none();
-    }
     Err(Error::NoKernelPackage {
         package: META_PACKAGES.first().copied().unwrap_or_default().to_owned(),
-        lists_missing,
+        lists_missing: lists_missing().await,
     })
+}
+
+/// Whether apt has no package lists. Installed packages are known without lists, but then without a file to download.
+async fn lists_missing() -> bool {
+    let Ok(run) = Run::new(APT_CACHE, LOOKUP) else {
+        return false;
+    };
+    let shown = run
+        .args(["show", "--no-all-versions", "base-files"])
+        .output(OUTPUT)
+        .await;
+    !shown.is_ok_and(|text| field(&String::from_utf8_lossy(&text), "Filename").is_some())
 }
 
 /// The first real kernel package in what `apt-cache depends` says.

@@ -10,9 +10,27 @@ pub struct Audit {
     pub objects: Vec<AuditObject>,
     /// How many of them nobody owns.
     pub orphans: u32,
+    /// What machines that run should have on the host and have not.
+    #[serde(default)]
+    pub missing: Vec<AuditMissing>,
     /// What could not be looked at, and why.
     #[serde(default)]
     pub blind: Vec<String>,
+}
+
+/// A host object that is not there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AuditMissing {
+    /// `interface`.
+    pub kind: String,
+    /// Its name.
+    pub name: String,
+    /// Id of the machine whose it was.
+    pub machine: String,
+    /// What follows from it, in words.
+    pub why: String,
+    /// What to do about it.
+    pub hint: String,
 }
 
 /// A host object.

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 
 use crate::error::ApiError;
 
-pub use audit::{Audit, AuditObject};
+pub use audit::{Audit, AuditMissing, AuditObject};
 pub use network::{Forward, ListeningPort};
 pub use saved::{
     BuildTemplate, CommitMachine, CreateSnapshot, ForkAccepted, ForkMachine, PruneTemplates, Pruned, Snapshot, Template,

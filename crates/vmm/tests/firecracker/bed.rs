@@ -11,6 +11,7 @@ use banger_core::plan::{BootPlan, Disk, DiskFormat, DiskRole, MachinePaths, Save
 use banger_vmm::firecracker::{Firecracker, Options};
 use banger_vmm::identity::{self, Expected, Process};
 use banger_vmm::{Engine, Handles};
+use libtest_mimic::{Completion, Failed};
 
 pub const KILL: i32 = 9;
 
@@ -23,10 +24,23 @@ pub fn shim() -> PathBuf {
     me.parent().unwrap().parent().unwrap().join("banger-shim")
 }
 
-/// Says why a test does not run. Under `CI=true` that is a failure, where nothing may lack.
-pub fn skipped<T>(reason: &str) -> Option<T> {
-    eprintln!("skipped: {reason}");
-    None
+/// What a test ends with that cannot run here.
+struct Skip(String);
+
+/// Ends the test as skipped: it is counted so, with the reason.
+pub fn skip(reason: &str) -> ! {
+    std::panic::resume_unwind(Box::new(Skip(reason.to_owned())))
+}
+
+/// Runs a test that may skip itself.
+pub fn completion(test: impl FnOnce()) -> Result<Completion, Failed> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(test)) {
+        Ok(()) => Ok(Completion::Completed),
+        Err(panic) => match panic.downcast::<Skip>() {
+            Ok(skip) => Ok(Completion::ignored_with(skip.0)),
+            Err(panic) => std::panic::resume_unwind(panic),
+        },
+    }
 }
 
 /// A driver for a Firecracker.
@@ -197,10 +211,9 @@ macro_rules! tests {
     ($($name:ident),* $(,)?) => {
         pub fn tests() -> Vec<libtest_mimic::Trial> {
             vec![$(
-                libtest_mimic::Trial::test(concat!(module_path!(), "::", stringify!($name)), || {
+                libtest_mimic::Trial::ignorable_test(concat!(module_path!(), "::", stringify!($name)), || {
                     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-                    runtime.block_on($name());
-                    Ok(())
+                    crate::bed::completion(|| runtime.block_on($name()))
                 }),
             )*]
         }

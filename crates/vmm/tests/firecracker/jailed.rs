@@ -18,7 +18,7 @@ use banger_vmm::jail::{Jail, JailLaunch};
 use banger_vmm::{Engine, EngineError, Liveness, Steps, VcpuState, console_tail, exit_record};
 use rustix::fs::{CWD, FileType, Mode, mknodat, renameat};
 
-use crate::bed::{Bed, KILL, driver, saved, skipped, tests, until};
+use crate::bed::{Bed, KILL, driver, saved, skip, tests, until};
 use crate::fake::{self, Fault, Script};
 use crate::life::{ask, calls, plan};
 
@@ -124,7 +124,7 @@ impl Drop for Cells {
 /// A driver that puts engines into jails. Its binary is one that root could start, so it must be root's.
 fn cells(dir: &Path) -> Option<(Firecracker, Arc<Cells>)> {
     if !rustix::process::getuid().is_root() {
-        return skipped("only root can make a file that is root's");
+        skip("only root can make a file that is root's");
     }
     let programs = dir.join("bin");
     fs::create_dir(&programs).unwrap();

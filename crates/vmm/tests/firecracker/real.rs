@@ -13,15 +13,15 @@ use banger_vmm::firecracker::Firecracker;
 use banger_vmm::{AfterSave, Engine, EngineError, Handles, Liveness, SavePlan, Steps, VcpuState, exit_record};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::bed::{Bed, KILL, driver, raw, saved, skipped, tests, until};
+use crate::bed::{Bed, KILL, driver, raw, saved, skip, tests, until};
 
 tests!(a_real_machine_from_boot_to_end);
 
-fn file(name: &str) -> Option<PathBuf> {
-    match std::env::var_os(name) {
-        Some(path) => Some(path.into()),
-        None => skipped(&format!("{name} names no file")),
-    }
+fn file(name: &str) -> PathBuf {
+    let Some(path) = std::env::var_os(name) else {
+        skip(&format!("{name} names no file"));
+    };
+    path.into()
 }
 
 /// How long something took.
@@ -101,16 +101,10 @@ fn disks(bed: &mut Bed, root: &Path) {
 }
 
 async fn a_real_machine_from_boot_to_end() {
-    let (Some(binary), Some(kernel), Some(initrd), Some(root)) = (
-        file("BANGER_TEST_FIRECRACKER"),
-        file("BANGER_TEST_KERNEL"),
-        file("BANGER_TEST_INITRD"),
-        file("BANGER_TEST_ROOT"),
-    ) else {
-        return;
-    };
+    let (binary, kernel) = (file("BANGER_TEST_FIRECRACKER"), file("BANGER_TEST_KERNEL"));
+    let (initrd, root) = (file("BANGER_TEST_INITRD"), file("BANGER_TEST_ROOT"));
     if !Path::new("/dev/kvm").exists() {
-        return skipped::<()>("there is no /dev/kvm").unwrap_or(());
+        skip("there is no /dev/kvm");
     }
     let driver = driver(&binary, |options| {
         options.launch_timeout = Duration::from_secs(120);

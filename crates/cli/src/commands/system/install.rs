@@ -68,9 +68,10 @@ impl InstallArgs {
         need_root(context, "install")?;
         let ground = ground(context.places.layout(), own_programs()?);
         let systemd = systemd(context);
+        let caller = std::env::var("SUDO_USER").ok().filter(|u| !u.is_empty());
         let wanted = Wanted {
             owner: self.owner,
-            sudo_user: std::env::var("SUDO_USER").ok().filter(|u| !u.is_empty()),
+            sudo_user: caller.clone(),
             firecracker: self.firecracker,
             jailer: self.jailer,
             network: self.network,
@@ -97,7 +98,7 @@ impl InstallArgs {
             bridge: facts.wanted.network.bridge().to_owned(),
             network: facts.wanted.network.text(),
             steps: steps.iter().map(|s| s.words()).collect(),
-            notes: notes(context, &facts),
+            notes: notes(context, &facts, caller.as_deref()),
         };
         show(context, self.output, report)
     }
@@ -128,14 +129,23 @@ fn show(context: &Context, output: OutputArgs, report: Report) -> Result<u8> {
     Ok(0)
 }
 
+/// What somebody should know who is not the owner: whose it is, and how that is changed.
+fn of_another(owner: &str, caller: Option<&str>) -> Option<String> {
+    let caller = caller.filter(|caller| *caller != owner && *caller != "root")?;
+    Some(format!(
+        "the owner is {owner}, not {caller}: {caller} goes on in user mode; to change that: sudo banger system uninstall, then \
+         sudo banger system install --owner {caller}"
+    ))
+}
+
 fn now() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
 /// What the one who installs should know.
-fn notes(context: &Context, facts: &Facts) -> Vec<String> {
-    let mut notes = Vec::new();
+fn notes(context: &Context, facts: &Facts, caller: Option<&str>) -> Vec<String> {
     let owner = &facts.wanted.owner;
+    let mut notes: Vec<String> = of_another(&owner.user, caller).into_iter().collect();
     if let Some(socket) = &facts.own_daemon {
         let status = context.block_on(async {
             Client::of_user(socket.clone(), owner.uid)
@@ -151,4 +161,21 @@ fn notes(context: &Context, facts: &Facts) -> Vec<String> {
         }
     }
     notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn somebody_else_is_told_whose_it_is() {
+        assert_eq!(of_another("dev", Some("dev")), None);
+        assert_eq!(of_another("dev", Some("root")), None);
+        assert_eq!(of_another("dev", None), None);
+        let text = of_another("dev", Some("eve")).unwrap();
+        assert!(
+            text.starts_with("the owner is dev, not eve") && text.ends_with("install --owner eve"),
+            "{text}"
+        );
+    }
 }

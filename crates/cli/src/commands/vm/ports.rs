@@ -45,7 +45,7 @@ impl PortsArgs {
                 resolve(&self.machines, &all, Meant::Loosely)
             };
             let ports = wanted.into_iter().map(|machine| async {
-                let client = client.sibling();
+                let client = client.another();
                 let path = format!("{}/ports", machine_path(&machine?.id));
                 client.get::<Ports>(&path).await.map(|p| p.ports)
             });

@@ -37,7 +37,7 @@ impl StatsArgs {
                 resolve(&self.machines, &all, Meant::Loosely)
             };
             let stats = wanted.into_iter().map(|machine| async {
-                let client = client.sibling();
+                let client = client.another();
                 client
                     .get::<MachineStats>(&format!("{}/stats", machine_path(&machine?.id)))
                     .await

@@ -1,0 +1,119 @@
+//! What only reads is asked again when the daemon goes away before its answer is whole: machines outlive it, and the next one knows them.
+
+use std::time::Duration;
+
+use crate::client::start::START_DEADLINE;
+use crate::error::{Error, Result};
+
+/// Pause before a question that was cut off is asked again.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// An answer, or why there is none.
+pub(super) type Answer<T> = std::result::Result<T, Cut>;
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(super) enum Cut {
+    /// The daemon went away in the middle. What only reads can be asked again, of the next.
+    Lost(Error),
+    /// Anything else.
+    Told(Error),
+}
+
+impl From<Error> for Cut {
+    fn from(error: Error) -> Self {
+        Self::Told(error)
+    }
+}
+
+impl From<Cut> for Error {
+    fn from(cut: Cut) -> Self {
+        match cut {
+            Cut::Lost(error) | Cut::Told(error) => error,
+        }
+    }
+}
+
+/// Asks until there is an answer, or a daemon that goes away each time has been given enough chances.
+pub(super) async fn again<T>(mut ask: impl AsyncFnMut() -> Answer<T>) -> Result<T> {
+    let deadline = tokio::time::Instant::now() + START_DEADLINE;
+    loop {
+        match ask().await {
+            Err(Cut::Lost(_)) if tokio::time::Instant::now() < deadline => tokio::time::sleep(AGAIN).await,
+            other => return Ok(other?),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use serde_json::Value;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::UnixListener;
+
+    use crate::client::Client;
+    use crate::error::Kind;
+
+    /// What a daemon that dies at different times has sent by then, and at last one that answers.
+    const CUT: [&str; 4] = [
+        "",
+        "HTTP/1.1 200",
+        "HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n{\"a\":",
+    ];
+    const WHOLE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\n{\"a\":1}";
+
+    /// A daemon whose first connections end so, and the number of requests that it has read.
+    fn daemon(path: &std::path::Path) -> Arc<AtomicUsize> {
+        let listener = UnixListener::bind(path).unwrap();
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = count.clone();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    request.push(stream.read_u8().await.unwrap());
+                }
+                let number = counted.fetch_add(1, Ordering::SeqCst);
+                stream
+                    .write_all(CUT.get(number).unwrap_or(&WHOLE).as_bytes())
+                    .await
+                    .unwrap();
+            }
+        });
+        count
+    }
+
+    #[tokio::test]
+    async fn what_only_reads_is_asked_until_the_answer_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.sock");
+        let count = daemon(&path);
+        let client = Client::at(path, false, None);
+        assert_eq!(client.get::<Value>("machines").await.unwrap()["a"], 1);
+        assert_eq!(count.load(Ordering::SeqCst), CUT.len() + 1);
+    }
+
+    #[tokio::test]
+    async fn what_changes_something_is_asked_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.sock");
+        let count = daemon(&path);
+        let client = Client::at(path, false, None);
+        let error = client.delete::<Value>("machines/m").await.unwrap_err();
+        assert_eq!((error.kind, count.load(Ordering::SeqCst)), (Kind::Unavailable, 1));
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_asked_for_until_it_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("d.sock");
+        let count = daemon(&path);
+        drop(Client::at(path, false, None).stream("machines/m/logs").await.unwrap());
+        assert_eq!(count.load(Ordering::SeqCst), 3, "the third has a head");
+    }
+}
