@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use crate::client::start::START_DEADLINE;
 use crate::error::{Error, Result};
 
@@ -34,14 +36,27 @@ impl From<Cut> for Error {
     }
 }
 
-/// Asks until there is an answer, or a daemon that goes away each time has been given enough chances.
-pub(super) async fn again<T>(mut ask: impl AsyncFnMut() -> Answer<T>) -> Result<T> {
-    let deadline = tokio::time::Instant::now() + START_DEADLINE;
+/// Asks until there is an answer, or a daemon that goes away each time has been given enough chances. An answer that was waited for for
+/// long before it was cut off begins a new count.
+pub(super) async fn again<T>(ask: impl AsyncFnMut() -> Answer<T>) -> Result<T> {
+    within(START_DEADLINE, ask).await
+}
+
+async fn within<T>(limit: Duration, mut ask: impl AsyncFnMut() -> Answer<T>) -> Result<T> {
+    let mut first: Option<Instant> = None;
     loop {
-        match ask().await {
-            Err(Cut::Lost(_)) if tokio::time::Instant::now() < deadline => tokio::time::sleep(AGAIN).await,
+        let begun = Instant::now();
+        let error = match ask().await {
+            Err(Cut::Lost(error)) => error,
             other => return Ok(other?),
+        };
+        if begun.elapsed() >= limit {
+            first = None;
         }
+        if first.get_or_insert_with(Instant::now).elapsed() >= limit {
+            return Err(error);
+        }
+        tokio::time::sleep(AGAIN).await;
     }
 }
 
@@ -96,6 +111,22 @@ mod tests {
         let client = Client::at(path, false, None);
         assert_eq!(client.get::<Value>("machines").await.unwrap()["a"], 1);
         assert_eq!(count.load(Ordering::SeqCst), CUT.len() + 1);
+    }
+
+    #[tokio::test]
+    async fn one_that_goes_away_each_time_is_given_up() {
+        let mut count = 0;
+        let limit = super::AGAIN * 5;
+        let asked = super::within(limit, async || -> super::Answer<()> {
+            count += 1;
+            // Waited for for long, then cut off: as often as it may be.
+            if count < 8 {
+                tokio::time::sleep(limit).await;
+            }
+            Err(super::Cut::Lost(crate::error::Error::unavailable("gone")))
+        });
+        assert_eq!(asked.await.unwrap_err().message, "gone");
+        assert!(count > 8, "{count}");
     }
 
     #[tokio::test]
