@@ -56,6 +56,9 @@ pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
     db.keep_room();
     // Before the operation ends, so that who waited for its end does not find the machine any more.
     m.services.forget(&m.id);
+    if let Some(system) = m.services.hosting.get() {
+        system.freed();
+    }
     m.set_gone();
     Ok(())
 }
