@@ -249,6 +249,8 @@ fn talk(stream: &UnixStream, number: u64, ctx: &Ctx, locks: &Locks, seats: &Seat
         seats.set_busy(number, true);
         let (reply, fds) = answer(ctx, locks, &bytes, fds);
         let sent = send(stream, &reply, &fds);
+        // The caller's now, and nobody else's.
+        drop(fds);
         seats.set_busy(number, false);
         if sent.is_err() {
             return;
