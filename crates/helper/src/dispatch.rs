@@ -110,7 +110,6 @@ pub(crate) fn dispatch(
         );
         return Err(error(HelperCode::BadRequest, text));
     }
-    let net = &ctx.record.network;
     match call.request {
         Request::NameSockets => net::name_sockets().map(|sockets| (Answer::NameSockets, sockets)),
         request => act(ctx, locks, request, fds).map(|answer| (answer, Vec::new())),
@@ -118,6 +117,7 @@ pub(crate) fn dispatch(
 }
 
 fn act(ctx: &Ctx, locks: &Locks, request: Request, fds: Vec<OwnedFd>) -> Result<Answer, HelperError> {
+    let net = &ctx.record.network;
     match request {
         // Answered with descriptors, by `dispatch`.
         Request::NameSockets => Err(error(HelperCode::BadRequest, "this call has descriptors in its answer")),

@@ -12,6 +12,7 @@ use banger_system::helper::{Answer, EngineUser, HelperCode, MAX_REQUEST, Request
 use crate::support::*;
 
 crate::tests! {
+    the_network_is_the_records_and_nothing_of_the_hosts,
     root_and_the_owner_are_let_in_by_number,
     the_socket_is_never_anybodys,
     it_serves_only_as_root_and_alone_for_a_record_of_roots,
@@ -258,7 +259,6 @@ fn what_is_not_bangers_is_left_alone() {
     });
 }
 
-#[test]
 fn the_network_is_the_records_and_nothing_of_the_hosts() {
     in_namespace(|| {
         ip("link add lan type bridge");
