@@ -381,7 +381,7 @@ mod tests {
                 "{changed}"
             );
         }
-        assert_eq!(CAPABILITIES.len(), 11);
+        assert_eq!(CAPABILITIES.len(), 12);
     }
 
     #[test]
