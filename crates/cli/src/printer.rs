@@ -227,7 +227,7 @@ impl Printer {
 pub(crate) fn output_error(error: &std::io::Error) -> Error {
     let kind = match error.kind() {
         std::io::ErrorKind::BrokenPipe => Kind::BrokenPipe,
-        std::io::ErrorKind::StorageFull => Kind::NoSpace,
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::NoSpace,
         _ => Kind::Failed,
     };
     Error::new(kind, format!("cannot write output: {}", reason(error)))

@@ -3,7 +3,6 @@
 use banger_core::host::Accel;
 use banger_proto::api::{Check, CheckLevel};
 
-use crate::db;
 use crate::error::chain;
 use crate::services::Services;
 
@@ -28,7 +27,7 @@ pub async fn run(services: &Services) -> Vec<Check> {
     checks.push(engine(services).await);
     checks.extend(accel(services).await);
     checks.extend(crate::host::checks::run(services).await);
-    checks.push(database(services));
+    checks.push(database(services).await);
     checks.push(space(services));
     checks.extend(libexec(services));
     checks.extend(directories(services));
@@ -95,15 +94,18 @@ async fn accel(services: &Services) -> Vec<Check> {
     checks
 }
 
-fn database(services: &Services) -> Check {
-    match db::inspect(&services.paths.database()) {
-        Ok(Some(version)) => check("database", CheckLevel::Pass, format!("schema {version}"), None),
-        Ok(None) => check(
+async fn database(services: &Services) -> Check {
+    let path = services.paths.database();
+    if !path.exists() {
+        return check(
             "database",
             CheckLevel::Fail,
             "the file is gone while the daemon runs",
             Some("restart the daemon".to_owned()),
-        ),
+        );
+    }
+    match services.db.version().await {
+        Ok(version) => check("database", CheckLevel::Pass, format!("schema {version}"), None),
         Err(e) => check("database", CheckLevel::Fail, chain(&e), e.hint()),
     }
 }

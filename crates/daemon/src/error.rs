@@ -9,10 +9,10 @@ use banger_core::name::NameError;
 use banger_core::reference::ReferenceError;
 use banger_core::spec::SpecError;
 use banger_proto::error::{ApiError, ErrorBody, ErrorCode};
-use banger_vmm::EngineError;
+use banger_vmm::{EngineError, space};
 
 use crate::agent::LinkError;
-use crate::db::DbError;
+use crate::db::{self, DbError};
 
 /// An error on its way to a client.
 #[derive(Debug)]
@@ -76,15 +76,10 @@ pub fn chain(e: &dyn Error) -> String {
 }
 
 /// Whether one of an error's causes is a full disk.
-fn is_full(e: &(dyn Error + 'static)) -> bool {
+pub fn is_full(e: &(dyn Error + 'static)) -> bool {
     let mut next = Some(e);
     while let Some(e) = next {
-        if let Some(io) = e.downcast_ref::<std::io::Error>()
-            && matches!(
-                io.kind(),
-                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
-            )
-        {
+        if e.downcast_ref::<std::io::Error>().is_some_and(space::says_full) {
             return true;
         }
         next = e.source();
@@ -93,8 +88,7 @@ fn is_full(e: &(dyn Error + 'static)) -> bool {
 }
 
 fn no_space(message: String) -> ApiError {
-    ApiError::new(ErrorCode::NoSpace, message)
-        .hint("free some space, or delete images and machines that are not needed")
+    ApiError::new(ErrorCode::NoSpace, message).hint(db::FREE)
 }
 
 /// A failure of the host's file system while `what` was done.
@@ -150,7 +144,7 @@ impl IntoApi for LinkError {
 impl IntoApi for DbError {
     fn into_api(self) -> ApiError {
         if self.is_full() {
-            return no_space("cannot write the database: no space left".to_owned());
+            return no_space(chain(&self));
         }
         let hint = self.hint();
         let message = chain(&self);

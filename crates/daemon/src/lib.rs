@@ -12,6 +12,7 @@
 //! * [`reach`]: the way to a guest; [`forwards`]: ports of the host that lead there,
 //! * [`dns`]: names of machines on the bridge,
 //! * [`doctor`], [`stats`]: looking only; [`audit`]: what is left on the host that nobody owns,
+//! * [`space`]: what waits for space on the host's disk,
 //! * [`memory`]: keeps the process small,
 //! * [`error`]: from the errors below to what clients see.
 
@@ -41,6 +42,7 @@ pub mod recover;
 pub mod run;
 pub mod server;
 pub mod services;
+pub mod space;
 pub mod ssh;
 pub mod stats;
 pub mod stock;

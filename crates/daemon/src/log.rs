@@ -55,7 +55,11 @@ impl Write for BoundedFile {
         if self.length > 0 && self.length + line.len() as u64 > self.max {
             self.turn_over()?;
         }
-        self.file.write_all(line)?;
+        if let Err(e) = self.file.write_all(line) {
+            // No half line on a full disk: the next one would end it.
+            let _ = self.file.set_len(self.length);
+            return Err(e);
+        }
         self.length += line.len() as u64;
         Ok(line.len())
     }

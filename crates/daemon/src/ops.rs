@@ -144,7 +144,11 @@ impl Ops {
                 .hint("look at the machine (`banger vm show`): the next daemon has finished or undone the operation");
                 error.operation = Some(operation.id.clone());
                 operation.error = Some(error);
-                db.put_operation(operation.clone(), KEEP).await?;
+                match db.put_operation(operation.clone(), KEEP).await {
+                    // It is told all the same, and again by the next daemon.
+                    Err(e) if e.is_full() => tracing::warn!(op = operation.id, error = %e, "operation not recorded"),
+                    put => put?,
+                }
             }
             list.push_back(Op {
                 state: Arc::new(watch::Sender::new(operation)),

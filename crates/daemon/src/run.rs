@@ -10,8 +10,8 @@ use banger_core::config::{Config, ConfigError};
 use banger_system::install::{Layout, Record};
 use rustix::fs::{FlockOperation, Mode as Bits, OFlags};
 
-use crate::db::{Db, DbError};
-use crate::error::chain;
+use crate::db::{self, Db, DbError};
+use crate::error::{self, chain};
 use crate::host::Host;
 use crate::ops::Ops;
 use crate::paths::{PathError, Paths};
@@ -21,6 +21,8 @@ use crate::{audit, failpoint, log, memory, provision, recover, server, version};
 
 /// Exit status of a daemon that finds another one in its place.
 pub const EXIT_RUNNING: u8 = 11;
+/// Exit status of a daemon that finds no space for what it has to write; that of the command line.
+pub const EXIT_FULL: u8 = 8;
 
 /// Most bytes of a configuration.
 const MAX_CONFIG: u64 = 1024 * 1024;
@@ -96,9 +98,15 @@ pub enum StartError {
 }
 
 impl StartError {
+    /// Whether the disk is full.
+    fn is_full(&self) -> bool {
+        matches!(self, Self::Db(e) if e.is_full()) || error::is_full(self)
+    }
+
     /// The process's exit status.
     pub fn exit_status(&self) -> u8 {
         match self {
+            _ if self.is_full() => EXIT_FULL,
             Self::Running(_) => EXIT_RUNNING,
             Self::Config { .. } | Self::ConfigFile { .. } | Self::Failpoint(_) => 2,
             Self::Record { .. } | Self::NotOwner { .. } => 2,
@@ -122,6 +130,7 @@ impl StartError {
                 "correct {}, or move it away to use the defaults",
                 path.display()
             )),
+            _ if self.is_full() => Some(db::FREE.to_owned()),
             _ => None,
         }
     }
@@ -339,6 +348,7 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     crate::forwards::restore(&services);
     tokio::spawn(signals(services.clone()));
     tokio::spawn(crate::idle::watch(services.clone()));
+    tokio::spawn(crate::space::watch(services.clone()));
     // Every machine that may run has its tap before the rules are made.
     provision::seat(&services, &services.machines());
     tokio::spawn(crate::host::watch(services.clone()));

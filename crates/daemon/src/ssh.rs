@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use banger_core::id::MachineId;
 use banger_proto::error::{ApiError, ErrorCode};
+use banger_vmm::space::says_full;
 use tokio::process::Command;
 use tokio::sync::{Mutex, OnceCell};
 
@@ -108,14 +109,14 @@ impl Ssh {
     pub async fn rename(&self, dir: &Path, id: &MachineId, name: &str) -> Result<(), ApiError> {
         let public = std::fs::read_to_string(dir.join("ssh_host_ed25519_key.pub")).ok();
         match public {
-            Some(public) => self.pin(id, name, Some(public.trim())).await.map_err(|e| told(&e)),
+            Some(public) => self.pin(id, name, Some(public.trim())).await.map_err(told),
             None => Ok(()),
         }
     }
 
     /// Removes a machine's entries.
     pub async fn forget(&self, id: &MachineId) -> Result<(), ApiError> {
-        self.pin(id, "", None).await.map_err(|e| told(&e))
+        self.pin(id, "", None).await.map_err(told)
     }
 
     async fn pin(&self, id: &MachineId, name: &str, public: Option<&str>) -> Result<(), SshError> {
@@ -135,26 +136,56 @@ impl Ssh {
             return Ok(());
         }
         // Each machine's start writes its own lines again.
-        write_whole(&path, new.as_bytes()).map_err(|e| failed("write", e))
+        match write_whole(&path, new.as_bytes()) {
+            // A removal makes space, so it needs none.
+            Err(e) if public.is_none() && says_full(&e) => blank(&path, &old, id).map_err(|e| failed("write", e)),
+            written => written.map_err(|e| failed("write", e)),
+        }
     }
 }
 
-fn told(e: &SshError) -> ApiError {
-    ApiError::new(ErrorCode::Internal, error::chain(e))
+fn told(e: SshError) -> ApiError {
+    match e {
+        SshError::Io { what, source } => error::io(what, source),
+        other => ApiError::new(ErrorCode::Internal, error::chain(&other)),
+    }
+}
+
+fn alias(id: &MachineId) -> String {
+    format!("{id}.banger")
+}
+
+/// Whether a line of the known hosts is of the machine with this alias.
+fn is_of(line: &str, alias: &str) -> bool {
+    let mut words = line.split_ascii_whitespace();
+    words.next_back() == Some(alias) || line.split_ascii_whitespace().next() == Some(alias)
+}
+
+/// Overwrites a machine's lines with empty ones, in place.
+fn blank(path: &Path, old: &str, id: &MachineId) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    let alias = alias(id);
+    let file = std::fs::OpenOptions::new().write(true).open(path)?;
+    let mut at = 0;
+    for line in old.split_inclusive('\n') {
+        if is_of(line, &alias) {
+            file.write_all_at(&vec![b'\n'; line.len()], at)?;
+        }
+        at += line.len() as u64;
+    }
+    Ok(())
 }
 
 /// The known hosts with a machine's entries replaced, or removed. A line belongs to a machine by its comment.
 fn edit(old: &str, id: &MachineId, name: &str, public: Option<&str>) -> String {
-    let alias = format!("{id}.banger");
+    let alias = alias(id);
     let host = format!("{name}.vm");
     let mut lines: Vec<String> = old
         .lines()
         .filter(|line| {
-            let mut words = line.split_ascii_whitespace();
-            let hosts = words.next().unwrap_or_default();
-            let ours = line.split_ascii_whitespace().last() == Some(alias.as_str()) || hosts == alias;
+            let hosts = line.split_ascii_whitespace().next().unwrap_or_default();
             // A name that passed to this machine is not another's any more.
-            !ours && (public.is_none() || hosts != host)
+            !line.is_empty() && !is_of(line, &alias) && (public.is_none() || hosts != host)
         })
         .map(str::to_owned)
         .collect();
@@ -225,6 +256,23 @@ mod tests {
         let renamed = edit(&one, &id(1), "other", Some("ssh-ed25519 AAAA comment"));
         assert!(renamed.contains("\nother.vm ") && !renamed.contains("box.vm"));
         assert_eq!(edit(&renamed, &id(1), "", None), "");
+    }
+
+    #[test]
+    fn lines_are_removed_in_place() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("known_hosts");
+        let one = edit("foreign ssh-ed25519 X\n", &id(1), "box", Some("ssh-ed25519 AAAA x"));
+        let two = edit(&one, &id(2), "other", Some("ssh-ed25519 BBBB x"));
+        std::fs::write(&path, &two).unwrap();
+        blank(&path, &two, &id(1)).unwrap();
+        let left = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(left.len(), two.len());
+        let lines: Vec<&str> = left.lines().filter(|line| !line.is_empty()).collect();
+        let wanted = edit(&two, &id(1), "", None);
+        assert_eq!(lines, wanted.lines().collect::<Vec<_>>());
+        // The next change leaves no empty lines.
+        assert_eq!(edit(&left, &id(1), "", None), wanted);
     }
 
     #[test]

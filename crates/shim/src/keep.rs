@@ -8,6 +8,7 @@ use banger_proto::shim::{ExitRecord, LogJob, ShimReport};
 
 use crate::log::Log;
 use crate::monitor;
+use crate::record::Record;
 use crate::source::{GATHER, Metrics, Source, wait};
 
 /// More than any job needs, and less than a pipe holds.
@@ -15,7 +16,7 @@ const JOB_LIMIT: usize = 32 << 10;
 
 /// Keeps the output that comes in on standard input, after a line that says where.
 pub(crate) fn keep() -> Result<(), String> {
-    let (job, mut log, mut console) = match begin() {
+    let (job, place, mut log, mut console) = match begin() {
         Ok(begun) => begun,
         Err(message) => {
             let _ = monitor::report(&ShimReport::Failed {
@@ -45,15 +46,17 @@ pub(crate) fn keep() -> Result<(), String> {
         last_words: fault.into_iter().collect(),
         at_ms: monitor::now_ms(),
     };
-    monitor::ended(&job.exit_record, record, &mut log);
+    monitor::ended(place, record, &mut log);
     Ok(())
 }
 
-fn begin() -> Result<(LogJob, Log, Source), String> {
+fn begin() -> Result<(LogJob, Record, Log, Source), String> {
     let line = first_line().map_err(|e| format!("cannot read the job: {e}"))?;
     let job: LogJob = serde_json::from_slice(&line).map_err(|e| format!("cannot understand the job: {e}"))?;
     let log = Log::create(&job.console_log, job.log_limit)
         .map_err(|e| format!("cannot write {}: {e}", job.console_log.display()))?;
+    let place =
+        Record::hold(&job.exit_record).map_err(|e| format!("cannot write {}: {e}", job.exit_record.display()))?;
     let console = io::stdin()
         .as_fd()
         .try_clone_to_owned()
@@ -61,7 +64,7 @@ fn begin() -> Result<(LogJob, Log, Source), String> {
         .map_err(|e| format!("cannot read the engine's output: {e}"))?;
     // Nobody who heard of this means nobody who would start the engine.
     monitor::report(&ShimReport::Reading).map_err(|e| format!("cannot report: {e}"))?;
-    Ok((job, log, console))
+    Ok((job, place, log, console))
 }
 
 /// Byte by byte: what follows is the engine's.

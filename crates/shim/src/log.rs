@@ -67,11 +67,6 @@ impl Log {
         self.write(&marked);
     }
 
-    /// Gives up the old log, so that a full disk has room for something more important.
-    pub(crate) fn drop_old(&self) {
-        let _ = fs::remove_file(&self.old);
-    }
-
     /// `Err` says how much was written.
     fn append(&mut self, bytes: &[u8]) -> Result<(), usize> {
         if (self.file.is_none() || self.size + bytes.len() as u64 > self.limit) && self.rotate().is_err() {

@@ -20,6 +20,7 @@ mod fds;
 mod keep;
 mod log;
 mod monitor;
+mod record;
 mod source;
 mod start;
 

@@ -1,9 +1,7 @@
 //! The stage that stays: starts the engine, reads what it prints, waits for its end and writes that down.
 
-use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -13,6 +11,7 @@ use banger_proto::shim::{ExitRecord, ShimJob, ShimReport};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::log::{Log, Tail};
+use crate::record::Record;
 use crate::source::{GATHER, Metrics, Source, wait};
 use crate::start;
 
@@ -24,7 +23,7 @@ const LINE: usize = 1024;
 /// Runs one job from standard input.
 pub(crate) fn monitor() -> Result<(), String> {
     let outcome = begin();
-    let (mut engine, job, mut log) = match outcome {
+    let (mut engine, job, place, mut log) = match outcome {
         Ok(started) => started,
         Err(message) => {
             let _ = report(&ShimReport::Failed {
@@ -42,23 +41,20 @@ pub(crate) fn monitor() -> Result<(), String> {
     if let Err(e) = watched {
         last_words.push(format!("banger-shim: cannot read the engine's output: {e}"));
     }
-    ended(&job.exit_record, record(status, last_words), &mut log);
+    ended(place, record(status, last_words), &mut log);
     Ok(())
 }
 
 /// Writes down and reports the engine's end.
-pub(crate) fn ended(path: &Path, record: ExitRecord, log: &mut Log) {
-    if let Err(e) = write_record(path, &record) {
-        log.drop_old();
-        if write_record(path, &record).is_err() {
-            log.write_engine_line(format!("cannot write the exit record: {e}").as_bytes());
-        }
+pub(crate) fn ended(place: Record, record: ExitRecord, log: &mut Log) {
+    if let Err(e) = place.write(&record) {
+        log.write_engine_line(format!("cannot write the exit record: {e}").as_bytes());
     }
     let _ = report(&ShimReport::Ended(record));
 }
 
 /// Reads the job and starts the engine.
-fn begin() -> Result<(Child, ShimJob, Log), String> {
+fn begin() -> Result<(Child, ShimJob, Record, Log), String> {
     let mut text = Vec::new();
     io::stdin()
         .take(JOB_LIMIT)
@@ -68,6 +64,8 @@ fn begin() -> Result<(Child, ShimJob, Log), String> {
     drop(text);
     let log = Log::create(&job.console_log, job.log_limit)
         .map_err(|e| format!("cannot write {}: {e}", job.console_log.display()))?;
+    let place =
+        Record::hold(&job.exit_record).map_err(|e| format!("cannot write {}: {e}", job.exit_record.display()))?;
     let cwd = job.cwd.as_deref().unwrap_or(Path::new("/"));
     let mut engine = Command::new(start::SELF)
         .arg0("banger-shim")
@@ -93,7 +91,7 @@ fn begin() -> Result<(Child, ShimJob, Log), String> {
         let _ = engine.wait();
         return Err(format!("cannot report the engine: {e}"));
     }
-    Ok((engine, job, log))
+    Ok((engine, job, place, log))
 }
 
 /// Reads console and messages until the engine ends.
@@ -157,24 +155,6 @@ pub(crate) fn now_ms() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(0))
-}
-
-/// Whole or not at all.
-fn write_record(path: &Path, record: &ExitRecord) -> io::Result<()> {
-    let part = path.with_extension("json.part");
-    let text = serde_json::to_vec(record)?;
-    let written = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&part)
-        .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
-        .and_then(|()| fs::rename(&part, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&part);
-    }
-    written
 }
 
 pub(crate) fn report(report: &ShimReport) -> io::Result<()> {

@@ -11,6 +11,7 @@
 //! * [`records`]: what a launched engine leaves behind: console log and exit record,
 //! * [`qmp`]: QEMU's control protocol,
 //! * [`qemu`]: the QEMU driver,
+//! * [`space`]: space on the host's disk,
 //! * [`firecracker`]: the Firecracker driver; `start` and `saving` are what the two have in common.
 
 mod dial;
@@ -25,6 +26,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod records;
 mod saving;
+pub mod space;
 mod start;
 mod sys;
 

@@ -21,6 +21,7 @@ use tokio::time::timeout;
 use crate::engine::{EngineError, EngineExit, Handles};
 use crate::identity::{Expected, Mismatch, Process};
 use crate::records::console_tail;
+use crate::space;
 
 /// How long the shim may take for what takes it some milliseconds.
 const SHIM: Duration = Duration::from_secs(10);
@@ -243,7 +244,8 @@ pub(crate) async fn hear(
     let (pid, start_time) = match timeout(SHIM, report(reports)).await {
         Ok(Ok(ShimReport::Started { pid, start_time })) => (pid, start_time),
         Ok(Ok(ShimReport::Failed { message })) => {
-            return Err(io_error("start the engine", io::Error::other(message)));
+            let why = space::judged(&paths.state, io::Error::other(message));
+            return Err(io_error("start the engine", why));
         }
         Ok(Ok(ShimReport::Ended(record))) => return Err(died(engine, paths, Some(&record))),
         Ok(Ok(ShimReport::Reading)) => {

@@ -146,6 +146,9 @@ pub(crate) async fn start(program: &Path) -> Result<Started> {
     if status.code() == Some(WRONG_CONFIGURATION) {
         error.kind = Kind::Invalid;
     }
+    if status.code() == Some(i32::from(Kind::NoSpace.status())) {
+        error.kind = Kind::NoSpace;
+    }
     Err(error)
 }
 
@@ -242,6 +245,8 @@ mod tests {
         assert_eq!(error.hint.as_deref(), Some("remove it"));
         let error = outcome("exit 3").await.unwrap_err();
         assert!(error.message.contains("said nothing"), "{error}");
+        let error = outcome("printf 'error: no space\\n' >&2; exit 8").await.unwrap_err();
+        assert_eq!(error.kind, Kind::NoSpace);
     }
 
     #[tokio::test]

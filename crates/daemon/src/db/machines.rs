@@ -53,7 +53,7 @@ impl Db {
     ///
     /// With `slots` it gets the smallest slot that neither a row nor anybody else has. Comes back as it was written.
     pub async fn insert_machine(&self, mut row: MachineRow, slots: Option<Slots>) -> Result<MachineRow, DbError> {
-        if !self.keep_room() {
+        if !self.keep_room().await {
             return Err(DbError::Full);
         }
         // What a machine leaves on the host must not outlive the knowledge of it, not even when the host loses power.
@@ -69,7 +69,7 @@ impl Db {
 
     /// Writes an existing row anew.
     pub async fn update_machine(&self, row: MachineRow) -> Result<(), DbError> {
-        self.call(move |c| update(c, &row)).await
+        self.write(move |c| update(c, &row)).await
     }
 
     /// The same for a change that has to outlive the host's power.

@@ -2,6 +2,8 @@
 //!
 //! The world (processes, sockets) is never read from here; see `handles.json` of each machine.
 
+#[cfg(test)]
+mod full_tests;
 mod machines;
 mod operations;
 mod reserve;
@@ -11,6 +13,8 @@ mod templates;
 
 use std::path::{Path, PathBuf};
 
+use banger_vmm::space;
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 use tokio::sync::{mpsc, oneshot};
 
@@ -23,6 +27,8 @@ pub use templates::TemplateRow;
 
 /// Jobs that may wait for the connection.
 const QUEUE: usize = 64;
+/// What to do about a full disk.
+pub const FREE: &str = "free some space, or delete images and machines that are not needed";
 
 /// What went wrong with the database.
 #[derive(Debug, thiserror::Error)]
@@ -50,8 +56,8 @@ pub enum DbError {
     /// Every slot is taken.
     #[error("every slot up to {0} is taken")]
     NoSlot(u32),
-    /// There is not even room to write down that a machine is removed again.
-    #[error("no space left for another machine")]
+    /// The disk is full, or there would be no space to write down that a machine is removed again.
+    #[error("no space left for the database")]
     Full,
     /// A row that cannot be read.
     #[error("a row of table {table} cannot be read: {what}")]
@@ -80,6 +86,7 @@ impl DbError {
                 ))
             }
             Self::Newer { .. } => Some("use the banger release that wrote it, or a newer one".to_owned()),
+            _ if self.is_full() => Some(FREE.to_owned()),
             _ => None,
         }
     }
@@ -106,7 +113,19 @@ pub struct Db {
 impl Db {
     /// Opens the database, brings its schema up to date and starts its thread.
     pub fn open(path: &Path) -> Result<Self, DbError> {
-        let connection = connect(path)?;
+        let reserve = reserve::Reserve::of(path);
+        let opened = connect(path).map_err(|e| judged(reserve.dir(), e));
+        let connection = match opened {
+            Err(e) if e.is_full() => {
+                reserve.release();
+                connect(path).map_err(|e| judged(reserve.dir(), e))?
+            }
+            opened => opened?,
+        };
+        reserve.after();
+        if let Err(e) = reserve.spare(&connection) {
+            tracing::warn!(error = %e, "the database has no space to spare");
+        }
         let (jobs, mut queue) = mpsc::channel::<Job>(QUEUE);
         let run = move || {
             let mut connection = connection;
@@ -119,13 +138,11 @@ impl Db {
             .stack_size(512 * 1024)
             .spawn(run)
             .map_err(|_| DbError::Closed)?;
-        Ok(Self {
-            jobs,
-            reserve: reserve::Reserve::beside(path),
-        })
+        Ok(Self { jobs, reserve })
     }
 
-    /// Runs something that ends a machine: on a full disk it gets the room that is kept for it.
+    /// Runs something that ends a machine. It overwrites space that is held for it; where the file system needs other space all the
+    /// same, the reserve is given up.
     pub(crate) async fn insist<T, F>(&self, job: F) -> Result<T, DbError>
     where
         T: Send + 'static,
@@ -133,29 +150,40 @@ impl Db {
     {
         match self.call(job.clone()).await {
             Err(e) if e.is_full() => {
-                tracing::warn!("the disk is full: the room that is kept for removals is used");
+                tracing::warn!("the disk is full: the reserve is given up");
                 self.reserve.release();
-                let result = self.call(job).await;
-                self.reserve.fill();
-                result
+                self.call(job).await
             }
             result => result,
         }
     }
 
-    /// Takes the room again that removals may have used, and says whether it is there.
-    pub(crate) fn keep_room(&self) -> bool {
-        self.reserve.fill()
+    /// Takes the space again that the end of machines may have used, and says whether all of it is there.
+    pub(crate) async fn keep_room(&self) -> bool {
+        let reserve = self.reserve.clone();
+        let kept = self.call(move |c| {
+            reserve.spare(c)?;
+            Ok(reserve.fill())
+        });
+        kept.await.unwrap_or(false)
     }
 
-    /// Moves the write-ahead log into the database, so that a stopped daemon leaves one file.
+    /// Whether the space for the end of machines was there when it was last looked for.
+    pub(crate) fn holds_room(&self) -> bool {
+        self.reserve.is_held()
+    }
+
+    /// Moves the write-ahead log into the database, so that the one file of a stopped daemon has everything.
     pub async fn checkpoint(&self) {
-        let moved = self
-            .call(|c| Ok(c.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?))
-            .await;
-        if let Err(e) = moved {
+        if let Err(e) = self.call(|c| reserve::checkpoint(c)).await {
             tracing::warn!(error = %e, "the write-ahead log stays for the next daemon");
         }
+    }
+
+    /// The schema that the database has now.
+    pub async fn version(&self) -> Result<i64, DbError> {
+        self.call(|c| Ok(c.query_row("PRAGMA user_version", [], |row| row.get(0))?))
+            .await
     }
 
     /// Runs something with the connection. Jobs run one after the other, in the order they came.
@@ -165,11 +193,26 @@ impl Db {
         F: FnOnce(&mut Connection) -> Result<T, DbError> + Send + 'static,
     {
         let (answer, result) = oneshot::channel();
+        let reserve = self.reserve.clone();
         let boxed: Job = Box::new(move |connection| {
-            let _ = answer.send(job(connection));
+            let _ = answer.send(job(connection).map_err(|e| judged(reserve.dir(), e)));
         });
         self.jobs.send(boxed).await.map_err(|_| DbError::Closed)?;
         result.await.map_err(|_| DbError::Closed)?
+    }
+
+    /// The same for what changes something and ends no machine: refused where it would take the space that is held for ends.
+    pub async fn write<T, F>(&self, job: F) -> Result<T, DbError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Connection) -> Result<T, DbError> + Send + 'static,
+    {
+        let reserve = self.reserve.clone();
+        self.call(move |c| {
+            reserve.guard(c)?;
+            job(c)
+        })
+        .await
     }
 
     /// The same, and the change is on the disk before this comes back. All others are once the log is checkpointed: a host that loses
@@ -179,7 +222,7 @@ impl Db {
         T: Send + 'static,
         F: FnOnce(&mut Connection) -> Result<T, DbError> + Send + 'static,
     {
-        self.call(|c| {
+        self.write(|c| {
             c.execute_batch("PRAGMA synchronous = FULL")?;
             let done = job(c);
             c.execute_batch("PRAGMA synchronous = NORMAL")?;
@@ -193,9 +236,20 @@ fn connect(path: &Path) -> Result<Connection, DbError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let judge = |e: rusqlite::Error| judge(path, e);
     let mut connection = Connection::open_with_flags(path, flags).map_err(judge)?;
-    let pragmas = "PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
-         PRAGMA foreign_keys = ON; PRAGMA cache_size = -512; PRAGMA journal_size_limit = 1048576;";
-    connection.execute_batch(pragmas).map_err(judge)?;
+    // The daemon is alone with it (the state's lock), so that the index of the log can be in memory: as a file it would have to be
+    // made at every start, which a full disk does not let happen.
+    let pragmas = format!(
+        "PRAGMA locking_mode = EXCLUSIVE; PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+         PRAGMA foreign_keys = ON; PRAGMA cache_size = -512; PRAGMA temp_store = MEMORY;
+         PRAGMA journal_size_limit = {}; PRAGMA wal_autocheckpoint = {};",
+        reserve::LOG,
+        reserve::CHECKPOINT
+    );
+    connection.execute_batch(&pragmas).map_err(judge)?;
+    // Else the log would be removed with the connection, and its blocks be anybody's.
+    connection
+        .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+        .map_err(judge)?;
     let sound: String = connection
         .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
         .map_err(judge)?;
@@ -223,22 +277,15 @@ fn judge(path: &Path, e: rusqlite::Error) -> DbError {
     }
 }
 
-/// Looks at a database without changing anything, not even its schema. `Ok(None)` when there is none yet.
-pub fn inspect(path: &Path) -> Result<Option<i64>, DbError> {
-    if !path.exists() {
-        return Ok(None);
+/// What SQLite calls a failed call of the system may be a full disk: the file system knows.
+fn judged(dir: &Path, e: DbError) -> DbError {
+    use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
+    let DbError::Sqlite(source) = &e else { return e };
+    let of_system = matches!(source.sqlite_error_code(), Some(CannotOpen | SystemIoFailure));
+    if of_system && space::is_full(dir) {
+        return DbError::Full;
     }
-    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY).map_err(|e| judge(path, e))?;
-    let version: i64 = connection
-        .query_row("PRAGMA user_version", [], |row| row.get(0))
-        .map_err(|e| judge(path, e))?;
-    if version > VERSION {
-        return Err(DbError::Newer {
-            path: path.to_owned(),
-            found: version,
-        });
-    }
-    Ok(Some(version))
+    e
 }
 
 #[cfg(test)]
@@ -254,7 +301,6 @@ mod tests {
         assert!(matches!(error, DbError::Corrupt { .. }), "{error:?}");
         assert!(error.to_string().contains("banger.db"));
         assert!(error.hint().unwrap().contains("mv "));
-        assert!(matches!(inspect(&path), Err(DbError::Corrupt { .. })));
         assert!(std::fs::read(&path).unwrap().starts_with(b"this is not"));
     }
 
@@ -262,7 +308,10 @@ mod tests {
     async fn a_truncated_database_is_noticed() {
         let tmp = tempfile::tempdir().unwrap();
         let path = tmp.path().join("banger.db");
-        drop(connect(&path).unwrap());
+        let connection = connect(&path).unwrap();
+        reserve::checkpoint(&connection).unwrap();
+        drop(connection);
+        std::fs::remove_file(tmp.path().join("banger.db-wal")).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
         let result = connect(&path);
@@ -277,14 +326,5 @@ mod tests {
         connection.execute_batch("PRAGMA user_version = 999").unwrap();
         drop(connection);
         assert!(matches!(Db::open(&path), Err(DbError::Newer { found: 999, .. })));
-        assert!(matches!(inspect(&path), Err(DbError::Newer { .. })));
-    }
-
-    #[test]
-    fn looking_makes_nothing() {
-        let tmp = tempfile::tempdir().unwrap();
-        let path = tmp.path().join("banger.db");
-        assert!(inspect(&path).unwrap().is_none());
-        assert!(!path.exists());
     }
 }

@@ -20,7 +20,7 @@ impl Db {
 
     /// Writes an operation as it is now, and forgets all but the newest `keep`.
     pub async fn put_operation(&self, operation: Operation, keep: usize) -> Result<(), DbError> {
-        self.call(move |c| {
+        self.write(move |c| {
             let document = serde_json::to_string(&operation).map_err(|e| DbError::Row {
                 table: "operations",
                 what: e.to_string(),

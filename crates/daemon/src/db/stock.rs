@@ -54,7 +54,7 @@ impl Db {
 
     /// Points a name at an object.
     pub async fn put_name(&self, table: NameTable, object: NamedObject) -> Result<(), DbError> {
-        self.call(move |c| {
+        self.write(move |c| {
             let sql = format!(
                 "INSERT INTO {} (name, digest, created_at) VALUES (?1, ?2, ?3)
                  ON CONFLICT (name) DO UPDATE SET digest = excluded.digest, created_at = excluded.created_at",

@@ -41,7 +41,7 @@ impl Db {
 
     /// Notes a template that was made; one that is there already starts anew.
     pub async fn add_template(&self, id: String, now: Timestamp) -> Result<(), DbError> {
-        self.call(move |c| {
+        self.write(move |c| {
             c.execute(
                 "INSERT OR REPLACE INTO templates (id, uses, created_at) VALUES (?1, 0, ?2)",
                 params![id, now],
@@ -53,7 +53,7 @@ impl Db {
 
     /// Counts a use.
     pub async fn template_used(&self, id: String, now: Timestamp) -> Result<(), DbError> {
-        self.call(move |c| {
+        self.write(move |c| {
             c.execute(
                 "UPDATE templates SET uses = uses + 1, last_used_at = ?2 WHERE id = ?1",
                 params![id, now],

@@ -53,7 +53,7 @@ pub async fn delete(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
     }
     let db = &m.services.db;
     db.delete_machine(m.id.clone()).await.map_err(IntoApi::into_api)?;
-    db.keep_room();
+    db.keep_room().await;
     // Before the operation ends, so that who waited for its end does not find the machine any more.
     m.services.forget(&m.id);
     if let Some(system) = m.services.hosting.get() {

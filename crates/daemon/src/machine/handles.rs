@@ -45,17 +45,19 @@ fn write_beside(path: &Path, content: &[u8], lasting: bool) -> std::io::Result<(
     use std::os::unix::fs::OpenOptionsExt;
     let mut temporary = path.to_owned().into_os_string();
     temporary.push(".new");
-    let mut file = std::fs::OpenOptions::new()
+    let written = std::fs::OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
-        .open(&temporary)?;
-    file.write_all(content)?;
-    if lasting {
-        file.sync_data()?;
-    }
-    std::fs::rename(&temporary, path)
+        .open(&temporary)
+        .and_then(|mut file| {
+            file.write_all(content)?;
+            if lasting { file.sync_data() } else { Ok(()) }
+        })
+        .and_then(|()| std::fs::rename(&temporary, path));
+    // Half a file on a full disk is in the way of everything else.
+    written.inspect_err(|_| drop(std::fs::remove_file(&temporary)))
 }
 
 /// Removes the handles once the engine is gone.

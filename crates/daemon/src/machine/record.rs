@@ -1,5 +1,6 @@
 //! What is known of a machine.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use banger_core::id::MachineId;
@@ -36,6 +37,8 @@ pub struct Machine {
     view: watch::Sender<View>,
     live: Mutex<Option<Live>>,
     writing: tokio::sync::Mutex<()>,
+    /// The row is newer than the one in the database, which could not be written.
+    unwritten: AtomicBool,
     /// Reading of the last statistics: (when, CPU time in ms).
     pub last_cpu: Mutex<Option<(std::time::Instant, u64)>>,
 }
@@ -95,7 +98,7 @@ struct View {
 }
 
 /// How a change of a row is written.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Write {
     /// It outlives the daemon.
     Ordinary,
@@ -124,6 +127,7 @@ impl Machine {
             }),
             live: Mutex::new(None),
             writing: tokio::sync::Mutex::new(()),
+            unwritten: AtomicBool::new(false),
             last_cpu: Mutex::new(None),
         })
     }
@@ -219,7 +223,17 @@ impl Machine {
             Write::Lasting => db.update_machine_lasting(row.clone()).await,
             Write::Ending => db.update_ending_machine(row.clone()).await,
         };
-        written.map_err(IntoApi::into_api)?;
+        match written {
+            // Of what ends a machine the next daemon finds out by looking; that it happens must not depend on space.
+            Err(e) if how == Write::Ending && e.is_full() => {
+                tracing::warn!(machine = %self.id, state = row.state.as_str(), "the disk is full: its row is written later");
+                self.unwritten.store(true, Ordering::Relaxed);
+            }
+            written => {
+                written.map_err(IntoApi::into_api)?;
+                self.unwritten.store(false, Ordering::Relaxed);
+            }
+        }
         self.view.send_modify(|v| v.row = row);
         self.describe();
         Ok(())
@@ -229,6 +243,16 @@ impl Machine {
     pub fn describe(&self) {
         if let Err(error) = Description::of(&self.row()).keep(&self.paths) {
             tracing::warn!(machine = %self.id, %error, "machine.json is not written");
+        }
+    }
+
+    /// Writes the row that could not be written when it changed, if there is such a one.
+    pub async fn catch_up(&self) {
+        if !self.unwritten.load(Ordering::Relaxed) || self.is_gone() {
+            return;
+        }
+        if let Err(e) = self.write(|_| Ok(()), Write::Ending).await {
+            tracing::warn!(machine = %self.id, error = %e.message, "its row is not written");
         }
     }
 
