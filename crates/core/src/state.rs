@@ -16,6 +16,9 @@
 //!   stopped, suspended, error ── delete ──▶ deleting ──▶ (no row)      damaged disks: ──▶ error
 //! ```
 //!
+//! A running machine whose disk can't be written on the host is `stalled` for as long as that lasts. The database does not know that state:
+//! it is what the engine says, shown in place of `running`.
+//!
 //! A delete or a stop of a machine that is starting interrupts the start; a delete of a running one stops it first. A machine whose
 //! wake fails before its guest has run again is suspended as before; its disks have not changed.
 
@@ -82,6 +85,8 @@ pub enum Refusal {
     Busy,
     /// Its virtual CPUs are stopped.
     Paused,
+    /// It stands still until a disk of it can be written.
+    Stalled,
     /// Its memory is on disk, and would be lost.
     Suspended,
     /// Its disks are damaged; only delete is left.
@@ -98,6 +103,7 @@ impl Refusal {
             Self::NotStopped => "it has to be stopped for this",
             Self::Busy => "another change of it is under way",
             Self::Paused => "its processors stand still",
+            Self::Stalled => "it stands still until its disk can be written",
             Self::Suspended => "what is in its memory would be lost",
             Self::Broken => "its disks are damaged",
             Self::Gone => "it is being removed",
@@ -139,6 +145,11 @@ pub fn decide(state: State, request: Request) -> Decision {
         (State::Running, R::Start | R::Resume) => Already,
         (State::Running, R::GrowDisk | R::Commit) => refuse(Refusal::NotStopped),
         (State::Running, _) => Do,
+
+        (State::Stalled, R::Start) => Already,
+        (State::Stalled, R::Resume | R::Stop | R::Restart | R::Kill | R::Delete | R::Restore) => Do,
+        (State::Stalled, R::Agent | R::Pause | R::Suspend | R::Snapshot | R::Fork) => refuse(Refusal::Stalled),
+        (State::Stalled, R::GrowDisk | R::Commit) => refuse(Refusal::NotStopped),
 
         (State::Paused, R::Pause) => Already,
         (State::Paused, R::Resume | R::Stop | R::Restart | R::Kill | R::Delete | R::Restore) => Do,
@@ -222,7 +233,13 @@ pub fn next(state: State, event: Event) -> Option<State> {
 pub fn may_have_engine(state: State) -> bool {
     matches!(
         state,
-        State::Starting | State::Running | State::Paused | State::Suspending | State::Stopping | State::Deleting
+        State::Starting
+            | State::Running
+            | State::Paused
+            | State::Stalled
+            | State::Suspending
+            | State::Stopping
+            | State::Deleting
     )
 }
 
@@ -232,11 +249,12 @@ mod tests {
 
     use super::*;
 
-    const STATES: [State; 10] = [
+    const STATES: [State; 11] = [
         State::Creating,
         State::Starting,
         State::Running,
         State::Paused,
+        State::Stalled,
         State::Suspending,
         State::Suspended,
         State::Stopping,
@@ -334,8 +352,37 @@ mod tests {
     }
 
     #[test]
+    fn a_stalled_machine_can_be_ended_and_nothing_asks_its_guest() {
+        for request in REQUESTS {
+            let done = decide(State::Stalled, request);
+            let ends = matches!(
+                request,
+                Request::Stop | Request::Kill | Request::Delete | Request::Restart | Request::Restore
+            );
+            assert!(!ends || done == Decision::Do, "{request:?}");
+            assert!(done != Decision::Do || decide(State::Running, request) != Decision::Refuse(Refusal::NotRunning));
+        }
+        assert_eq!(
+            decide(State::Stalled, Request::Agent),
+            Decision::Refuse(Refusal::Stalled)
+        );
+        assert_eq!(decide(State::Stalled, Request::Resume), Decision::Do);
+        // No event leads to it or away from it.
+        for event in EVENTS {
+            for state in STATES {
+                assert_ne!(next(state, event), Some(State::Stalled));
+            }
+            assert!(
+                matches!(next(State::Stalled, event), None | Some(State::Deleting)),
+                "{event:?}"
+            );
+        }
+    }
+
+    #[test]
     fn what_is_allowed_can_begin() {
-        for state in STATES {
+        // A stalled machine is a running one in the database.
+        for state in STATES.into_iter().filter(|state| *state != State::Stalled) {
             for request in REQUESTS {
                 // A restart of a stopped machine is a start; a kill of a stopping one only hurries it.
                 let other = matches!(

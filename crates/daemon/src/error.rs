@@ -133,6 +133,7 @@ impl IntoApi for LinkError {
             Self::Broken { .. } => {
                 ApiError::new(ErrorCode::Unavailable, message).hint("try again: the daemon connects anew")
             }
+            Self::Stalled(stall) => crate::machine::stall::error(&stall),
             Self::Busy => ApiError::new(ErrorCode::Conflict, message).hint("end some of them"),
             Self::Handshake(_) | Self::Answer { .. } | Self::WrongMachine { .. } => {
                 ApiError::new(ErrorCode::Guest, message)

@@ -1,17 +1,21 @@
-//! What is done when a full disk has space again, without anybody asking: the space for the end of machines is taken anew, and rows are
-//! written that could not be.
+//! What is done when a full disk has space again, without anybody asking: machines that stand still go on, the space for the end of
+//! machines is taken anew, and rows are written that could not be.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::machine::stall::{self, Tried};
 use crate::services::Services;
 
-/// How often it is looked for.
-const OFTEN: Duration = Duration::from_secs(5);
+/// How often it is looked for while a machine waits for it, and else.
+const OFTEN: Duration = Duration::from_secs(1);
+const SELDOM: Duration = Duration::from_secs(3);
 
 /// Looks after it until the daemon stops.
 pub async fn watch(services: Arc<Services>) {
     let mut short = false;
+    let mut tried = BTreeMap::new();
     loop {
         if !services.db.holds_room() {
             let held = services.db.keep_room().await;
@@ -23,11 +27,21 @@ pub async fn watch(services: Arc<Services>) {
                 }
             }
         }
+        let mut waiting = BTreeMap::new();
         for m in services.machines() {
             m.catch_up().await;
+            if let Some(live) = m.live()
+                && let Some(stall) = live.stalled_now()
+            {
+                let mut before: Tried = tried.get(&m.id).copied().unwrap_or_default();
+                stall::look(&m, &live, &stall, &mut before).await;
+                waiting.insert(m.id.clone(), before);
+            }
         }
+        tried = waiting;
+        let pause = if tried.is_empty() { SELDOM } else { OFTEN };
         tokio::select! {
-            () = tokio::time::sleep(OFTEN) => {}
+            () = tokio::time::sleep(pause) => {}
             () = services.stopping.cancelled() => return,
         }
     }

@@ -35,6 +35,7 @@ mod remove;
 mod search;
 mod sessions;
 mod snapshots;
+mod space;
 mod ssh;
 mod suspend;
 mod system_mode;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         debian::trials(),
         copies::trials(),
         templates::trials(),
+        space::trials(),
         suspend::trials(),
         system_mode::trials(),
         snapshots::trials(),

@@ -167,7 +167,7 @@ pub(crate) fn report(report: &ShimReport) -> io::Result<()> {
 
 /// Field 22 of `/proc/PID/stat`. The child cannot have been replaced by another process: it is not waited for yet.
 fn start_time(pid: u32) -> io::Result<u64> {
-    let stat = fs::read(format!("/proc/{pid}/stat"))?;
+    let stat = std::fs::read(format!("/proc/{pid}/stat"))?;
     let after = stat.iter().rposition(|b| *b == b')').map_or(0, |at| at + 1);
     String::from_utf8_lossy(&stat[after..])
         .split_ascii_whitespace()

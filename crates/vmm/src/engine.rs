@@ -142,10 +142,31 @@ pub enum VcpuState {
     Running,
     /// They are stopped, and can go on.
     Paused,
+    /// They stand still until a disk of the machine can be written: see [`Engine::stalled`].
+    Stalled,
     /// The engine has not been told to run them yet, or is not done with loading what was saved.
     Loading,
     /// They can't go on: the guest has shut down, or the engine has given up on it.
     Ended,
+}
+
+/// Why a machine stands still that nobody has stopped: a disk of it could not be written on the host. Nothing is lost; it goes on when
+/// writing works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stall {
+    /// What is the matter.
+    pub kind: StallKind,
+    /// The disk, where that is known.
+    pub disk: Option<DiskRole>,
+}
+
+/// What is the matter with a disk that could not be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StallKind {
+    /// The host's disk is full, or a quota is used up.
+    NoSpace,
+    /// The host's disk has failed.
+    Failed,
 }
 
 /// How an engine ended.
@@ -270,6 +291,21 @@ pub trait Engine: Send + Sync {
 
     /// Whether they run.
     fn vcpu_state<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<VcpuState, EngineError>>;
+
+    /// Waits until what holds the machine up is something else than `known`, and says what it is then: `None` is nothing. An engine that
+    /// stops for nobody but its daemon never comes back.
+    fn stalled<'a>(
+        &'a self,
+        _handles: &'a Handles,
+        _known: Option<&'a Stall>,
+    ) -> BoxFuture<'a, Result<Option<Stall>, EngineError>> {
+        Box::pin(std::future::pending())
+    }
+
+    /// Lets a machine that is held up try again. Does nothing where nothing holds it up.
+    fn try_again<'a>(&'a self, _handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
 
     /// Saves memory, devices and disks of a machine at one point in time, with the virtual CPUs stopped as briefly as possible.
     ///

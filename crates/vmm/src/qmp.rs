@@ -1,7 +1,7 @@
 //! QEMU's control protocol: one client at a time, lines of JSON over a Unix socket.
 //!
 //! QEMU serves one connection and lets others wait, so a connection is opened for a purpose and closed again. Everything has
-//! a deadline; a line has a greatest length. Events are skipped: nothing here needs them.
+//! a deadline but the wait for an event; a line has a greatest length.
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -14,6 +14,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use std::collections::VecDeque;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
@@ -24,6 +25,10 @@ use crate::dial::{dial, peer};
 const LINE: u64 = 4 << 20;
 /// More lines than this before a reply are a fault, not events.
 const SKIPPED: usize = 1000;
+/// Events that are kept until somebody asks for them.
+const EVENTS: usize = 64;
+/// How long the rest of a line may take.
+const REST: Duration = Duration::from_secs(3);
 
 /// What went wrong on a control connection.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +66,7 @@ pub struct Client {
     deadline: Instant,
     peer: Option<u32>,
     next_id: u64,
+    events: VecDeque<String>,
 }
 
 #[derive(Deserialize)]
@@ -119,6 +125,7 @@ impl Client {
             deadline,
             peer,
             next_id: 0,
+            events: VecDeque::new(),
         };
         let greeting = client.read("greeting").await?;
         if greeting.greeting.is_none() {
@@ -204,11 +211,34 @@ impl Client {
                         .map_err(|e| QmpError::Protocol(format!("unexpected answer to {command}: {e}")));
                 }
                 // Late answers to nothing, events and what later versions may add.
-                _ if message.event.is_some() || message.value.is_some() => {}
+                _ if message.event.is_some() || message.value.is_some() => self.keep(message.event),
                 _ => return Err(QmpError::Protocol("a message of no known kind".to_owned())),
             }
         }
         Err(QmpError::Protocol("events without end".to_owned()))
+    }
+
+    /// Keeps the name of an event; of too many the first are forgotten.
+    fn keep(&mut self, event: Option<String>) {
+        self.events.extend(event);
+        if self.events.len() > EVENTS {
+            self.events.pop_front();
+        }
+    }
+
+    /// The name of the next event. Waits for it without a deadline; one that came since this connection was opened is the next.
+    pub async fn event(&mut self) -> Result<String, QmpError> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
+            if self.stream.fill_buf().await.map_err(QmpError::Io)?.is_empty() {
+                return Err(QmpError::Closed("event"));
+            }
+            self.extend(REST);
+            let message = self.read("event").await?;
+            self.keep(message.event);
+        }
     }
 
     /// Name of the guest, as given at the start.

@@ -154,6 +154,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_mapped_from_tmpfs_has_all_its_pages() {
+        let shared = Path::new("/dev/shm");
+        let on_tmpfs = open(shared, OFlags::RDONLY, Mode::empty())
+            .and_then(|dir| fstatfs(&dir))
+            .is_ok_and(|found| found.f_type == TMPFS);
+        let Ok(dir) = tempfile::tempdir_in(shared).map_err(drop) else {
+            eprintln!("skipped: no /dev/shm");
+            return;
+        };
+        if !on_tmpfs {
+            eprintln!("skipped: /dev/shm is no tmpfs");
+            return;
+        }
+        let path = dir.path().join("memory");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        settle_mapped(&path).unwrap();
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!((meta.len(), meta.blocks() * 512), (1 << 20, 1 << 20));
+        let found = statvfs(dir.path()).unwrap();
+        let all = found.f_blocks.saturating_mul(found.f_frsize);
+        if (1..1 << 40).contains(&all) {
+            File::create(&path).unwrap().set_len(all * 2).unwrap();
+            let refused = settle_mapped(&path).unwrap_err();
+            assert!(says_full(&refused), "{refused}");
+        }
+    }
+
+    #[test]
     fn more_than_there_is_cannot_be_had() {
         let dir = tempfile::tempdir().unwrap();
         probe(dir.path(), 4096).unwrap();

@@ -305,7 +305,8 @@ pub(crate) async fn end_process(machine: &str, process: Process) {
 
 /// Removes a machine's sockets.
 pub(crate) fn remove_sockets(paths: &MachinePaths) {
-    for socket in [paths.control_socket(), paths.agent_socket()] {
+    let events = paths.control_socket().with_file_name("events.sock");
+    for socket in [paths.control_socket(), paths.agent_socket(), events] {
         if let Err(e) = remove(&socket) {
             tracing::warn!(path = %socket.display(), error = %e, "cannot remove a socket");
         }

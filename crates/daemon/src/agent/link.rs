@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use banger_core::id::MachineId;
-use banger_vmm::{Engine, EngineError, Handles};
+use banger_vmm::{Engine, EngineError, Handles, Stall};
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::Response;
@@ -15,7 +15,7 @@ use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
@@ -101,6 +101,9 @@ pub enum LinkError {
         /// What the agent says.
         found: String,
     },
+    /// The guest stands still, and nobody knows for how long.
+    #[error("{}", crate::machine::stall::words(.0))]
+    Stalled(Stall),
     /// Too many sessions and transfers at once.
     #[error("{MAX_RELAYS} sessions and transfers are under way in this machine already")]
     Busy,
@@ -152,6 +155,7 @@ pub struct Link {
     relays: Arc<Semaphore>,
     patience: Patience,
     gate: Gate,
+    stall: watch::Receiver<Option<Stall>>,
 }
 
 impl std::fmt::Debug for Link {
@@ -170,6 +174,22 @@ impl Link {
             relays: Arc::new(Semaphore::new(MAX_RELAYS)),
             patience: Patience::default(),
             gate: Gate::new(gate::PATIENCE),
+            stall: watch::channel(None).1,
+        }
+    }
+
+    /// The same for a machine that may stall: requests fail at once then.
+    pub fn may_stall(mut self, stall: watch::Receiver<Option<Stall>>) -> Self {
+        self.stall = stall;
+        self
+    }
+
+    async fn stalled(&self) -> Stall {
+        let mut stall = self.stall.clone();
+        match stall.wait_for(Option::is_some).await.map(|stall| *stall) {
+            Ok(Some(stall)) => stall,
+            // No engine is watched.
+            _ => std::future::pending().await,
         }
     }
 
@@ -307,6 +327,22 @@ impl Link {
     /// progress. While the guest is frozen to be saved the request waits, unless it is for a frozen guest; that time counts against no
     /// deadline.
     pub(super) async fn send_until(
+        &self,
+        call: Call,
+        argument: &str,
+        body: Body,
+        connect_by: Instant,
+        within: Duration,
+        late: impl Future<Output = ()>,
+    ) -> Result<Response<Incoming>, LinkError> {
+        tokio::select! {
+            biased;
+            stall = self.stalled() => Err(LinkError::Stalled(stall)),
+            answer = self.sent(call, argument, body, connect_by, within, late) => answer,
+        }
+    }
+
+    async fn sent(
         &self,
         call: Call,
         argument: &str,

@@ -104,6 +104,7 @@ mod tests {
             name: "web".to_owned(),
             state: MachineState::Running,
             cause: None,
+            stalled: None,
             spec: MachineSpec {
                 image: String::new(),
                 image_digest: String::new(),

@@ -64,13 +64,14 @@ pub fn decide(state: State, found: Liveness) -> Fate {
         (State::Stopped | State::Suspended | State::Error, _) => Fate::Leave,
         (State::Deleting, Liveness::Alive(handles)) => Fate::FinishDelete(Some(handles)),
         (State::Deleting, Liveness::Gone(_)) => Fate::FinishDelete(None),
-        (State::Running | State::Paused, Liveness::Alive(handles)) => Fate::Adopt(handles),
+        (State::Running | State::Stalled | State::Paused, Liveness::Alive(handles)) => Fate::Adopt(handles),
         (State::Suspending, Liveness::Alive(handles)) => Fate::TakeBackSuspension(handles),
         (State::Starting, Liveness::Alive(handles)) => Fate::FinishStart(handles),
         (State::Stopping, Liveness::Alive(handles)) => Fate::FinishStop(handles),
-        (State::Running | State::Paused | State::Suspending | State::Starting | State::Stopping, Liveness::Gone(_)) => {
-            Fate::MarkStopped
-        }
+        (
+            State::Running | State::Stalled | State::Paused | State::Suspending | State::Starting | State::Stopping,
+            Liveness::Gone(_),
+        ) => Fate::MarkStopped,
         // Never a row's.
         (State::Unverified, _) => Fate::Leave,
         (_, Liveness::Unclear(why)) => Fate::LookAgain(Doubt { why, process: None }),

@@ -6,6 +6,8 @@ use banger_core::plan::MachinePaths;
 use banger_vmm::{ExitRecord, console_tail, exit_record};
 use tokio::time::Instant;
 
+/// What ends a process that reads a page of a mapped file that can't be had.
+const SIGBUS: i32 = 7;
 /// Lines of the console that are looked at.
 const TAIL: usize = 20;
 /// How often a record is looked for that is not there yet.
@@ -32,6 +34,9 @@ pub fn of_exit(record: Option<&ExitRecord>, console: &[String]) -> String {
     match (record.code, record.signal) {
         _ if panicked => "the guest's kernel panicked".to_owned(),
         (Some(0), _) => "the guest powered itself off".to_owned(),
+        (_, Some(SIGBUS)) => {
+            "its engine was ended by SIGBUS: memory that it maps from a file could not be had (a full tmpfs, or a damaged file)".to_owned()
+        }
         (_, Some(signal)) => format!("its engine was ended by signal {signal}"),
         (Some(code), _) => match record.last_words.last() {
             Some(words) => format!("its engine failed with exit status {code}: {words}"),
@@ -68,6 +73,7 @@ mod tests {
             of_exit(Some(&record(Some(1), None)), &[]),
             "its engine failed with exit status 1: qemu: bad"
         );
+        assert!(of_exit(Some(&record(None, Some(7))), &[]).contains("full tmpfs"));
         let panic = ["[ 1.2] Kernel panic - not syncing: x".to_owned()];
         assert_eq!(
             of_exit(Some(&record(Some(0), None)), &panic),

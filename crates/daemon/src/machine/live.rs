@@ -3,11 +3,15 @@
 use std::sync::Arc;
 
 use banger_core::id::MachineId;
-use banger_vmm::{Engine, Handles};
+use banger_vmm::{Engine, Handles, Stall};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Link;
 use crate::agent::link::EngineDial;
+
+/// Pause before an engine is asked again whether it stands still, when it could not be asked.
+const AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// A launched engine, the connection to its guest, and the news of its end.
 #[derive(Clone)]
@@ -20,6 +24,8 @@ pub struct Live {
     pub link: Arc<Link>,
     /// Cancelled once the engine process has ended.
     pub exited: CancellationToken,
+    /// Why it stands still though nobody has stopped it.
+    pub stall: watch::Receiver<Option<Stall>>,
 }
 
 impl std::fmt::Debug for Live {
@@ -38,18 +44,75 @@ impl Live {
             engine: engine.clone(),
             handles: handles.clone(),
         };
-        let link = Arc::new(Link::new(id.clone(), Box::new(dial)));
+        let (tell, stall) = watch::channel(None);
+        let link = Arc::new(Link::new(id.clone(), Box::new(dial)).may_stall(stall.clone()));
         let (watched, token) = (handles.clone(), exited.clone());
         let driver = engine.clone();
         tokio::spawn(async move {
             driver.wait_exit(&watched).await;
             token.cancel();
         });
-        Self {
+        let live = Self {
             engine,
             handles,
             link,
             exited,
+            stall,
+        };
+        tokio::spawn(watch_stall(
+            id.clone(),
+            live.engine.clone(),
+            live.handles.clone(),
+            live.exited.clone(),
+            tell,
+        ));
+        live
+    }
+
+    /// Why it stands still now.
+    pub fn stalled_now(&self) -> Option<Stall> {
+        *self.stall.borrow()
+    }
+
+    /// Waits until it stands still.
+    pub async fn stalled(&self) -> Stall {
+        let mut stall = self.stall.clone();
+        match stall.wait_for(Option::is_some).await.map(|stall| *stall) {
+            Ok(Some(stall)) => stall,
+            _ => std::future::pending().await,
         }
+    }
+}
+
+/// Follows whether an engine stands still, to its end.
+async fn watch_stall(
+    id: MachineId,
+    engine: Arc<dyn Engine>,
+    handles: Handles,
+    exited: CancellationToken,
+    tell: watch::Sender<Option<Stall>>,
+) {
+    let follow = async {
+        let mut known = None;
+        loop {
+            match engine.stalled(&handles, known.as_ref()).await {
+                Ok(now) => {
+                    match &now {
+                        Some(stall) => tracing::error!(machine = %id, ?stall, "it stands still"),
+                        None => tracing::info!(machine = %id, "it runs again"),
+                    }
+                    known = now;
+                    tell.send_replace(now);
+                }
+                Err(e) => {
+                    tracing::debug!(machine = %id, error = %e, "whether it stands still is not known");
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        () = exited.cancelled() => {}
+        () = follow => {}
     }
 }

@@ -9,7 +9,7 @@
 //! * [`disks`]: the files that a machine writes to and the layers that it shares,
 //! * [`adopt`]: what becomes of a machine when the daemon starts,
 //! * [`doubt`]: a machine whose engine can't be verified,
-//! * [`live`]: a machine's engine while there is one,
+//! * [`live`]: a machine's engine while there is one; [`stall`]: one whose disk can't be written,
 //! * [`description`] is `machine.json`: what a machine is, beside its disks,
 //! * [`handles`] is `handles.json`, [`journal`] is `journal.json`: what a machine is in the middle of.
 
@@ -31,6 +31,7 @@ pub mod restore;
 pub mod save;
 pub mod snapshot;
 pub mod stages;
+pub mod stall;
 pub mod start;
 pub mod stop;
 pub mod suspend;

@@ -8,12 +8,14 @@ use banger_core::plan::MachinePaths;
 use banger_core::state::{self, Event};
 use banger_proto::api::{self, GuestInfo, MachineState};
 use banger_proto::error::{ApiError, ErrorCode};
+use banger_vmm::Stall;
 use tokio::sync::{mpsc, watch};
 
 use super::description::Description;
 use super::doubt::Doubt;
 use super::live::Live;
 use super::request::Ask;
+use super::stall;
 use crate::db::MachineRow;
 use crate::error::IntoApi;
 use crate::idle::Usage;
@@ -142,6 +144,19 @@ impl Machine {
         self.view.borrow().row.state
     }
 
+    /// State as it is shown: a running machine may stand still.
+    pub fn state_now(&self) -> MachineState {
+        match (self.state(), self.stall()) {
+            (MachineState::Running, Some(_)) => MachineState::Stalled,
+            (state, _) => state,
+        }
+    }
+
+    /// Why it stands still though nobody has stopped it.
+    pub fn stall(&self) -> Option<Stall> {
+        self.live().and_then(|live| live.stalled_now())
+    }
+
     /// Name.
     pub fn name(&self) -> String {
         self.view.borrow().row.name.clone()
@@ -149,17 +164,24 @@ impl Machine {
 
     /// The machine as the API shows it.
     pub fn show(&self) -> api::Machine {
+        let stall = self.stall();
         let view = self.view.borrow();
         let row = view.row.clone();
         let on_bridge = row.spec.network == "bridge";
         let address = on_bridge.then(|| self.services.hosting.address(row.slot)).flatten();
         let address = address.map(|address| address.to_string());
         let (state, cause) = shown(&view.presence, row.state, row.cause);
+        let stall = stall.filter(|_| state == MachineState::Running);
+        let (state, cause) = match &stall {
+            Some(stall) => (MachineState::Stalled, Some(stall::words(stall))),
+            None => (state, cause),
+        };
         api::Machine {
             id: row.id.to_string(),
             name: row.name,
             state,
             cause,
+            stalled: stall.as_ref().map(stall::shown),
             spec: row.spec,
             created_at: row.created_at,
             started_at: row.started_at,

@@ -13,6 +13,7 @@ use std::time::Duration;
 use banger_core::state::Event;
 use banger_proto::agent::Health;
 use banger_proto::error::{ApiError, ErrorCode};
+use banger_vmm::space;
 
 use super::checkpoint::Checkpoint;
 use super::live::Live;
@@ -20,6 +21,7 @@ use super::record::Machine;
 use super::stages::Stages;
 use super::{save, start, stop};
 use crate::agent::sanitize;
+use crate::blocking::blocking;
 use crate::error::{self, IntoApi};
 use crate::failpoint;
 
@@ -40,6 +42,7 @@ pub async fn launch(m: &Arc<Machine>, stages: &mut Stages, from: &Checkpoint) ->
     stages.enter("restore");
     stages.cancellable(from.check(&m.services)).await?;
     let mut saved = from.saved();
+    settle(from).await?;
     let memory = m.paths.memory();
     stop::remove_file(&memory)?;
     std::fs::hard_link(&saved.memory, &memory)
@@ -50,6 +53,21 @@ pub async fn launch(m: &Arc<Machine>, stages: &mut Stages, from: &Checkpoint) ->
     let keys = m.services.ssh.of_machine(&m.paths.state, &m.id, &name);
     let (launched, _) = tokio::join!(start::launch_engine(m, stages, Some(saved)), keys);
     launched
+}
+
+/// Makes sure that an engine that maps a checkpoint's memory is not ended for want of space: on tmpfs all of it gets its space now.
+pub async fn settle(from: &Checkpoint) -> Result<(), ApiError> {
+    let memory = from.saved().memory;
+    blocking(move || {
+        space::settle_mapped(&memory).map_err(|e| {
+            let what = format!(
+                "give all of the memory in {} its space, which tmpfs needs",
+                memory.display()
+            );
+            error::io(what, e)
+        })
+    })
+    .await
 }
 
 /// Lets it run, and makes it who it is to be.

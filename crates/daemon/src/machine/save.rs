@@ -21,6 +21,7 @@ use super::checkpoint;
 use super::disks;
 use super::live::Live;
 use super::record::Machine;
+use crate::agent::LinkError;
 use crate::agent::gate::Closed;
 use crate::blocking::blocking;
 use crate::error::IntoApi;
@@ -201,6 +202,8 @@ pub async fn go_on(m: &Machine, live: &Live) -> bool {
         match live.link.renew(&renew, RENEW).await {
             Ok(_) => return true,
             Err(_) if live.exited.is_cancelled() => return false,
+            // It is asked again when it goes on.
+            Err(LinkError::Stalled(_)) => return false,
             Err(e) => tracing::error!(machine = %m.id, attempt, error = %e, "the frozen guest does not go on"),
         }
         tokio::time::sleep(Duration::from_millis(200)).await;

@@ -22,7 +22,7 @@ use super::live::Live;
 use super::record::Machine;
 use super::restore::{self, Becomes};
 use super::stages::Stages;
-use super::{cause, disks, handles, save, stop, suspend};
+use super::{cause, disks, handles, save, stall, stop, suspend};
 use crate::agent::{LinkError, sanitize};
 use crate::blocking::blocking;
 use crate::engines;
@@ -117,6 +117,10 @@ async fn from_template(m: &Arc<Machine>, stages: &mut Stages) -> Result<Option<S
             return Ok(None);
         }
     };
+    if let Err(e) = restore::settle(&template).await {
+        tracing::warn!(machine = %m.id, error = %e.message, "it boots instead of starting from its template");
+        return Ok(None);
+    }
     // Making a template is not the start's time.
     stages.restart_clock();
     let work = async {
@@ -421,7 +425,7 @@ async fn link<T>(call: impl Future<Output = Result<T, LinkError>>) -> Result<T, 
     call.await.map_err(IntoApi::into_api)
 }
 
-/// Ends with an error as soon as the engine ends.
+/// Ends with an error as soon as the engine ends, or stands still.
 pub async fn or_exit<T>(
     m: &Machine,
     live: &Live,
@@ -430,6 +434,7 @@ pub async fn or_exit<T>(
     let result = tokio::select! {
         biased;
         () = live.exited.cancelled() => Err(engine_ended(m).await),
+        stall = live.stalled() => Err(stall::error(&stall)),
         result = work => result,
     };
     // A connection that breaks is often the first news of the engine's end; its process follows at once.

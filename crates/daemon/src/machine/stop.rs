@@ -11,7 +11,7 @@ use banger_proto::error::{ApiError, ErrorCode};
 use super::live::Live;
 use super::record::Machine;
 use super::start::remove_dir;
-use super::{cause, handles};
+use super::{cause, handles, stall};
 use crate::error::{self, IntoApi};
 use crate::failpoint;
 use crate::ops::Op;
@@ -57,11 +57,17 @@ pub async fn finish_stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result
     let mut forced = None;
     match asked {
         Ok(()) => {
-            if tokio::time::timeout(timeout, live.exited.cancelled()).await.is_err() {
-                forced = Some(format!(
+            let down = async {
+                tokio::select! {
+                    () = live.exited.cancelled() => None,
+                    stall = live.stalled() => Some(format!("{}; its engine was ended", stall::words(&stall))),
+                }
+            };
+            forced = tokio::time::timeout(timeout, down).await.unwrap_or_else(|_| {
+                Some(format!(
                     "the guest did not shut down within {timeout:?}, its engine was ended"
-                ));
-            }
+                ))
+            });
         }
         Err(e) => {
             // A guest that powers off may break the connection before it has answered.

@@ -22,8 +22,8 @@ use tokio::sync::mpsc::error::TrySendError;
 
 use super::record::{Machine, Presence};
 use super::request::{Ask, Reply, Request};
-use super::stop;
 use super::work::{Current, Ended, Manner, begin, removal};
+use super::{stall, stop};
 use crate::ops::Op;
 
 /// Requests that may wait for a machine.
@@ -119,7 +119,7 @@ async fn unheld(m: &Machine, holders: usize) {
 
 /// Takes a request: answers it, begins its work, or puts it behind the work that it interrupts.
 fn take(m: &Arc<Machine>, current: Option<Current>, ask: Ask, waiting: &mut VecDeque<Ask>) -> Option<Current> {
-    let state = m.state();
+    let state = m.state_now();
     if let Some(Current {
         manner: Manner::Blocked(forced),
         ..
@@ -215,6 +215,9 @@ fn hurry(m: &Arc<Machine>, signal: i32) {
 }
 
 fn refused(m: &Machine, state: MachineState, refusal: Refusal) -> ApiError {
+    if let (Refusal::Stalled, Some(stall)) = (refusal, m.stall()) {
+        return stall::error(&stall);
+    }
     let error = ApiError::new(
         ErrorCode::WrongState,
         format!("machine `{}` is {}: {}", m.name(), state.as_str(), refusal.reason()),
@@ -223,6 +226,8 @@ fn refused(m: &Machine, state: MachineState, refusal: Refusal) -> ApiError {
         Refusal::NotRunning => error.hint(format!("start it: banger vm start {}", m.name())),
         Refusal::NotStopped => error.hint(format!("stop it first: banger vm stop {}", m.name())),
         Refusal::Busy => error.hint(format!("wait for it: banger vm wait {}", m.name())),
+        // It goes on just now.
+        Refusal::Stalled => error.hint("try again"),
         Refusal::Paused => error.hint(format!("let it go on first: banger vm resume {}", m.name())),
         Refusal::Suspended => error.hint(format!(
             "wake it first: banger vm start {0}; or drop its memory: banger vm kill {0}",
@@ -235,7 +240,7 @@ fn refused(m: &Machine, state: MachineState, refusal: Refusal) -> ApiError {
 
 /// Why a request to the agent is refused in this state, if it is.
 pub fn check_agent(m: &Machine) -> Result<(), ApiError> {
-    let state = m.state();
+    let state = m.state_now();
     match state::decide(state, state::Request::Agent) {
         Decision::Refuse(refusal) => Err(refused(m, state, refusal)),
         _ => Ok(()),

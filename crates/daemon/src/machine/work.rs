@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use banger_proto::api::StartMachine;
+use banger_proto::api::{MachineState, StartMachine};
 use banger_proto::error::{ApiError, ErrorCode};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::record::Machine;
 use super::request::{Ask, Request};
 use super::stages::Stages;
-use super::{create, delete, disks, fork, snapshot, start, stop, suspend};
+use super::{create, delete, disks, fork, snapshot, stall, start, stop, suspend};
 use crate::blocking::blocking;
 use crate::failpoint;
 use crate::ops::Op;
@@ -91,7 +91,14 @@ pub fn begin(m: &Arc<Machine>, ask: Ask) -> Current {
             ))
         }),
         Request::Pause => bounded(m, op, |m, op| Box::pin(async move { suspend::pause(&m, &op).await })),
-        Request::Resume => bounded(m, op, |m, op| Box::pin(async move { suspend::resume(&m, &op).await })),
+        Request::Resume => bounded(m, op, |m, op| {
+            Box::pin(async move {
+                match m.live().filter(|live| live.stalled_now().is_some()) {
+                    Some(live) if m.state() == MachineState::Running => stall::resume(&m, &live, &op).await,
+                    _ => suspend::resume(&m, &op).await,
+                }
+            })
+        }),
         Request::Suspend => bounded(m, op, |m, op| {
             Box::pin(async move { suspend::suspend(&m, &op, false).await })
         }),

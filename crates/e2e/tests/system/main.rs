@@ -22,6 +22,7 @@ mod disk;
 mod install;
 mod jail;
 mod promises;
+mod space;
 mod survive;
 mod user_mode;
 mod wait;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         user_mode::scenarios(),
         disk::scenarios(),
         jail::scenarios(),
+        space::scenarios(),
     ];
     harness::run(scenarios.into_iter().flatten().collect())
 }

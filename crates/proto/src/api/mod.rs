@@ -69,6 +69,8 @@ pub enum MachineState {
     Running,
     /// Its virtual CPUs are stopped; everything else is as it was.
     Paused,
+    /// It would run, but a disk of it can't be written on the host; `stalled` says why. It goes on by itself once that works.
+    Stalled,
     /// Its memory is being written to disk.
     Suspending,
     /// No engine process; disks and memory are kept, and a start goes on where it was.
@@ -94,6 +96,7 @@ impl MachineState {
             Self::Starting => "starting",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Stalled => "stalled",
             Self::Suspending => "suspending",
             Self::Suspended => "suspended",
             Self::Stopping => "stopping",
@@ -125,9 +128,12 @@ pub struct Machine {
     pub name: String,
     /// Where it is in its life.
     pub state: MachineState,
-    /// Why it is stopped or broken, in words.
+    /// Why it is stopped, stalled or broken, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<String>,
+    /// What keeps it from running, while it is `stalled`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stalled: Option<Stalled>,
     /// What it is made of.
     pub spec: MachineSpec,
     /// When the row was written.
@@ -159,6 +165,26 @@ pub struct Machine {
     /// Ports of the host that lead to it.
     #[serde(default)]
     pub forwards: Vec<Forward>,
+}
+
+/// What keeps a machine from running.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Stalled {
+    /// What is the matter.
+    pub kind: StallKind,
+    /// The disk that can't be written: `root` or `work`, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+}
+
+/// What is the matter with a disk that can't be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StallKind {
+    /// The host's disk is full, or a quota is used up.
+    NoSpace,
+    /// The host's disk has failed.
+    DiskFailed,
 }
 
 /// What a machine is made of, with every default resolved.

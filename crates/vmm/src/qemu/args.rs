@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use banger_core::host::Accel;
 use banger_core::id::MachineId;
-use banger_core::plan::{BootPlan, Disk, NetworkKind};
+use banger_core::plan::{BootPlan, Disk, DiskFormat, NetworkKind};
 
-use super::ENGINE;
 use super::block::{self, Access};
+use super::{ENGINE, stall};
 use crate::engine::EngineError;
 use crate::start;
 
@@ -88,6 +88,9 @@ pub fn args(plan: &BootPlan, setup: &Setup) -> Result<Vec<String>, EngineError> 
     line.pair("-serial", "chardev:console");
     line.pair("-chardev", control_argument(&socket(plan.paths.control_socket())?)?);
     line.pair("-mon", "chardev=control,mode=control");
+    let events = escaped(&stall::socket(&plan.paths.control_socket()))?;
+    line.pair("-chardev", format!("socket,id=events,path={events},server=on,wait=off"));
+    line.pair("-mon", "chardev=events,mode=control");
     if plan.resume.is_some() {
         // The state comes over the control socket, and nothing runs before somebody says so.
         line.flag("-S");
@@ -160,7 +163,15 @@ fn drive(line: &mut Line, disk: &Disk) -> Result<(), EngineError> {
         line.pair("-blockdev", node.to_string());
     }
     let name = disk.serial.serial();
-    line.pair("-device", format!("virtio-blk-device,drive={name},serial={name}"));
+    // What can't be written to a file may be written later. What fails on a device has failed for good, and is the guest's to know.
+    let policy = match disk.format {
+        DiskFormat::Device => "report",
+        DiskFormat::Raw | DiskFormat::Qcow2 => "stop",
+    };
+    line.pair(
+        "-device",
+        format!("virtio-blk-device,drive={name},serial={name},werror={policy},rerror=report"),
+    );
     Ok(())
 }
 
@@ -312,8 +323,8 @@ mod tests {
         assert_eq!(
             values(&args, "-device")[..2],
             [
-                "virtio-blk-device,drive=root,serial=root",
-                "virtio-blk-device,drive=work,serial=work"
+                "virtio-blk-device,drive=root,serial=root,werror=stop,rerror=report",
+                "virtio-blk-device,drive=work,serial=work,werror=stop,rerror=report"
             ]
         );
     }
@@ -403,7 +414,9 @@ mod tests {
                       virtio-blk-device,drive=root,serial=root virtio-blk-device,drive=work,serial=work \
                       virtio-serial-device,max_ports=2 virtserialport,chardev=agent,name=banger.agent \
                       virtio-net-device,netdev=net0,mac=02:01:23:45:67:89,guest_announce=off virtio-rng-device,rng=entropy";
-        assert_eq!((STATE_FORM, shape.join(" ").as_str()), (1, form_1));
+        // What is done about errors is not saved.
+        let shape = shape.join(" ").replace(",werror=stop,rerror=report", "");
+        assert_eq!((STATE_FORM, shape.as_str()), (1, form_1));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use super::block::{self, Access};
 use super::{ENGINE, Qemu, io_error};
 use crate::engine::{EngineError, EngineExit};
 use crate::qmp::{Client, QmpError};
+use crate::space;
 
 /// How long a command may take. Opening a disk that is on a slow one does take a while.
 const STEP: Duration = Duration::from_secs(30);
@@ -50,7 +51,18 @@ pub(super) async fn flatten(qemu: &Qemu, disk: &Disk, target: &Path) -> Result<(
             unfinished.0 = None;
             Ok(())
         }
-        Err(fault) => Err(engine.error(fault).await),
+        Err(fault) => {
+            // Half a disk may be what fills it: asked before that goes.
+            let full = target.parent().is_some_and(space::is_full);
+            match engine.error(fault).await {
+                EngineError::Io { what, source } if space::says_full(&source) => Err(io_error(what, source)),
+                error if full => {
+                    let why = io::Error::new(io::ErrorKind::StorageFull, error);
+                    Err(io_error(format!("write {}", target.display()), why))
+                }
+                error => Err(error),
+            }
+        }
     }
 }
 

@@ -59,7 +59,7 @@ pub(super) async fn active(client: &mut Client) -> Result<Active, QmpError> {
 }
 
 /// Whose disk a node on top is.
-fn role(node: &str) -> Option<DiskRole> {
+pub(super) fn role(node: &str) -> Option<DiskRole> {
     ROLES.into_iter().find(|role| {
         node.strip_prefix(role.serial()).is_some_and(|rest| {
             rest.is_empty()

@@ -5,6 +5,7 @@
 //! * `launch`: starting it, detached, letting it load what was saved, and undoing a failed start,
 //! * `find`: finding it again and being sure that it is the one,
 //! * `save`: memory, devices and disks of a running one; `layers` is about its disks, `still` about its guest channel,
+//! * `stall`: why one stands still that nobody has stopped,
 //! * `flatten`: all layers of a disk in one file.
 
 pub mod args;
@@ -15,6 +16,7 @@ mod flatten;
 mod launch;
 mod layers;
 mod save;
+mod stall;
 mod still;
 
 use std::path::{Path, PathBuf};
@@ -28,7 +30,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::dial::{dial, peer};
 use crate::engine::{
-    BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, Steps, VcpuState,
+    BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, Stall, Steps, VcpuState,
 };
 use crate::host::Roots;
 use crate::identity::Mismatch;
@@ -203,6 +205,18 @@ impl Engine for Qemu {
         })
     }
 
+    fn stalled<'a>(
+        &'a self,
+        handles: &'a Handles,
+        known: Option<&'a Stall>,
+    ) -> BoxFuture<'a, Result<Option<Stall>, EngineError>> {
+        Box::pin(stall::changed(self, handles, known))
+    }
+
+    fn try_again<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(stall::try_again(self, handles))
+    }
+
     fn save<'a>(
         &'a self,
         handles: &'a Handles,
@@ -235,7 +249,8 @@ fn vcpu_state(status: &Status) -> VcpuState {
     match status.status.as_str() {
         "prelaunch" | "inmigrate" | "restore-vm" | "colo" => VcpuState::Loading,
         "shutdown" | "internal-error" | "guest-panicked" => VcpuState::Ended,
-        // Stopped by somebody, by a disk that failed, or for being saved: `cont` lets it go on.
+        "io-error" => VcpuState::Stalled,
+        // Stopped by somebody, or for being saved: `cont` lets it go on.
         _ => VcpuState::Paused,
     }
 }
@@ -279,7 +294,8 @@ mod tests {
         for ended in ["shutdown", "internal-error", "guest-panicked"] {
             assert_eq!(state(ended, false), VcpuState::Ended);
         }
-        for paused in ["paused", "io-error", "postmigrate", "save-vm", "debug", "what may come"] {
+        assert_eq!(state("io-error", false), VcpuState::Stalled);
+        for paused in ["paused", "postmigrate", "save-vm", "debug", "what may come"] {
             assert_eq!(state(paused, false), VcpuState::Paused);
         }
     }

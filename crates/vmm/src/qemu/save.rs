@@ -22,6 +22,7 @@ use crate::identity::Mismatch;
 use crate::memory::{self, Place, Target};
 use crate::qmp::{Client, QmpError};
 use crate::saving::{self, Done, Files, Saving, Wanted, blocking};
+use crate::space;
 
 /// How long a single step may take: stopping waits until the disks have taken what was under way.
 const STEP: Duration = Duration::from_secs(60);
@@ -105,6 +106,10 @@ impl Job {
                 "save a machine whose state is `{}`",
                 status.status
             )));
+        }
+        if state == VcpuState::Stalled {
+            let why = io::Error::other("a disk of it cannot be written, and it stands still");
+            return Err(io_error("save the machine", why));
         }
         let ran = state == VcpuState::Running;
         let channel = match prepared {
@@ -268,7 +273,12 @@ impl Job {
             let pages = blocking(move || memory::copy(&proc, &place, &target, copied.as_deref(), &stop));
             let (devices, pages) = tokio::join!(devices, pages);
             prepared.copied = Some(pages.map_err(cannot_write)?);
-            devices.map_err(|e| self.fault(e))?;
+            // Of a full disk QEMU has no more than words.
+            let full = || prepared.saved.state.parent().is_some_and(space::is_full);
+            devices.map_err(|e| match full() {
+                true => cannot_write(io::Error::new(io::ErrorKind::StorageFull, self.fault(e))),
+                false => self.fault(e),
+            })?;
             client.extend(STEP);
             let after = still::look(client, channel).await.map_err(|e| self.fault(e))?;
             tracing::debug!(pid = self.handles.pid, attempt, "memory saved");

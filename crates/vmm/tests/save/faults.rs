@@ -266,7 +266,7 @@ async fn inside_of_a_full_file_system() {
         state: target.state.clone(),
     };
     let error = qemu.save(&handles, &plan(&apart), Steps::none()).await.unwrap_err();
-    eprintln!("{error:?}");
+    assert!(full(&error), "{error:?}");
     assert!(none_there(&apart));
     fs::remove_file(&filler).unwrap();
     runs().await;
@@ -275,7 +275,7 @@ async fn inside_of_a_full_file_system() {
     fs::write(&image, vec![1; 8 << 20]).unwrap();
     let disk = disk(DiskRole::Root, dir.path().join("root.qcow2"), &[], &image);
     let error = qemu.flatten(&disk, &small.join("flat")).await.unwrap_err();
-    eprintln!("{error:?}");
+    assert!(full(&error), "{error:?}");
     runs().await;
 }
 

@@ -421,6 +421,7 @@ pub(crate) mod tests {
             name: name.into(),
             state: MachineState::Running,
             cause: None,
+            stalled: None,
             spec: MachineSpec {
                 image: "debian".into(),
                 image_digest: "sha256:00".into(),

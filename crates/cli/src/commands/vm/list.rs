@@ -31,7 +31,8 @@ impl ListArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         let (mut found, lost) = context.block_on(async { machines_and_lost(&Client::new(&context.places)?).await })?;
         if self.running {
-            found.retain(|m| m.state == MachineState::Running);
+            // One that stands still runs as soon as it can.
+            found.retain(|m| matches!(m.state, MachineState::Running | MachineState::Stalled));
         }
         let printer = &context.printer;
         if self.output.json() {

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::process::Command;
 
-use banger_proto::api::{Machine, MachineState};
+use banger_proto::api::{Machine, MachineState, StallKind};
 use clap::Args;
 
 use crate::cli::Context;
@@ -34,6 +34,14 @@ impl SshArgs {
         context.block_on(async {
             let client = Client::new(&context.places)?;
             let machine: Machine = client.get(&machine_path(&self.machine)).await?;
+            if let Some(stalled) = &machine.stalled {
+                let kind = match stalled.kind {
+                    StallKind::NoSpace => Kind::NoSpace,
+                    StallKind::DiskFailed => Kind::Failed,
+                };
+                let cause = machine.cause.clone().unwrap_or_default();
+                return Err(Error::new(kind, cause).hint("it goes on by itself when its disk can be written"));
+            }
             // The connection wakes one that is suspended.
             if !matches!(machine.state, MachineState::Running | MachineState::Suspended) {
                 let verb = if machine.state == MachineState::Paused {

@@ -252,6 +252,8 @@ impl PauseArgs {
 }
 
 /// Let paused machines go on
+///
+/// A stalled machine tries again what could not be written to the host's disk. It does so by itself, too, when there is space.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  banger vm resume build")]
 pub(crate) struct ResumeArgs {

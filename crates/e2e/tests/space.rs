@@ -1,0 +1,261 @@
+//! Full disks of the host: what stands still says so and goes on, what is to end ends, what can't be done says why.
+//!
+//! The daemon and its machines have their state on a small file system that the test mounts where nobody else sees it; images are
+//! read from where they are.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use banger_testkit::{Need, TestEnv, binaries, need, processes};
+
+use crate::harness::tests;
+
+tests! { &[Need::Base, Need::Git, Need::Root, Need::MountNamespace];
+    a_guest_whose_disk_is_full_says_so_and_goes_on,
+    machines_end_on_a_full_disk,
+    what_a_full_disk_fails_says_so,
+}
+
+/// Mounts a file system of 96 MiB as the state directory, but for the images in it.
+const MOUNT: &str = r#"set -e
+state=$1 work=$2
+mkdir -p "$work/old" "$work/new"
+mount --bind "$state" "$work/old"
+truncate -s 96M "$work/image"
+mkfs.ext4 -q "$work/image"
+mount -o loop "$work/image" "$work/new"
+rmdir "$work/new/lost+found"
+chmod 700 "$work/new"
+mount --bind "$work/new" "$state"
+for entry in "$work"/old/*; do
+    name=${entry##*/}
+    case $name in
+        banger.db*) cp "$entry" "$state/$name" ;;
+        store) mkdir "$state/$name"; mount --bind "$entry" "$state/$name" ;;
+    esac
+done
+echo ready
+exec sleep 600"#;
+
+/// An environment whose state is on a small disk.
+struct SmallDisk {
+    env: TestEnv,
+    holder: Child,
+}
+
+impl SmallDisk {
+    fn new(name: &str) -> Self {
+        let env = TestEnv::new(name);
+        let holder = Command::new("unshare")
+            .args(need::namespace_flags())
+            .args(["sh", "-c", MOUNT, "sh"])
+            .arg(env.state())
+            .arg(env.work())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut disk = Self { env, holder };
+        let mut ready = [0; 6];
+        let mut out = disk.holder.stdout.take().unwrap();
+        out.read_exact(&mut ready).expect("the small disk is mounted");
+        disk.start_daemon();
+        disk
+    }
+
+    /// Starts the daemon where the disk is.
+    fn start_daemon(&self) {
+        let pid = self.holder.id().to_string();
+        let banger = binaries::program("banger");
+        let enter = self.env.program("nsenter").args(["-t", &pid, "-m", "--"]);
+        enter
+            .args([banger.as_os_str()])
+            .args(["daemon", "start"])
+            .deadline(60)
+            .ok();
+    }
+
+    /// A file in the state directory, seen from outside.
+    fn file(&self, name: &str) -> PathBuf {
+        let state = self.env.state();
+        PathBuf::from(format!("/proc/{}/root{}/{name}", self.holder.id(), state.display()))
+    }
+
+    /// Takes every byte that is left.
+    fn fill(&self) {
+        let path = self.file("filler");
+        let mut file = std::fs::File::options().create(true).append(true).open(path).unwrap();
+        for size in [1 << 20, 4096, 1] {
+            while file.write_all(&vec![7; size]).is_ok() {}
+        }
+        let _ = file.sync_all();
+    }
+
+    fn empty(&self) {
+        std::fs::remove_file(self.file("filler")).unwrap();
+    }
+
+    fn create(&self, name: &str) {
+        let create = self.env.banger(["vm", "create", "--cold", "--name", name]);
+        create.deadline(120).ok();
+    }
+
+    /// Lets the guest of a machine write until it stands still.
+    fn stall(&self, name: &str) -> banger_testkit::Running {
+        let script = "dd if=/dev/urandom of=/root/big bs=1M count=24 conv=fsync 2>/dev/null && stat -c %s /root/big";
+        let writes = self.env.banger(["vm", "exec", name, "--", "sh", "-c", script]);
+        let running = writes.deadline(180).spawn();
+        processes::until("the machine to stand still", Duration::from_secs(90), || {
+            self.env.machine_state(name) == "stalled"
+        });
+        running
+    }
+
+    fn close(mut self) {
+        let list = self.env.machine_names();
+        if !list.is_empty() {
+            self.env
+                .banger(["vm", "delete", "--force"])
+                .args(&list)
+                .deadline(60)
+                .ok();
+        }
+        self.env.ok("daemon stop");
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+        self.env.close();
+    }
+}
+
+fn quick(limit: u64, what: &str, work: impl FnOnce()) {
+    let begun = Instant::now();
+    work();
+    assert!(
+        begun.elapsed() < Duration::from_secs(limit),
+        "{what} took {:?}",
+        begun.elapsed()
+    );
+}
+
+fn a_guest_whose_disk_is_full_says_so_and_goes_on() {
+    let disk = SmallDisk::new("stalled");
+    let env = &disk.env;
+    disk.create("m");
+    disk.fill();
+    let writes = disk.stall("m");
+    let shown = env.machine("m");
+    assert_eq!(shown["stalled"]["kind"], "no_space", "{shown}");
+    assert!(shown["cause"].as_str().is_some_and(|c| c.contains("full")), "{shown}");
+    assert!(env.ok("vm list").out().contains("stalled"));
+    // Whatever needs the guest fails at once and says why.
+    quick(10, "exec", || {
+        let exec = env.banger(["vm", "exec", "m", "--", "true"]).deadline(60).run();
+        exec.code(125).says(&["full", "hint:"]);
+    });
+    for refused in [
+        "vm suspend m",
+        "vm pause m",
+        "vm snapshot create m s",
+        "vm resume m",
+        "vm ssh m",
+    ] {
+        quick(10, refused, || drop(env.run(refused).code(8).says(&["full"])));
+    }
+    // A daemon that comes later finds the same.
+    env.kill_daemon();
+    disk.start_daemon();
+    processes::until("the next daemon to know", Duration::from_secs(20), || {
+        env.machine_state("m") == "stalled"
+    });
+    disk.empty();
+    processes::until("the machine to go on", Duration::from_secs(30), || {
+        env.machine_state("m") == "running"
+    });
+    // The one who wrote was cut off by the daemon's end, the program was not.
+    drop(writes.wait());
+    env.sh(
+        "m",
+        "until [ $(stat -c %s /root/big) = 25165824 ]; do sleep 0.2; done; sync && dmesg | grep -ci 'i/o error'; true",
+    )
+    .code(0)
+    .prints("0\n");
+    assert!(env.machine("m").get("stalled").is_none());
+    disk.close();
+}
+
+fn machines_end_on_a_full_disk() {
+    let disk = SmallDisk::new("ends");
+    let env = &disk.env;
+    for name in ["a", "b", "c"] {
+        disk.create(name);
+    }
+    // As in a copy that leaves zeros out.
+    let reserve = disk.file("banger.reserve");
+    std::fs::remove_file(&reserve).unwrap();
+    std::fs::File::create(&reserve).unwrap().set_len(1 << 20).unwrap();
+    disk.fill();
+    let writes = disk.stall("a");
+    quick(30, "stopping a machine that stands still", || drop(env.ok("vm stop a")));
+    writes.wait();
+    let stopped = env.machine("a");
+    assert_eq!(stopped["state"], "stopped");
+    assert!(
+        stopped["cause"].as_str().is_some_and(|c| c.contains("full")),
+        "{stopped}"
+    );
+    disk.fill();
+    quick(60, "stopping an idle machine", || {
+        drop(env.banger(["vm", "stop", "b"]).deadline(90).ok())
+    });
+    assert_eq!(env.machine_state("b"), "stopped");
+    disk.fill();
+    env.kill_daemon();
+    disk.start_daemon();
+    disk.fill();
+    env.ok("vm kill c");
+    assert_eq!(env.machine_state("c"), "stopped");
+    // How its engine ended is written down by the shim, which took the space before.
+    let record = format!("machines/{}/exit.json", env.machine("c")["id"].as_str().unwrap());
+    processes::until("the record of the end", Duration::from_secs(5), || {
+        disk.file(&record).exists()
+    });
+    disk.fill();
+    env.run("vm create --name d").code(8).says(&["space", "hint:"]);
+    disk.fill();
+    env.ok("vm delete -f a");
+    disk.fill();
+    env.ok("vm delete -f b c");
+    assert!(env.machine_names().is_empty());
+    disk.empty();
+    processes::until("space to be held again", Duration::from_secs(20), || {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(&reserve).is_ok_and(|m| m.blocks() * 512 >= 1 << 20)
+    });
+    disk.create("d");
+    disk.close();
+}
+
+fn what_a_full_disk_fails_says_so() {
+    let disk = SmallDisk::new("kinds");
+    let env = &disk.env;
+    disk.create("m");
+    // Some of what a snapshot or a suspension needs, not all of it.
+    disk.fill();
+    for fails in ["vm snapshot create m s", "vm suspend m", "vm fork m --name n"] {
+        env.banger(fails.split_whitespace())
+            .deadline(120)
+            .run()
+            .code(8)
+            .says(&["space", "hint:"]);
+        // What guests write meanwhile may let them stand still; with some space they go on.
+        disk.empty();
+        processes::until("the machine to run", Duration::from_secs(30), || {
+            env.machine_state("m") == "running"
+        });
+        env.sh("m", "true").code(0);
+        disk.fill();
+    }
+    disk.close();
+}
