@@ -85,7 +85,7 @@ pub enum Refusal {
     Busy,
     /// Its virtual CPUs are stopped.
     Paused,
-    /// It stands still until a disk of it can be written.
+    /// Its disk can't be written on the host.
     Stalled,
     /// Its memory is on disk, and would be lost.
     Suspended,
@@ -103,7 +103,7 @@ impl Refusal {
             Self::NotStopped => "it has to be stopped for this",
             Self::Busy => "another change of it is under way",
             Self::Paused => "its processors stand still",
-            Self::Stalled => "it stands still until its disk can be written",
+            Self::Stalled => "its disk cannot be written on the host",
             Self::Suspended => "what is in its memory would be lost",
             Self::Broken => "its disks are damaged",
             Self::Gone => "it is being removed",

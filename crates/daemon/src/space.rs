@@ -1,4 +1,4 @@
-//! What is done when a full disk has space again, without anybody asking: machines that stand still go on, the space for the end of
+//! What is done when a full disk has space again, without anybody asking: stalled machines resume, the space for the end of
 //! machines is taken anew, and rows are written that could not be.
 
 use std::collections::BTreeMap;

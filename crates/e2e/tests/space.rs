@@ -1,4 +1,4 @@
-//! Full disks of the host: what stands still says so and goes on, what is to end ends, what can't be done says why.
+//! Full disks of the host: stalled machines say so and resume, machines end, failures have their kind.
 //!
 //! The daemon and its machines have their state on a small file system that the test mounts where nobody else sees it; images are
 //! read from where they are.
@@ -102,7 +102,7 @@ impl SmallDisk {
         create.deadline(120).ok();
     }
 
-    /// Lets the guest of a machine write until it stands still.
+    /// Lets the guest of a machine write until it is stalled.
     fn stall(&self, name: &str) -> banger_testkit::Running {
         let script = "dd if=/dev/urandom of=/root/big bs=1M count=24 conv=fsync 2>/dev/null && stat -c %s /root/big";
         let writes = self.env.banger(["vm", "exec", name, "--", "sh", "-c", script]);
@@ -197,7 +197,7 @@ fn machines_end_on_a_full_disk() {
     std::fs::File::create(&reserve).unwrap().set_len(1 << 20).unwrap();
     disk.fill();
     let writes = disk.stall("a");
-    quick(30, "stopping a machine that stands still", || drop(env.ok("vm stop a")));
+    quick(30, "stopping a stalled machine", || drop(env.ok("vm stop a")));
     writes.wait();
     let stopped = env.machine("a");
     assert_eq!(stopped["state"], "stopped");

@@ -150,8 +150,8 @@ pub enum VcpuState {
     Ended,
 }
 
-/// Why a machine stands still that nobody has stopped: a disk of it could not be written on the host. Nothing is lost; it goes on when
-/// writing works.
+/// Why a machine is stalled: a disk of it could not be written on the host. Nothing is lost: what was to be written is written when the
+/// machine is resumed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stall {
     /// What is the matter.
@@ -293,7 +293,7 @@ pub trait Engine: Send + Sync {
     fn vcpu_state<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<VcpuState, EngineError>>;
 
     /// Waits until what holds the machine up is something else than `known`, and says what it is then: `None` is nothing. An engine that
-    /// stops for nobody but its daemon never comes back.
+    /// never stops by itself never comes back.
     fn stalled<'a>(
         &'a self,
         _handles: &'a Handles,

@@ -101,7 +101,7 @@ pub enum LinkError {
         /// What the agent says.
         found: String,
     },
-    /// The guest stands still, and nobody knows for how long.
+    /// The machine is stalled, for an unknown time.
     #[error("{}", crate::machine::stall::words(.0))]
     Stalled(Stall),
     /// Too many sessions and transfers at once.

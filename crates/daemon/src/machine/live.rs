@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::agent::Link;
 use crate::agent::link::EngineDial;
 
-/// Pause before an engine is asked again whether it stands still, when it could not be asked.
+/// Pause before an engine is asked again whether it is stalled, when it did not answer.
 const AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// A launched engine, the connection to its guest, and the news of its end.
@@ -24,7 +24,7 @@ pub struct Live {
     pub link: Arc<Link>,
     /// Cancelled once the engine process has ended.
     pub exited: CancellationToken,
-    /// Why it stands still though nobody has stopped it.
+    /// Why it is stalled, if it is.
     pub stall: watch::Receiver<Option<Stall>>,
 }
 
@@ -69,12 +69,12 @@ impl Live {
         live
     }
 
-    /// Why it stands still now.
+    /// Why it is stalled now.
     pub fn stalled_now(&self) -> Option<Stall> {
         *self.stall.borrow()
     }
 
-    /// Waits until it stands still.
+    /// Waits until it is stalled.
     pub async fn stalled(&self) -> Stall {
         let mut stall = self.stall.clone();
         match stall.wait_for(Option::is_some).await.map(|stall| *stall) {
@@ -84,7 +84,7 @@ impl Live {
     }
 }
 
-/// Follows whether an engine stands still, to its end.
+/// Follows whether an engine is stalled, to its end.
 async fn watch_stall(
     id: MachineId,
     engine: Arc<dyn Engine>,
@@ -98,14 +98,14 @@ async fn watch_stall(
             match engine.stalled(&handles, known.as_ref()).await {
                 Ok(now) => {
                     match &now {
-                        Some(stall) => tracing::error!(machine = %id, ?stall, "it stands still"),
+                        Some(stall) => tracing::error!(machine = %id, ?stall, "it is stalled"),
                         None => tracing::info!(machine = %id, "it runs again"),
                     }
                     known = now;
                     tell.send_replace(now);
                 }
                 Err(e) => {
-                    tracing::debug!(machine = %id, error = %e, "whether it stands still is not known");
+                    tracing::debug!(machine = %id, error = %e, "whether it is stalled is not known");
                     tokio::time::sleep(AGAIN).await;
                 }
             }

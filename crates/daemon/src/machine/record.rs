@@ -144,7 +144,7 @@ impl Machine {
         self.view.borrow().row.state
     }
 
-    /// State as it is shown: a running machine may stand still.
+    /// State as it is shown: a running machine may be stalled.
     pub fn state_now(&self) -> MachineState {
         match (self.state(), self.stall()) {
             (MachineState::Running, Some(_)) => MachineState::Stalled,
@@ -152,7 +152,7 @@ impl Machine {
         }
     }
 
-    /// Why it stands still though nobody has stopped it.
+    /// Why it is stalled, if it is.
     pub fn stall(&self) -> Option<Stall> {
         self.live().and_then(|live| live.stalled_now())
     }

@@ -1,4 +1,4 @@
-//! Machines that stand still because a disk of theirs can't be written on the host: what is told of them, and how they go on.
+//! Stalled machines, whose disk can't be written on the host: what is told of them, and how they resume.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,14 +14,14 @@ use crate::db::FREE;
 use crate::error::{self, IntoApi};
 use crate::ops::Op;
 
-/// Space that has to be there before a machine tries again by itself, in bytes: with less it would only stand still again.
+/// Space that has to be there before a stalled machine is resumed, in bytes: with less it would only stall again.
 const ENOUGH: u64 = 8 << 20;
-/// How often a machine tries again by itself whose disk has failed.
+/// How often a machine is resumed whose disk has failed.
 const SELDOM: Duration = Duration::from_secs(10);
-/// How long a machine that was asked to go on may take to be found going.
+/// How long a machine may take to run after it was resumed.
 const GOES_ON: Duration = Duration::from_secs(3);
 
-/// Why it stands still, in words.
+/// Why a machine is stalled, in words.
 pub fn words(stall: &Stall) -> String {
     let disk = match stall.disk {
         Some(role) => format!("the {} disk", role.serial()),
@@ -31,17 +31,17 @@ pub fn words(stall: &Stall) -> String {
         StallKind::NoSpace => "the host's disk is full",
         StallKind::Failed => "the host's disk has failed",
     };
-    format!("{matter}: {disk} cannot be written, and the machine stands still")
+    format!("{matter}: {disk} cannot be written, and the machine is stalled")
 }
 
-/// The error of whatever would need it to run.
+/// The error of a request that needs the guest.
 pub fn error(stall: &Stall) -> ApiError {
     match stall.kind {
         StallKind::NoSpace => {
-            ApiError::new(ErrorCode::NoSpace, words(stall)).hint(format!("{FREE}; it goes on by itself then"))
+            ApiError::new(ErrorCode::NoSpace, words(stall)).hint(format!("{FREE}; the machine then resumes by itself"))
         }
         StallKind::Failed => ApiError::new(ErrorCode::Engine, words(stall)).hint(
-            "look at the host's log (dmesg); it goes on by itself when writing works, or with `banger vm resume`",
+            "look at the kernel's log (dmesg); the machine resumes by itself when the disk works, or with `banger vm resume`",
         ),
     }
 }
@@ -57,7 +57,7 @@ pub fn shown(stall: &Stall) -> api::Stalled {
     }
 }
 
-/// Lets a machine that stands still go on, because somebody asks for it.
+/// Resumes a stalled machine on request.
 pub async fn resume(m: &Arc<Machine>, live: &Live, op: &Op) -> Result<(), ApiError> {
     op.stage("resume");
     live.engine.try_again(&live.handles).await.map_err(IntoApi::into_api)?;
@@ -74,17 +74,17 @@ pub async fn resume(m: &Arc<Machine>, live: &Live, op: &Op) -> Result<(), ApiErr
 
 /// Its clock stood still, and it may have been frozen when the disk became full.
 async fn went_on(m: &Arc<Machine>, live: &Live) {
-    tracing::info!(machine = %m.id, "it goes on: its disk can be written again");
+    tracing::info!(machine = %m.id, "it runs again: its disk can be written");
     if !save::go_on(m, live).await {
         tracing::warn!(machine = %m.id, "its clock is not set");
     }
 }
 
-/// When a machine that stands still has tried to go on.
+/// When a stalled machine was last resumed.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tried(Option<Instant>);
 
-/// Lets a machine that stands still go on if that may work now. One that somebody has paused is left alone.
+/// Resumes a stalled machine if its disk may work now. A paused machine stays paused.
 pub async fn look(m: &Arc<Machine>, live: &Live, stall: &Stall, tried: &mut Tried) {
     if m.state() != MachineState::Running {
         return;
@@ -100,7 +100,7 @@ pub async fn look(m: &Arc<Machine>, live: &Live, stall: &Stall, tried: &mut Trie
     }
     tried.0 = Some(Instant::now());
     if let Err(e) = live.engine.try_again(&live.handles).await {
-        tracing::warn!(machine = %m.id, error = %error::chain(&e), "it cannot be let go on");
+        tracing::warn!(machine = %m.id, error = %error::chain(&e), "it cannot be resumed");
         return;
     }
     let mut going = live.stall.clone();

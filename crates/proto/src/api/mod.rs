@@ -69,7 +69,7 @@ pub enum MachineState {
     Running,
     /// Its virtual CPUs are stopped; everything else is as it was.
     Paused,
-    /// It would run, but a disk of it can't be written on the host; `stalled` says why. It goes on by itself once that works.
+    /// It would run, but its disk can't be written on the host; `stalled` says why. It resumes by itself when the disk works.
     Stalled,
     /// Its memory is being written to disk.
     Suspending,

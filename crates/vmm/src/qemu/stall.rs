@@ -1,4 +1,4 @@
-//! Why a machine stands still that nobody has stopped: a disk of it could not be written on the host.
+//! Why a machine is stalled: a disk of it could not be written on the host.
 //!
 //! QEMU stops the processors then (`werror=stop`), says so with an event, and keeps what is to be written until it is told to go on. The
 //! events come on a monitor of their own, since the control socket serves one connection at a time. What is true is asked, never made up
@@ -114,7 +114,7 @@ async fn look(client: &mut Client) -> Result<Option<Stall>, QmpError> {
     Ok(judge(devices, full))
 }
 
-/// `None` where it goes on since it was asked first.
+/// `None` where it runs again since the first question.
 fn judge(devices: Vec<Device>, full: impl FnOnce() -> bool) -> Option<Stall> {
     let failed = |device: &Device| device.status.as_deref().is_some_and(|status| status != "ok");
     let device = devices.into_iter().find(failed)?;

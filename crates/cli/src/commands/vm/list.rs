@@ -31,7 +31,7 @@ impl ListArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         let (mut found, lost) = context.block_on(async { machines_and_lost(&Client::new(&context.places)?).await })?;
         if self.running {
-            // One that stands still runs as soon as it can.
+            // A stalled machine runs again as soon as its disk can be written.
             found.retain(|m| matches!(m.state, MachineState::Running | MachineState::Stalled));
         }
         let printer = &context.printer;

@@ -40,7 +40,7 @@ impl SshArgs {
                     StallKind::DiskFailed => Kind::Failed,
                 };
                 let cause = machine.cause.clone().unwrap_or_default();
-                return Err(Error::new(kind, cause).hint("it goes on by itself when its disk can be written"));
+                return Err(Error::new(kind, cause).hint("it resumes by itself when its disk can be written"));
             }
             // The connection wakes one that is suspended.
             if !matches!(machine.state, MachineState::Running | MachineState::Suspended) {
