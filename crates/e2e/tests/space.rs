@@ -8,12 +8,12 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use banger_testkit::{Need, TestEnv, binaries, need, processes};
+use banger_testkit::{Cmd, Done, Need, Running, TestEnv, binaries, need, processes};
 
 use crate::harness::tests;
 
 tests! { &[Need::Base, Need::Git, Need::Root, Need::MountNamespace];
-    a_guest_whose_disk_is_full_says_so_and_goes_on,
+    a_guest_whose_disk_is_full_says_so_and_resumes,
     machines_end_on_a_full_disk,
     what_a_full_disk_fails_says_so,
 }
@@ -65,16 +65,25 @@ impl SmallDisk {
         disk
     }
 
-    /// Starts the daemon where the disk is.
-    fn start_daemon(&self) {
+    /// `banger` where the disk is: a daemon that it starts sees the disk, too.
+    fn banger<A: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Cmd {
         let pid = self.holder.id().to_string();
-        let banger = binaries::program("banger");
         let enter = self.env.program("nsenter").args(["-t", &pid, "-m", "--"]);
-        enter
-            .args([banger.as_os_str()])
-            .args(["daemon", "start"])
-            .deadline(60)
-            .ok();
+        enter.arg(binaries::program("banger")).args(args).deadline(60)
+    }
+
+    /// Runs `banger` with the words of a line (no quoting).
+    fn run(&self, line: &str) -> Done {
+        self.banger(line.split_whitespace()).run()
+    }
+
+    fn start_daemon(&self) {
+        self.run("daemon start").code(0);
+    }
+
+    fn state_of(&self, name: &str) -> String {
+        let shown = self.run(&format!("vm show {name} --json")).code(0).json();
+        shown["state"].as_str().unwrap_or_default().to_owned()
     }
 
     /// A file in the state directory, seen from outside.
@@ -98,31 +107,29 @@ impl SmallDisk {
     }
 
     fn create(&self, name: &str) {
-        let create = self.env.banger(["vm", "create", "--cold", "--name", name]);
-        create.deadline(120).ok();
+        let create = self.banger(["vm", "create", "--cold", "--name", name]);
+        create.deadline(180).ok();
     }
 
     /// Lets the guest of a machine write until it is stalled.
-    fn stall(&self, name: &str) -> banger_testkit::Running {
+    fn stall(&self, name: &str) -> Running {
         let script = "dd if=/dev/urandom of=/root/big bs=1M count=24 conv=fsync 2>/dev/null && stat -c %s /root/big";
-        let writes = self.env.banger(["vm", "exec", name, "--", "sh", "-c", script]);
+        let writes = self.banger(["vm", "exec", name, "--", "sh", "-c", script]);
         let running = writes.deadline(180).spawn();
         processes::until("the machine to stand still", Duration::from_secs(90), || {
-            self.env.machine_state(name) == "stalled"
+            self.state_of(name) == "stalled"
         });
         running
     }
 
     fn close(mut self) {
-        let list = self.env.machine_names();
+        let list = self.run("vm list --quiet").code(0).out();
         if !list.is_empty() {
-            self.env
-                .banger(["vm", "delete", "--force"])
-                .args(&list)
-                .deadline(60)
+            self.banger(["vm", "delete", "--force"])
+                .args(list.split_whitespace())
                 .ok();
         }
-        self.env.ok("daemon stop");
+        self.run("daemon stop").code(0);
         let _ = self.holder.kill();
         let _ = self.holder.wait();
         self.env.close();
@@ -139,20 +146,18 @@ fn quick(limit: u64, what: &str, work: impl FnOnce()) {
     );
 }
 
-fn a_guest_whose_disk_is_full_says_so_and_goes_on() {
+fn a_guest_whose_disk_is_full_says_so_and_resumes() {
     let disk = SmallDisk::new("stalled");
-    let env = &disk.env;
     disk.create("m");
     disk.fill();
     let writes = disk.stall("m");
-    let shown = env.machine("m");
+    let shown = disk.run("vm show m --json").code(0).json();
     assert_eq!(shown["stalled"]["kind"], "no_space", "{shown}");
     assert!(shown["cause"].as_str().is_some_and(|c| c.contains("full")), "{shown}");
-    assert!(env.ok("vm list").out().contains("stalled"));
+    assert!(disk.run("vm list").code(0).out().contains("stalled"));
     // Whatever needs the guest fails at once and says why.
     quick(10, "exec", || {
-        let exec = env.banger(["vm", "exec", "m", "--", "true"]).deadline(60).run();
-        exec.code(125).says(&["full", "hint:"]);
+        disk.run("vm exec m -- true").code(125).says(&["full", "hint:"]);
     });
     for refused in [
         "vm suspend m",
@@ -160,34 +165,36 @@ fn a_guest_whose_disk_is_full_says_so_and_goes_on() {
         "vm snapshot create m s",
         "vm resume m",
         "vm ssh m",
+        "vm cp /etc/hostname m:/root/x",
     ] {
-        quick(10, refused, || drop(env.run(refused).code(8).says(&["full"])));
+        quick(10, refused, || drop(disk.run(refused).code(8).says(&["full", "hint:"])));
     }
-    // A daemon that comes later finds the same.
-    env.kill_daemon();
+    // The next daemon finds the same.
+    disk.env.kill_daemon();
     disk.start_daemon();
     processes::until("the next daemon to know", Duration::from_secs(20), || {
-        env.machine_state("m") == "stalled"
+        disk.state_of("m") == "stalled"
     });
     disk.empty();
-    processes::until("the machine to go on", Duration::from_secs(30), || {
-        env.machine_state("m") == "running"
+    processes::until("the machine to run", Duration::from_secs(30), || {
+        disk.state_of("m") == "running"
     });
-    // The one who wrote was cut off by the daemon's end, the program was not.
-    drop(writes.wait());
-    env.sh(
-        "m",
-        "until [ $(stat -c %s /root/big) = 25165824 ]; do sleep 0.2; done; sync && dmesg | grep -ci 'i/o error'; true",
-    )
-    .code(0)
-    .prints("0\n");
-    assert!(env.machine("m").get("stalled").is_none());
+    // Nothing was lost, and the guest has not noticed.
+    writes.wait();
+    let script =
+        "until [ $(stat -c %s /root/big) = 25165824 ]; do sleep 0.2; done; sync; dmesg | grep -ci 'i/o error'; true";
+    let done = disk.banger(["vm", "exec", "m", "--", "sh", "-c", script]).run();
+    done.code(0).prints("0\n");
+    let shown = disk.run("vm show m --json").code(0).json();
+    assert!(
+        shown.get("stalled").is_none() && shown.get("cause").is_none(),
+        "{shown}"
+    );
     disk.close();
 }
 
 fn machines_end_on_a_full_disk() {
     let disk = SmallDisk::new("ends");
-    let env = &disk.env;
     for name in ["a", "b", "c"] {
         disk.create(name);
     }
@@ -197,37 +204,37 @@ fn machines_end_on_a_full_disk() {
     std::fs::File::create(&reserve).unwrap().set_len(1 << 20).unwrap();
     disk.fill();
     let writes = disk.stall("a");
-    quick(30, "stopping a stalled machine", || drop(env.ok("vm stop a")));
+    quick(30, "stopping a stalled machine", || drop(disk.run("vm stop a").code(0)));
     writes.wait();
-    let stopped = env.machine("a");
+    let stopped = disk.run("vm show a --json").code(0).json();
     assert_eq!(stopped["state"], "stopped");
     assert!(
         stopped["cause"].as_str().is_some_and(|c| c.contains("full")),
         "{stopped}"
     );
     disk.fill();
-    quick(60, "stopping an idle machine", || {
-        drop(env.banger(["vm", "stop", "b"]).deadline(90).ok())
-    });
-    assert_eq!(env.machine_state("b"), "stopped");
+    quick(50, "stopping an idle machine", || drop(disk.run("vm stop b").code(0)));
+    assert_eq!(disk.state_of("b"), "stopped");
     disk.fill();
-    env.kill_daemon();
+    disk.env.kill_daemon();
+    disk.fill();
     disk.start_daemon();
     disk.fill();
-    env.ok("vm kill c");
-    assert_eq!(env.machine_state("c"), "stopped");
+    disk.run("vm kill c").code(0);
+    let killed = disk.run("vm show c --json").code(0).json();
+    assert_eq!(killed["state"], "stopped");
     // How its engine ended is written down by the shim, which took the space before.
-    let record = format!("machines/{}/exit.json", env.machine("c")["id"].as_str().unwrap());
+    let record = format!("machines/{}/exit.json", killed["id"].as_str().unwrap());
     processes::until("the record of the end", Duration::from_secs(5), || {
         disk.file(&record).exists()
     });
     disk.fill();
-    env.run("vm create --name d").code(8).says(&["space", "hint:"]);
+    disk.run("vm create --name d").code(8).says(&["space", "hint:"]);
     disk.fill();
-    env.ok("vm delete -f a");
+    disk.run("vm delete -f a").code(0);
     disk.fill();
-    env.ok("vm delete -f b c");
-    assert!(env.machine_names().is_empty());
+    disk.run("vm delete -f b c").code(0);
+    assert_eq!(disk.run("vm list --quiet").code(0).out(), "");
     disk.empty();
     processes::until("space to be held again", Duration::from_secs(20), || {
         use std::os::unix::fs::MetadataExt;
@@ -239,23 +246,17 @@ fn machines_end_on_a_full_disk() {
 
 fn what_a_full_disk_fails_says_so() {
     let disk = SmallDisk::new("kinds");
-    let env = &disk.env;
     disk.create("m");
-    // Some of what a snapshot or a suspension needs, not all of it.
-    disk.fill();
     for fails in ["vm snapshot create m s", "vm suspend m", "vm fork m --name n"] {
-        env.banger(fails.split_whitespace())
-            .deadline(120)
-            .run()
-            .code(8)
-            .says(&["space", "hint:"]);
-        // What guests write meanwhile may let them stand still; with some space they go on.
+        disk.fill();
+        let done = disk.banger(fails.split_whitespace()).deadline(120).run();
+        done.code(8).says(&["hint:"]);
+        // What the guest wrote meanwhile may have stalled it.
         disk.empty();
         processes::until("the machine to run", Duration::from_secs(30), || {
-            env.machine_state("m") == "running"
+            disk.state_of("m") == "running"
         });
-        env.sh("m", "true").code(0);
-        disk.fill();
+        disk.run("vm exec m -- true").code(0);
     }
     disk.close();
 }
