@@ -80,6 +80,7 @@ fn operation(n: usize) -> Operation {
         error: None,
         started_at: crate::time::now(),
         ended_at: None,
+        unchanged: false,
     }
 }
 
