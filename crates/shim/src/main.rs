@@ -6,7 +6,7 @@
 //! daemon ──▶ start      new session, nothing inherited but stdin (the job) and stdout (reports); ends at once, so that the
 //!              │        daemon has no child left and the next stage no parent that matters
 //!              └▶ monitor    reads the job, keeps log and record, waits for the engine
-//!                   └▶ exec       a session of its own, then becomes the engine
+//!                   └▶ exec       a session of its own, no capabilities, then becomes the engine
 //! ```
 //!
 //! An engine that root starts, in a jail, is nobody's child here: `log` cuts all ties as `start` does, and `keep` writes what the
@@ -21,6 +21,7 @@ mod keep;
 mod log;
 mod monitor;
 mod record;
+mod rights;
 mod source;
 mod start;
 

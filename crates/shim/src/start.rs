@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use rustix::fs::Mode;
 use rustix::process::{PTracer, Resource, Rlimit, set_ptracer, setrlimit, setsid, umask};
 
-use crate::fds;
+use crate::{fds, rights};
 
 /// This program, even when its file has been replaced meanwhile.
 pub(crate) const SELF: &str = "/proc/self/exe";
@@ -46,6 +46,7 @@ pub(crate) fn exec(mut args: impl Iterator<Item = OsString>) -> Result<(), Strin
     // Guest memory is saved by reading it from outside, as the same user. Where Yama lets only ancestors do that (`ptrace_scope` 1)
     // this permits it; it stays over the change of program. Without Yama there is nothing to permit.
     let _ = set_ptracer(PTracer::Any);
+    rights::give_up()?;
     let error = Command::new(&engine).args(args).exec();
     Err(format!("cannot start {}: {error}", engine.display()))
 }
