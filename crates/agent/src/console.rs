@@ -6,12 +6,21 @@ use std::io::Write;
 /// Writes one line to the kernel's log with the priority of an error, so that it comes out on the console and in `dmesg`;
 /// where there is no kernel log, to standard error.
 pub(crate) fn say(text: &str) {
+    write(3, text);
+}
+
+/// The same for what the host has to know, whatever of the kernel's log the guest shows on its console.
+pub(crate) fn announce(text: &str) {
+    write(0, text);
+}
+
+fn write(priority: u8, text: &str) {
     let text: String = text
         .chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .take(800)
         .collect();
-    let line = format!("<3>banger-agent: {text}\n");
+    let line = format!("<{priority}>banger-agent: {text}\n");
     let written = OpenOptions::new()
         .write(true)
         .open("/dev/kmsg")

@@ -4,12 +4,13 @@ use std::os::fd::OwnedFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use banger_proto::agent::POWERS_OFF;
 use rustix::event::{PollFd, PollFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::{Pid, PidfdFlags};
 use rustix::system::RebootCommand;
 
-use crate::console::say;
+use crate::console::{announce, say};
 use crate::{handover, sys};
 
 /// How long programs have between the asking and the killing.
@@ -24,7 +25,7 @@ const RESTART: i32 = 39;
 
 /// Whether this machine ends by a restart. Firecracker's has no power to cut: its engine ends when the guest resets the processor
 /// through the keyboard controller, and its kernel line says so.
-fn ends_by_restart() -> bool {
+pub(crate) fn ends_by_restart() -> bool {
     let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
     restarts(&line)
 }
@@ -37,14 +38,18 @@ fn restarts(line: &str) -> bool {
 pub(crate) fn through_init(init: &str) {
     // Whatever the init does and however it ends, what was written before is on the disk.
     rustix::fs::sync();
+    let by_restart = ends_by_restart();
+    if by_restart {
+        announce(POWERS_OFF);
+    }
     if handover::is_systemd(init) {
-        let signal = if ends_by_restart() { RESTART } else { POWER_OFF };
+        let signal = if by_restart { RESTART } else { POWER_OFF };
         match sys::kill(Pid::INIT, signal) {
             Ok(()) => return,
             Err(e) => say(&format!("can't signal the init: {e}")),
         }
     } else {
-        let program = if ends_by_restart() { "reboot" } else { "poweroff" };
+        let program = if by_restart { "reboot" } else { "poweroff" };
         match Command::new(program).env("PATH", crate::session::PATH).status() {
             Ok(status) if status.success() => return,
             Ok(status) => say(&format!("`{program}` failed: {status}")),
@@ -74,6 +79,7 @@ pub(crate) fn off() -> ! {
     let _ = rustix::mount::mount_remount("/root", MountFlags::RDONLY, "");
     let _ = rustix::mount::mount_remount("/", MountFlags::RDONLY, "");
     let end = if ends_by_restart() {
+        announce(POWERS_OFF);
         RebootCommand::Restart
     } else {
         RebootCommand::PowerOff

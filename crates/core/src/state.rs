@@ -7,7 +7,7 @@
 //!               │ failed         │  └──────────┼─┘ gone                 │ │ │    resume   │ stop
 //!               ▼                │             │                   stop │ │ │             ▼
 //!            (no row)            ├───────── stopping ◀──────────────────┘ │ │        (stopping)
-//!                                │   engine gone                          │ │
+//!                                │   engine gone                          │ │        a reboot: back to starting
 //!                                ├────────────────────────────────────────┘ │ suspend
 //!                                │ engine gone  │  by itself                ▼
 //!                                │              │ start                 suspending
@@ -189,7 +189,9 @@ pub enum Event {
     StopBegins,
     /// Its engine is gone.
     EngineGone,
-    /// Its virtual CPUs were stopped.
+    /// Its engine ended because the guest rebooted, or is to be started again: it is brought up at once.
+    Reboots,
+    /// Its virtual CPUs were stopped; also when a suspension came to nothing and its guest does not answer.
     Pauses,
     /// They run again; also when a suspension came to nothing.
     Resumes,
@@ -214,8 +216,10 @@ pub fn next(state: State, event: Event) -> Option<State> {
         (_, Event::DeleteBegins) => Some(State::Deleting),
         (State::Creating, Event::DisksReady) => Some(State::Stopped),
         (State::Stopped | State::Suspended, Event::StartBegins) => Some(State::Starting),
+        (State::Running, Event::Reboots) => Some(State::Starting),
         (State::Starting, Event::AgentReady) => Some(State::Running),
-        (State::Running, Event::Pauses) => Some(State::Paused),
+        // A suspension that came to nothing leaves a guest that does not answer standing still.
+        (State::Running | State::Suspending, Event::Pauses) => Some(State::Paused),
         (State::Paused | State::Suspending, Event::Resumes) => Some(State::Running),
         (State::Running, Event::SuspendBegins) => Some(State::Suspending),
         (State::Suspending | State::Starting | State::Stopped, Event::MemorySaved) => Some(State::Suspended),
@@ -280,10 +284,11 @@ mod tests {
         Request::Fork,
         Request::Commit,
     ];
-    const EVENTS: [Event; 12] = [
+    const EVENTS: [Event; 13] = [
         Event::DisksReady,
         Event::StartBegins,
         Event::AgentReady,
+        Event::Reboots,
         Event::StopBegins,
         Event::EngineGone,
         Event::Pauses,

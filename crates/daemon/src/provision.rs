@@ -7,7 +7,7 @@ use banger_core::id::MachineId;
 use banger_core::name::{self, MachineName};
 use banger_core::spec;
 use banger_core::state;
-use banger_proto::api::{CreateMachine, ForkMachine, Forward, MachineSpec, MachineState, WaitFor, Workspace};
+use banger_proto::api::{CreateMachine, ForkMachine, Forward, MachineSpec, MachineState, OnPanic, WaitFor, Workspace};
 use banger_proto::error::{ApiError, ErrorCode};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -44,6 +44,7 @@ pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<
         workspace: None,
         auto_remove: request.auto_remove,
         idle_suspend_after_ms: request.idle_suspend_after_ms.unwrap_or(idle),
+        on_panic: request.on_panic.unwrap_or_default(),
         forwards: ports.forwards(),
     };
     let row = insert(services, name, draft).await?;
@@ -139,6 +140,7 @@ pub async fn fork(
             workspace: row.workspace.clone(),
             auto_remove: false,
             idle_suspend_after_ms: row.idle_suspend_after_ms,
+            on_panic: row.on_panic,
             // Its source has them.
             forwards: Vec::new(),
         };
@@ -236,6 +238,7 @@ struct Draft {
     workspace: Option<Workspace>,
     auto_remove: bool,
     idle_suspend_after_ms: u64,
+    on_panic: OnPanic,
     forwards: Vec<Forward>,
 }
 
@@ -265,6 +268,7 @@ async fn insert(services: &Services, name: Option<MachineName>, draft: Draft) ->
             boot: None,
             auto_remove: draft.auto_remove,
             idle_suspend_after_ms: draft.idle_suspend_after_ms,
+            on_panic: draft.on_panic,
             slot: None,
             forwards: draft.forwards.clone(),
         };

@@ -21,6 +21,7 @@ mod copies;
 mod copy;
 mod daemon;
 mod debian;
+mod ends;
 mod exec;
 mod faults;
 mod forks;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         templates::trials(),
         space::trials(),
         suspend::trials(),
+        ends::trials(),
         system_mode::trials(),
         snapshots::trials(),
         forks::trials(),

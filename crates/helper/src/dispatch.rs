@@ -208,6 +208,9 @@ fn act(ctx: &Ctx, locks: &Locks, request: Request, fds: Vec<OwnedFd>) -> Result<
             engine::launch(ctx, &launch, fds).map(|(pid, start_time)| Answer::Engine { pid, start_time })
         }
         Request::EngineSignal { machine, signal } => done(engine::signal(ctx, &machine, signal)),
+        Request::EngineEnded { machine } => Ok(Answer::Ended {
+            end: engine::ended(&machine),
+        }),
         Request::EngineOpen { machine } => {
             let _machine = locks.machine(&machine);
             done(engine::open(ctx, &machine))

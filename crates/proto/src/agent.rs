@@ -33,6 +33,10 @@ pub const CHANNEL_NAME: &str = "banger.agent";
 /// Port of the guest channel where that is a vsock device.
 pub const VSOCK_PORT: u32 = 1024;
 
+/// What the agent says on the console before it ends a machine by a restart that is meant to power it off: where the board has no power to
+/// cut. What follows this is no reboot.
+pub const POWERS_OFF: &str = "powering off by a restart";
+
 /// Largest JSON body that either side accepts, in bytes.
 pub const MAX_JSON: usize = 256 * 1024;
 

@@ -133,6 +133,11 @@ pub enum Request {
         /// Which.
         signal: Signal,
     },
+    /// How the machine's jailed engine ended. Answers [`Answer::Ended`].
+    EngineEnded {
+        /// The machine.
+        machine: MachineId,
+    },
     /// Opens the sockets of a machine's jail to the owner: the API's, and the guest channel's once the engine has made it.
     EngineOpen {
         /// The machine.
@@ -196,6 +201,7 @@ impl Request {
             Self::DisksStatus { .. } => "disks_status",
             Self::EngineLaunch { .. } => "engine_launch",
             Self::EngineSignal { .. } => "engine_signal",
+            Self::EngineEnded { .. } => "engine_ended",
             Self::EngineOpen { .. } => "engine_open",
             Self::EngineCollect { .. } => "engine_collect",
             Self::EngineScope { .. } => "engine_scope",
@@ -338,6 +344,11 @@ pub enum Answer {
         /// Its start time, field 22 of `/proc/PID/stat`.
         start_time: u64,
     },
+    /// How an engine ended.
+    Ended {
+        /// Absent for one that runs, and for one that was started by a helper before this one.
+        end: Option<EngineEnd>,
+    },
     /// A scope.
     Scope {
         /// Its unit; none without systemd.
@@ -355,6 +366,15 @@ pub enum Answer {
         /// All that carry banger's mark.
         objects: Vec<HostObject>,
     },
+}
+
+/// How a jailed engine ended: one of the two is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineEnd {
+    /// Its exit status, if it exited.
+    pub code: Option<i32>,
+    /// The signal that ended it, if one did.
+    pub signal: Option<i32>,
 }
 
 /// How a block device is.

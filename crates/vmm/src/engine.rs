@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
+use banger_core::id::MachineId;
 use banger_core::plan::{BootPlan, Disk, DiskRole, MachinePaths, Saved};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
@@ -135,6 +136,15 @@ pub struct SaveReport {
     pub paused: Duration,
 }
 
+/// Why virtual CPUs stand still that are to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Still {
+    /// The engine has loaded what was saved, and has not run it yet.
+    Loaded,
+    /// They ran in this engine and were stopped.
+    Paused,
+}
+
 /// Whether a machine's virtual CPUs run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VcpuState {
@@ -170,7 +180,7 @@ pub enum StallKind {
 }
 
 /// How an engine ended.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineExit {
     /// Exit status, if it exited.
     pub code: Option<i32>,
@@ -261,14 +271,14 @@ pub trait Engine: Send + Sync {
     /// Starts the engine, detached, and returns once its control socket has answered with the machine's id. On failure
     /// nothing of it is left.
     ///
-    /// With `plan.resume` the machine is as it was saved, and paused: [`Engine::resume`] lets it go on. Until then nothing has
+    /// With `plan.resume` the machine is as it was saved, and paused: [`Engine::resume`] with [`Still::Loaded`] lets it go on. Until then nothing has
     /// been written to its disks.
     fn launch<'a>(&'a self, plan: &'a BootPlan) -> BoxFuture<'a, Result<Handles, EngineError>>;
 
     /// Finds the engine of a machine again. `handles` are those that were kept, if they could be read.
     fn find<'a>(
         &'a self,
-        id: &'a banger_core::id::MachineId,
+        id: &'a MachineId,
         paths: &'a MachinePaths,
         handles: Option<&'a Handles>,
     ) -> BoxFuture<'a, Liveness>;
@@ -280,14 +290,21 @@ pub trait Engine: Send + Sync {
     /// Waits until the engine process has ended. Comes back at once if it is gone.
     fn wait_exit<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, ()>;
 
+    /// Asks whoever started the engine how it ended, where the shim could not see it: where it was somebody else's child. `None`: it is
+    /// not known.
+    fn ended<'a>(&'a self, id: &'a MachineId) -> BoxFuture<'a, Option<EngineExit>> {
+        let _ = id;
+        Box::pin(std::future::ready(None))
+    }
+
     /// Sends a signal to the engine process, after verifying that it is this machine's.
     fn signal<'a>(&'a self, handles: &'a Handles, signal: i32) -> BoxFuture<'a, Result<(), EngineError>>;
 
     /// Stops the virtual CPUs.
     fn pause<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>>;
 
-    /// Lets them run again.
-    fn resume<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>>;
+    /// Lets them run. Connections on the guest channel that were open before may be closed by it. CPUs that run already are left alone.
+    fn resume<'a>(&'a self, handles: &'a Handles, still: Still) -> BoxFuture<'a, Result<(), EngineError>>;
 
     /// Whether they run.
     fn vcpu_state<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<VcpuState, EngineError>>;

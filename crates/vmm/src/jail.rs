@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use banger_system::helper::{DiskRole, JailFile, Signal};
 use banger_system::id::MachineId;
 
-use crate::engine::{BoxFuture, EngineError};
+use crate::engine::{BoxFuture, EngineError, EngineExit};
 
 /// An engine that is to be started in a jail of its own.
 #[derive(Debug)]
@@ -41,6 +41,9 @@ pub trait Jail: Send + Sync + std::fmt::Debug {
 
     /// Sends the engine a signal. One that has gone is fine.
     fn signal<'a>(&'a self, id: &'a MachineId, signal: Signal) -> BoxFuture<'a, Result<(), EngineError>>;
+
+    /// How the engine ended, where root has seen it.
+    fn ended<'a>(&'a self, id: &'a MachineId) -> BoxFuture<'a, Result<Option<EngineExit>, EngineError>>;
 
     /// Moves what the engine has saved (`memory.new`, `state.new`) to `memory` and `state` in an open directory.
     fn collect<'a>(&'a self, id: &'a MachineId, into: File) -> BoxFuture<'a, Result<(), EngineError>>;

@@ -32,6 +32,6 @@ mod sys;
 
 pub use engine::{
     AfterSave, Capabilities, Engine, EngineError, EngineExit, FreshLayer, Handles, Liveness, SavePlan, SaveReport,
-    Stall, StallKind, Step, Steps, VcpuState,
+    Stall, StallKind, Step, Steps, Still, VcpuState,
 };
 pub use records::{ExitRecord, console_tail, exit_record};

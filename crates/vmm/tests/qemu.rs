@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use banger_core::plan::{Disk, DiskFormat, DiskRole};
 use banger_vmm::identity::Stat;
-use banger_vmm::{Engine, EngineError, EngineExit, Liveness, console_tail, exit_record};
+use banger_vmm::{Engine, EngineError, EngineExit, Liveness, Still, console_tail, exit_record};
 use support::{
     Bed, KILL, dying_kernel, flooding_kernel, impostor, qcow2, qemu, qemu_that_answers_within, speaking_kernel, until,
 };
@@ -52,6 +52,13 @@ async fn a_machine_from_launch_to_its_end() {
     assert_eq!(fs::metadata(&paths.run).unwrap().permissions().mode() & 0o777, 0o700);
     let stat = Stat::read(Path::new("/proc"), handles.pid).unwrap().unwrap();
     assert_eq!(stat.comm, format!("banger-{}", id.short()));
+    // Nor has root's engine what root may.
+    for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        assert_eq!(status(handles.pid, set), "0000000000000000", "{set}");
+    }
+    let bounded = status(handles.pid, "CapBnd") == "0000000000000000";
+    assert!(bounded || !rustix::process::getuid().is_root());
+    assert_eq!(status(handles.pid, "NoNewPrivs"), "1");
 
     // With handles, without them, and with those of an earlier start.
     assert_eq!(
@@ -78,7 +85,7 @@ async fn a_machine_from_launch_to_its_end() {
     assert!(matches!(qemu.pause(&stale).await, Err(EngineError::NotOurs { .. })));
 
     qemu.pause(&handles).await.unwrap();
-    qemu.resume(&handles).await.unwrap();
+    qemu.resume(&handles, Still::Paused).await.unwrap();
     drop(qemu.connect_agent(&handles).await.unwrap());
     drop(qemu.connect_agent(&handles).await.unwrap());
     assert_eq!(exit_record(paths), None);
@@ -194,7 +201,7 @@ async fn the_machine_outlives_its_shim() {
             Liveness::Alive(handles.clone())
         );
         qemu.pause(&handles).await.unwrap();
-        qemu.resume(&handles).await.unwrap();
+        qemu.resume(&handles, Still::Paused).await.unwrap();
     }
     qemu.signal(&handles, KILL).await.unwrap();
     qemu.wait_exit(&handles).await;

@@ -6,11 +6,11 @@
 use std::io;
 use std::path::Path;
 
-use banger_proto::agent::{GuestNetwork, Personalize};
+use banger_proto::agent::{GuestNetwork, POWERS_OFF, Personalize};
 use banger_proto::error::{ApiError, ErrorCode};
 use rustix::time::{ClockId, Timespec};
 
-use crate::console;
+use crate::{console, power};
 
 pub mod edit;
 pub mod net;
@@ -131,6 +131,9 @@ pub fn write_files(root: &Path, wanted: &Personalize) {
     step("write /root/.ssh/authorized_keys", write_keys(&root, wanted));
     step("write the SSH host key", write_host_key(&root, wanted));
     step("mask units", mask_units(&root, wanted));
+    if power::ends_by_restart() {
+        step("change how systemd powers off", power_off_by_restart(&root));
+    }
 }
 
 fn step(what: &str, result: io::Result<()>) {
@@ -218,6 +221,19 @@ fn host_key(root: &Place, key: &str) -> io::Result<()> {
     }
 }
 
+/// Has systemd restart the machine where it is told to power it off, and say so to the host: a board without power to cut would halt
+/// instead, and its engine stay for ever.
+fn power_off_by_restart(root: &Place) -> io::Result<()> {
+    let text = format!(
+        "[Unit]\nSuccessAction=reboot-force\n[Service]\nType=oneshot\nExecStart=/bin/sh -c 'echo \"<0>banger-agent: {POWERS_OFF}\" >/dev/kmsg'\n"
+    );
+    let control = root.make("run/systemd/system.control", 0o755)?;
+    for service in ["systemd-poweroff.service.d", "systemd-halt.service.d"] {
+        control.make(service, 0o755)?.write("banger.conf", 0o644, &text)?;
+    }
+    Ok(())
+}
+
 fn mask_units(root: &Place, wanted: &Personalize) -> io::Result<()> {
     if wanted.mask_units.is_empty() {
         return Ok(());
@@ -235,4 +251,24 @@ fn mask_units(root: &Place, wanted: &Personalize) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn systemd_restarts_what_has_no_power_to_cut_and_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        power_off_by_restart(&Place::open(dir.path()).unwrap()).unwrap();
+        let file = dir
+            .path()
+            .join("run/systemd/system.control/systemd-poweroff.service.d/banger.conf");
+        let text = std::fs::read_to_string(file).unwrap();
+        assert!(text.contains("SuccessAction=reboot-force\n"), "{text}");
+        assert!(
+            text.contains(&format!("banger-agent: {POWERS_OFF}\" >/dev/kmsg'\n")),
+            "{text}"
+        );
+    }
 }

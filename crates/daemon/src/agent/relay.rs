@@ -42,7 +42,12 @@ fn body(pieces: Pieces) -> Body {
 
 /// Relays an exec session until either side ends it. Client and agent each have a deadline until it is open, and none from
 /// then on.
-pub async fn session(socket: WebSocket, link: &Link, id: &str, sanitize_error: impl Fn(LinkError) -> ApiError) {
+///
+/// `explain` says what the client is told of a fault of the guest's side.
+pub async fn session<F>(socket: WebSocket, link: &Link, id: &str, explain: impl FnOnce(LinkError) -> F)
+where
+    F: Future<Output = ApiError>,
+{
     let (mut sink, mut stream) = socket.split();
     let (up, pieces) = mpsc::channel(UP);
     let within = link.patience().answer;
@@ -59,28 +64,38 @@ pub async fn session(socket: WebSocket, link: &Link, id: &str, sanitize_error: i
             let up = frames_up(&mut stream, up);
             tokio::pin!(down);
             tokio::select! {
-                outcome = &mut down => outcome.map_err(&sanitize_error),
+                outcome = &mut down => outcome.map_err(Fault::Guest),
                 ended = up => match ended {
                     // The client said all it had to say: the answer goes on. A client that went away breaks the answer itself.
-                    UpEnd::Done => down.await.map_err(&sanitize_error),
+                    UpEnd::Done => down.await.map_err(Fault::Guest),
                     UpEnd::Gone => return,
-                    UpEnd::Bad(e) => Err(ApiError::new(ErrorCode::BadRequest, e)),
+                    UpEnd::Bad(e) => Err(Fault::Client(ApiError::new(ErrorCode::BadRequest, e))),
                 },
             }
         }
-        Ok(Err(UpEnd::Bad(e))) => Err(ApiError::new(ErrorCode::BadRequest, e)),
+        Ok(Err(UpEnd::Bad(e))) => Err(Fault::Client(ApiError::new(ErrorCode::BadRequest, e))),
         Ok(Err(UpEnd::Done | UpEnd::Gone)) => return,
-        Err(_) => Err(ApiError::new(
+        Err(_) => Err(Fault::Client(ApiError::new(
             ErrorCode::Timeout,
             format!("the client took longer than {within:?} to ask for session {id}"),
-        )),
+        ))),
     };
-    if let Err(error) = outcome {
+    if let Err(fault) = outcome {
+        let error = match fault {
+            Fault::Guest(error) => explain(error).await,
+            Fault::Client(error) => error,
+        };
         tracing::info!(machine = %link.id(), error = %error.message, "session relay ended");
         let frame = Frame::json(Kind::Error, &error).to_message();
         let _ = sink.send(Message::Binary(frame.into())).await;
     }
     close(sink, stream).await;
+}
+
+/// Whose fault it is that a session ends.
+enum Fault {
+    Guest(LinkError),
+    Client(ApiError),
 }
 
 async fn close(mut sink: SplitSink<WebSocket, Message>, mut stream: SplitStream<WebSocket>) {

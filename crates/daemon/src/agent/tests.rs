@@ -114,7 +114,7 @@ pub(super) async fn client(link: Arc<Link>, raw: bool) -> (tempfile::TempDir, We
                 if raw {
                     relay::raw(socket, &link, "sshd", IntoApi::into_api).await;
                 } else {
-                    relay::session(socket, &link, "x", IntoApi::into_api).await;
+                    relay::session(socket, &link, "x", |e| std::future::ready(e.into_api())).await;
                 }
             })
         }

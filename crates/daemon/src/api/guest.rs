@@ -22,7 +22,7 @@ use super::extract::Params;
 use crate::agent::{Link, LinkError, relay};
 use crate::error::{Failure, IntoApi};
 use crate::idle::Use;
-use crate::machine::{Machine, task};
+use crate::machine::{Machine, reboot, task};
 use crate::reach::reach;
 
 type Answer<T> = Result<T, Failure>;
@@ -75,10 +75,12 @@ pub(super) async fn attach(
         return Err(Failure(ApiError::new(ErrorCode::BadRequest, message)));
     }
     let (used, link) = link(&app, &reference).await?;
+    let m = app.find(&reference)?;
     Ok(bounded(upgrade, MAX_PAYLOAD + 1).on_upgrade(move |socket| async move {
         let _used = used;
+        let explain = |e| reboot::explain(m, link.clone(), e);
         tokio::select! {
-            () = relay::session(socket, &link, &id, IntoApi::into_api) => {}
+            () = relay::session(socket, &link, &id, explain) => {}
             () = app.stopping.cancelled() => {}
         }
     }))

@@ -159,6 +159,9 @@ pub(super) async fn patch(
         if let Some(after) = patch.idle_suspend_after_ms {
             row.idle_suspend_after_ms = after;
         }
+        if let Some(policy) = patch.on_panic {
+            row.on_panic = policy;
+        }
         Ok(())
     })
     .await?;

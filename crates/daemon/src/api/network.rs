@@ -127,6 +127,7 @@ mod tests {
             boot: None,
             auto_remove: false,
             idle_suspend_after_ms: 0,
+            on_panic: Default::default(),
             address: address.map(str::to_owned),
             forwards: vec![Forward {
                 host_ip: "0.0.0.0".to_owned(),

@@ -1,7 +1,7 @@
 //! Rows of machines.
 
 use banger_core::id::MachineId;
-use banger_proto::api::{BootReport, Forward, MachineSpec, MachineState, Timestamp, Workspace};
+use banger_proto::api::{BootReport, Forward, MachineSpec, MachineState, OnPanic, Timestamp, Workspace};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -33,6 +33,8 @@ pub struct MachineRow {
     pub auto_remove: bool,
     /// Suspended after so many milliseconds without use; 0 is never.
     pub idle_suspend_after_ms: u64,
+    /// What follows when its guest's kernel has panicked.
+    pub on_panic: OnPanic,
     /// Its place in the network of system mode (`banger_system::net`): no two machines have the same.
     pub slot: Option<u32>,
     /// Ports of the host that lead to it.
@@ -40,7 +42,7 @@ pub struct MachineRow {
 }
 
 const COLUMNS: &str = "id, name, state, cause, spec, created_at, started_at, workspace, boot, auto_remove, \
-                       idle_suspend_after_ms, slot, forwards";
+                       idle_suspend_after_ms, slot, forwards, on_panic";
 
 impl Db {
     /// All machines, oldest first.
@@ -124,7 +126,9 @@ fn insert(c: &Connection, row: &MachineRow) -> Result<(), DbError> {
     write(
         c,
         row,
-        &format!("INSERT INTO machines ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)"),
+        &format!(
+            "INSERT INTO machines ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)"
+        ),
     )
 }
 
@@ -134,7 +138,7 @@ fn update(c: &Connection, row: &MachineRow) -> Result<(), DbError> {
         row,
         "UPDATE machines SET name = ?2, state = ?3, cause = ?4, spec = ?5, created_at = ?6, started_at = ?7,
          workspace = ?8, boot = ?9, auto_remove = ?10, idle_suspend_after_ms = ?11,
-         slot = ?12, forwards = ?13 WHERE id = ?1",
+         slot = ?12, forwards = ?13, on_panic = ?14 WHERE id = ?1",
     )
 }
 
@@ -153,6 +157,7 @@ fn write(c: &Connection, row: &MachineRow, sql: &str) -> Result<(), DbError> {
         i64::try_from(row.idle_suspend_after_ms).unwrap_or(i64::MAX),
         row.slot,
         json(&row.forwards)?,
+        json(&row.on_panic)?,
     ];
     match c.prepare_cached(sql)?.execute(values) {
         Ok(_) => Ok(()),
@@ -191,6 +196,7 @@ fn read(row: &Row<'_>) -> Result<MachineRow, DbError> {
         idle_suspend_after_ms: row.get::<_, i64>(10)?.try_into().unwrap_or(0),
         slot: row.get(11)?,
         forwards: parse(&row.get::<_, String>(12)?, &id)?,
+        on_panic: parse(&row.get::<_, String>(13)?, &id)?,
     })
 }
 
@@ -241,6 +247,7 @@ pub(crate) mod tests {
             boot: None,
             auto_remove: false,
             idle_suspend_after_ms: 0,
+            on_panic: OnPanic::Stop,
             slot: None,
             forwards: Vec::new(),
         }

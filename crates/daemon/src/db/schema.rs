@@ -48,6 +48,8 @@ const MIGRATIONS: &[&str] = &[
     "ALTER TABLE machines ADD COLUMN slot INTEGER;
     CREATE UNIQUE INDEX machines_slot ON machines (slot);
     ALTER TABLE machines ADD COLUMN forwards TEXT NOT NULL DEFAULT '[]';",
+    // 4: what follows a panic of the guest's kernel.
+    "ALTER TABLE machines ADD COLUMN on_panic TEXT NOT NULL DEFAULT '\"stop\"';",
 ];
 
 /// The schema this build knows.

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use banger_system::helper::{Answer, Request, Signal};
 use banger_system::id::MachineId;
 use banger_system::install::Layout;
-use banger_vmm::EngineError;
 use banger_vmm::engine::BoxFuture;
 use banger_vmm::jail::{Jail, JailLaunch};
+use banger_vmm::{EngineError, EngineExit};
 
 use super::client::{CallError, Client};
 
@@ -99,6 +99,20 @@ impl Jail for HelperJail {
             signal,
         };
         self.done("signal the engine", id, request, Vec::new())
+    }
+
+    fn ended<'a>(&'a self, id: &'a MachineId) -> BoxFuture<'a, Result<Option<EngineExit>, EngineError>> {
+        Box::pin(async move {
+            let request = Request::EngineEnded { machine: id.clone() };
+            match self.client.call_with(request, Vec::new()).await {
+                Ok(Answer::Ended { end }) => Ok(end.map(|end| EngineExit {
+                    code: end.code,
+                    signal: end.signal,
+                })),
+                Ok(_) => Ok(None),
+                Err(e) => Err(failed("ask for the end of the engine", id, e)),
+            }
+        })
     }
 
     fn collect<'a>(&'a self, id: &'a MachineId, into: File) -> BoxFuture<'a, Result<(), EngineError>> {

@@ -19,7 +19,7 @@ use super::live::Live;
 use super::record::{Machine, Presence};
 use super::stages::Stages;
 use super::work::{Current, Ended, Manner, Work, yields};
-use super::{cause, create, delete, disks, handles, restore, save, snapshot, start, stop, suspend};
+use super::{cause, create, delete, disks, handles, reboot, restore, save, snapshot, start, stop, suspend};
 use crate::engines;
 use crate::error::IntoApi;
 use crate::failpoint;
@@ -32,6 +32,8 @@ const FINISH: Duration = Duration::from_secs(120);
 const LOOK: Duration = Duration::from_secs(15);
 /// How long a record may take that an engine's end, long past most likely, has not left yet.
 const RECORD: Duration = Duration::from_millis(300);
+/// How long a guest that was left paused may take to answer.
+const ANSWER: Duration = Duration::from_secs(10);
 /// How long others wait for a guest that may be frozen.
 const SOON: Duration = Duration::from_secs(2);
 /// What is to be done with a machine.
@@ -176,7 +178,7 @@ pub(super) async fn carry_out(m: &Arc<Machine>, fate: Fate) -> Option<Current> {
             take_charge(&m, handles).await;
             None
         }
-        Fate::MarkStopped => mark_stopped(&m).await.map(|next| bounded(go_on(m, next))),
+        Fate::MarkStopped => mark_stopped(&m).await,
         Fate::FinishStart(handles) => {
             let op = m.services.ops.begin("machine.start", &m.name());
             Some(yields(&op, |superseded| {
@@ -310,7 +312,14 @@ async fn settle(m: &Arc<Machine>, live: &Live) -> Result<(), ApiError> {
     journal::clear(m)?;
     match (paused, vcpus) {
         (true, VcpuState::Running) => live.engine.pause(&live.handles).await.map_err(IntoApi::into_api),
-        (false, VcpuState::Paused) => live.engine.resume(&live.handles).await.map_err(IntoApi::into_api),
+        (false, VcpuState::Paused) => {
+            let going = suspend::run_again(m, live, ANSWER).await;
+            if let Err(e) = &going {
+                m.happen(Event::Pauses, |row| row.cause = Some(e.message.clone()))
+                    .await?;
+            }
+            going
+        }
         _ => Ok(()),
     }
 }
@@ -332,7 +341,7 @@ async fn take_charge(m: &Arc<Machine>, handles: Handles) {
         if let Err(e) = settle(m, &live).await {
             tracing::error!(machine = %m.id, error = %e.message, "what was cut off is not settled");
         }
-        if m.row().cause.is_some() {
+        if m.row().cause.is_some() && m.state() != State::Paused {
             let cleared = m.change(|row| {
                 row.cause = None;
                 Ok(())
@@ -370,26 +379,33 @@ async fn let_go(m: &Machine, live: &Live, time: Duration) -> bool {
     }
 }
 
-async fn mark_stopped(m: &Arc<Machine>) -> Option<Next> {
+/// Comes back with what is to be gone on with, or the start of a machine whose guest has rebooted meanwhile.
+async fn mark_stopped(m: &Arc<Machine>) -> Option<Current> {
     let unspent = m.state() == State::Suspending && m.paths.suspended().is_dir() || suspend::unspent(m);
     if unspent {
         if let Err(e) = suspend::finish(m).await {
             tracing::error!(machine = %m.id, error = %e.message, "cannot be marked suspended");
         }
-        return at_rest(m).await;
+        return at_rest(m).await.map(|next| bounded(go_on(m.clone(), next)));
     }
-    let cause = match (m.state(), journal::read(m)) {
+    let gone = async |cause: Option<String>| stop::engine_gone(m, cause).await.map(|()| None);
+    let again = match (m.state(), journal::read(m)) {
         (State::Stopping, Some(Begun::Restore(restore))) => {
-            Some(format!("it was put back to snapshot `{}`", restore.snapshot))
+            gone(Some(format!("it was put back to snapshot `{}`", restore.snapshot))).await
         }
-        (State::Stopping, _) => None,
-        (State::Starting, _) => Some("its start was cut off: the daemon ended in the middle of it".to_owned()),
-        _ => Some(cause::find(&m.paths, RECORD).await),
+        (State::Stopping, _) => gone(None).await,
+        (State::Starting, _) => {
+            let cause = "its start was cut off: the daemon ended in the middle of it";
+            gone(Some(cause.to_owned())).await
+        }
+        _ => reboot::after(m, &cause::find(m, RECORD).await).await,
     };
-    if let Err(e) = stop::engine_gone(m, cause).await {
+    let next = at_rest(m).await;
+    let again = again.unwrap_or_else(|e| {
         tracing::error!(machine = %m.id, error = %e.message, "cannot be marked stopped");
-    }
-    at_rest(m).await
+        None
+    });
+    again.or_else(|| next.map(|next| bounded(go_on(m.clone(), next))))
 }
 
 async fn finish_start(m: Arc<Machine>, handles: Handles, op: Op, superseded: CancellationToken) -> Ended {

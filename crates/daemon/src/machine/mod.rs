@@ -7,6 +7,7 @@
 //! * [`restore`]: a start from saved memory instead of a boot; [`save`]: the way there, [`checkpoint`] what lies between,
 //! * [`suspend`], [`snapshot`], [`fork`]: what is made of these,
 //! * [`disks`]: the files that a machine writes to and the layers that it shares,
+//! * [`cause`]: how an engine ended, [`reboot`]: what follows when nobody asked for it,
 //! * [`adopt`]: what becomes of a machine when the daemon starts,
 //! * [`doubt`]: a machine whose engine can't be verified,
 //! * [`live`]: a machine's engine while there is one; [`stall`]: one whose disk can't be written,
@@ -25,6 +26,7 @@ pub mod fork;
 pub mod handles;
 pub mod journal;
 pub mod live;
+pub mod reboot;
 pub mod record;
 pub mod request;
 pub mod restore;

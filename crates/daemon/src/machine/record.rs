@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 use super::description::Description;
 use super::doubt::Doubt;
 use super::live::Live;
+use super::reboot::Restarts;
 use super::request::Ask;
 use super::stall;
 use crate::db::MachineRow;
@@ -41,6 +42,8 @@ pub struct Machine {
     writing: tokio::sync::Mutex<()>,
     /// The row is newer than the one in the database, which could not be written.
     unwritten: AtomicBool,
+    /// When it was started by itself.
+    pub restarts: Mutex<Restarts>,
     /// Reading of the last statistics: (when, CPU time in ms).
     pub last_cpu: Mutex<Option<(std::time::Instant, u64)>>,
 }
@@ -130,6 +133,7 @@ impl Machine {
             live: Mutex::new(None),
             writing: tokio::sync::Mutex::new(()),
             unwritten: AtomicBool::new(false),
+            restarts: Mutex::default(),
             last_cpu: Mutex::new(None),
         })
     }
@@ -191,6 +195,7 @@ impl Machine {
             boot: row.boot,
             auto_remove: row.auto_remove,
             idle_suspend_after_ms: row.idle_suspend_after_ms,
+            on_panic: row.on_panic,
             address,
             forwards: row.forwards,
         }

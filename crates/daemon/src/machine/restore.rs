@@ -13,7 +13,7 @@ use std::time::Duration;
 use banger_core::state::Event;
 use banger_proto::agent::Health;
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_vmm::space;
+use banger_vmm::{Still, space};
 
 use super::checkpoint::Checkpoint;
 use super::live::Live;
@@ -77,7 +77,8 @@ pub async fn go_on(m: &Arc<Machine>, stages: &mut Stages, from: &Checkpoint, bec
     // The host's greeting is there when the guest looks.
     let by = stages.deadline() + start::GRACE;
     let connected = async {
-        let (resumed, connected) = tokio::join!(live.engine.resume(&live.handles), live.link.connect(by));
+        let (resumed, connected) =
+            tokio::join!(live.engine.resume(&live.handles, Still::Loaded), live.link.connect(by));
         resumed.map_err(IntoApi::into_api)?;
         connected.map(drop).map_err(IntoApi::into_api)
     };

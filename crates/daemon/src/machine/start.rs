@@ -450,7 +450,7 @@ pub async fn or_exit<T>(
 }
 
 async fn engine_ended(m: &Machine) -> ApiError {
-    let cause = cause::find(&m.paths, super::stop::RECORD).await;
+    let cause = cause::find(m, super::stop::RECORD).await.cause();
     ApiError::new(
         ErrorCode::Engine,
         format!("machine {} ended while it was starting: {cause}", m.name()),

@@ -7,11 +7,13 @@ use std::time::Duration;
 use banger_core::state::Event;
 use banger_proto::api::MachineState;
 use banger_proto::error::{ApiError, ErrorCode};
+use banger_vmm::Still;
 
+use super::handles;
 use super::live::Live;
 use super::record::Machine;
 use super::start::remove_dir;
-use super::{cause, handles, stall};
+use super::{handles, stall};
 use crate::error::{self, IntoApi};
 use crate::failpoint;
 use crate::ops::Op;
@@ -37,7 +39,7 @@ pub async fn stop(m: &Arc<Machine>, op: &Op, timeout: Duration) -> Result<(), Ap
     }
     if paused && let Some(live) = m.live() {
         // A guest that stands still cannot shut down.
-        let _ = live.engine.resume(&live.handles).await;
+        let _ = live.engine.resume(&live.handles, Still::Paused).await;
     }
     failpoint::hit("stop.row").await?;
     finish_stop(m, op, timeout).await
@@ -174,13 +176,6 @@ pub async fn engine_gone(m: &Arc<Machine>, cause: Option<String>) -> Result<(), 
     let cleaned = clean_up(m).await;
     m.happen(Event::EngineGone, |row| row.cause = cause).await?;
     cleaned
-}
-
-/// The engine has ended though nobody asked for it.
-pub async fn ended_by_itself(m: &Arc<Machine>) -> Result<(), ApiError> {
-    let cause = cause::find(&m.paths, RECORD).await;
-    tracing::warn!(machine = %m.id, cause, "the engine has ended");
-    engine_gone(m, Some(cause)).await
 }
 
 /// The number of a signal that an engine may be sent.

@@ -18,9 +18,10 @@ use std::time::Duration;
 use banger_core::state::Event;
 use banger_proto::api::{BootReport, MachineState};
 use banger_proto::error::{ApiError, ErrorCode};
-use banger_vmm::AfterSave;
+use banger_vmm::{AfterSave, Still};
 
 use super::checkpoint::Checkpoint;
+use super::live::Live;
 use super::record::Machine;
 use super::restore::{self, Becomes};
 use super::save::{self, Take};
@@ -34,6 +35,9 @@ use crate::ops::Op;
 
 /// How long a wake may take at least, once its memory is the running machine's.
 const FINISH: Duration = Duration::from_secs(60);
+
+/// How long a guest may take to answer that was paused.
+pub const ANSWER: Duration = Duration::from_secs(30);
 
 /// Beside memory that a snapshot was restored to.
 const RESTORED: &str = "restored";
@@ -75,15 +79,43 @@ pub async fn pause(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Lets them run again.
+/// Lets them run again. A machine whose guest does not answer stays paused.
 pub async fn resume(m: &Arc<Machine>, op: &Op) -> Result<(), ApiError> {
     op.stage("resume");
     let live = start::live(m)?;
-    live.engine.resume(&live.handles).await.map_err(IntoApi::into_api)?;
-    m.happen(Event::Resumes, |_| {}).await?;
+    if let Err(e) = run_again(m, &live, ANSWER).await {
+        let told = m.change(|row| {
+            row.cause = Some(e.message.clone());
+            Ok(())
+        });
+        return told.await.and(Err(e));
+    }
+    m.happen(Event::Resumes, |row| row.cause = None).await
+}
+
+/// Lets stopped virtual CPUs run, and makes sure that the guest answers. One that does not within this time is stopped again: a machine
+/// that is called running can be used.
+pub async fn run_again(m: &Arc<Machine>, live: &Live, within: Duration) -> Result<(), ApiError> {
+    let resumed = live.engine.resume(&live.handles, Still::Paused).await;
+    resumed.map_err(IntoApi::into_api)?;
     // Its clock stood still too.
-    save::go_on(m, &live).await;
-    Ok(())
+    let answered = tokio::time::timeout(within, save::go_on(m, live)).await;
+    if answered.unwrap_or(false) {
+        return Ok(());
+    }
+    if !live.exited.is_cancelled()
+        && let Err(e) = live.engine.pause(&live.handles).await
+    {
+        tracing::error!(machine = %m.id, error = %e, "a guest that does not answer is not paused again");
+    }
+    let message = format!(
+        "the guest of machine `{}` did not answer within {within:?} after it was resumed, and was paused again",
+        m.name()
+    );
+    Err(ApiError::new(ErrorCode::Guest, message).hint(format!(
+        "try again: banger vm resume {0}; or start it anew, without its memory: banger vm restart {0}",
+        m.name()
+    )))
 }
 
 /// Writes the memory to disk and ends the engine. What fails leaves the machine running.
@@ -160,9 +192,13 @@ async fn sync(dir: PathBuf) -> Result<(), ApiError> {
 pub async fn take_back(m: &Arc<Machine>) -> Result<(), ApiError> {
     let live = start::live(m)?;
     let removed = remove_dir(&staging(m)).and(remove_dir(&m.paths.suspended()));
-    live.engine.resume(&live.handles).await.map_err(IntoApi::into_api)?;
-    save::go_on(m, &live).await;
-    m.happen(Event::Resumes, |_| {}).await?;
+    match run_again(m, &live, ANSWER).await {
+        Ok(()) => m.happen(Event::Resumes, |_| {}).await?,
+        Err(e) => {
+            let paused = m.happen(Event::Pauses, |row| row.cause = Some(e.message.clone()));
+            return paused.await.and(removed).and(Err(e));
+        }
+    }
     removed
 }
 

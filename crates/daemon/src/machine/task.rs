@@ -20,6 +20,7 @@ use banger_proto::error::{ApiError, ErrorCode};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
+use super::reboot;
 use super::record::{Machine, Presence};
 use super::request::{Ask, Reply, Request};
 use super::work::{Current, Ended, Manner, begin, removal};
@@ -62,10 +63,13 @@ pub async fn run(m: Arc<Machine>, mut asks: mpsc::Receiver<Ask>, first: Option<C
                 }
             }
             () = exited, if idle => {
-                if let Err(e) = stop::ended_by_itself(&m).await {
-                    tracing::error!(machine = %m.id, error = %e.message, "cannot be marked stopped");
-                    // Its record keeps what is true; a start or delete tries again.
-                    m.clear_live();
+                match reboot::ended_by_itself(&m).await {
+                    Ok(again) => current = again,
+                    Err(e) => {
+                        tracing::error!(machine = %m.id, error = %e.message, "cannot be marked stopped");
+                        // Its record keeps what is true; a start or delete tries again.
+                        m.clear_live();
+                    }
                 }
             }
             ask = asks.recv(), if waiting.len() < QUEUE => {

@@ -10,6 +10,8 @@ scenarios! {
     consoles_outlive_the_daemons_unit: 600,
     qemu_is_saved_and_copied: 900,
     firecracker_is_saved_and_copied: 900,
+    qemu_is_paused_and_reboots: 900,
+    firecracker_is_paused_and_reboots: 900,
 }
 
 const HELPER: &str = "bangerd-root.service";
@@ -237,4 +239,81 @@ fn saved_and_copied(engine: &str) {
             .deadline(120)
             .ok();
     }
+}
+
+fn qemu_is_paused_and_reboots() {
+    let installed = Installed::new();
+    paused_and_rebooted("qemu");
+    installed.close();
+}
+
+fn firecracker_is_paused_and_reboots() {
+    let Some(options) = firecracker_options() else { return };
+    let installed = Installed::with(&options);
+    paused_and_rebooted("firecracker");
+    installed.close();
+    lab::root(["rm", "-f", "/opt/firecracker", "/opt/jailer"]).ok();
+}
+
+/// Whatever makes its processors stand still, its guest is reached afterwards; and how its engine ended is told.
+fn paused_and_rebooted(engine: &str) {
+    lab::banger(&format!("vm run -d --name m --image debian-slim --engine {engine}"))
+        .deadline(240)
+        .ok();
+    let machine = Same::of("m");
+    for round in 1..=3 {
+        lab::banger("vm pause m").ok();
+        lab::banger("vm resume m").ok();
+        machine.check(&format!("pause and resume {round}"));
+    }
+    // The daemon dies in the middle of a suspension: the machine runs on, or is suspended and wakes; its programs go on either way.
+    lab::banger("vm exec -d m -- sleep 3600").ok();
+    for delay in ["0.05", "0.10", "0.13", "0.15", "0.30"] {
+        let daemon = lab::main_pid(DAEMON);
+        let mut suspend = lab::banger("vm suspend m").deadline(120).spawn();
+        lab::sh(&format!("sleep {delay}; kill -KILL {daemon}")).code(0);
+        restarted(DAEMON, daemon);
+        let over = banger_testkit::processes::reached(std::time::Duration::from_secs(120), || suspend.has_ended());
+        assert!(over, "waited 120 s in vain for the client of a suspension");
+        let sleeps = lab::banger("vm exec m -- sh -c")
+            .arg("cat /proc/[0-9]*/comm | grep -c sleep")
+            .deadline(240)
+            .ok();
+        assert_eq!(sleeps.out().trim(), "1", "killed after {delay} s");
+        assert_eq!(lab::json("vm show m")["state"], "running", "killed after {delay} s");
+        assert_clean();
+    }
+
+    // A reboot, a panic, and an engine that somebody ends.
+    let cause = || lab::json("vm show m")["cause"].as_str().unwrap_or_default().to_owned();
+    let reached = |state: &str, boot: Option<&str>| {
+        let is = || {
+            let shown = lab::json("vm show m");
+            let other = boot.is_none_or(|boot| shown["guest"]["boot_id"].as_str().is_some_and(|id| id != boot));
+            shown["state"] == state && other
+        };
+        let reached = banger_testkit::processes::reached(std::time::Duration::from_secs(240), is);
+        assert!(
+            reached,
+            "waited 240 s in vain for `{state}`: {:#}",
+            lab::json("vm show m")
+        );
+    };
+    let boot = lab::boot_id("m");
+    let reboot = "sync; perl -e 'syscall(169, 0xfee1dead, 0x28121969, 0x01234567, 0)'";
+    let done = lab::banger("vm exec m -- sh -c").arg(reboot).deadline(240).run();
+    assert!(done.err().contains("the guest rebooted"), "{done:?}");
+    reached("running", Some(&boot));
+    assert_eq!(cause(), "the guest rebooted");
+    let crash = "sync; echo c >/proc/sysrq-trigger";
+    lab::banger("vm exec m -- sh -c").arg(crash).deadline(240).run();
+    reached("stopped", None);
+    assert_eq!(cause(), "the guest's kernel panicked: sysrq triggered crash");
+    lab::banger("vm start m").deadline(240).ok();
+    lab::root(["kill", "-KILL", &lab::engine_pid("m").to_string()]).ok();
+    reached("stopped", None);
+    assert_eq!(cause(), "its engine was ended by signal 9 (SIGKILL)");
+    assert_clean();
+    lab::banger("vm delete m").deadline(120).ok();
+    assert_clean();
 }

@@ -33,7 +33,7 @@ use std::os::fd::OwnedFd;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use banger_system::helper::{DiskRole, HelperCode, HelperError, HostObject, JailFile, ObjectKind, Signal};
+use banger_system::helper::{DiskRole, EngineEnd, HelperCode, HelperError, HostObject, JailFile, ObjectKind, Signal};
 use banger_system::id::MachineId;
 use banger_system::names;
 use banger_system::net::jail_uid;
@@ -144,7 +144,7 @@ fn started(ctx: &Ctx, launch: &Launch, output: &OwnedFd, files: Vec<OwnedFd>) ->
     let facts = Facts::read(&ctx.proc, pid);
     match (ready, facts) {
         (Ok(()), Some(facts)) => {
-            spawn::adopt(child);
+            spawn::adopt(child, launch.machine.clone());
             Ok((pid, facts.start_time))
         }
         (ready, _) => {
@@ -262,6 +262,11 @@ fn send(pidfd: &OwnedFd, pid: u32, number: rustix::process::Signal) -> Result<()
         Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
         Err(e) => Err(failed(format!("signal process {pid}"), e)),
     }
+}
+
+/// How a machine's jailed engine ended, where this process has started it and seen its end.
+pub(crate) fn ended(machine: &MachineId) -> Option<EngineEnd> {
+    spawn::ended(machine)
 }
 
 /// Opens a jail's sockets to the owner.

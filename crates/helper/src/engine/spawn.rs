@@ -1,14 +1,19 @@
 //! Starts the jailer, and sees to it that nothing is left of those that have ended.
 //!
-//! What is started is a session of its own and gets no signal from here; when the helper ends, it goes on.
+//! What is started is a session of its own and gets no signal from here; when the helper ends, it goes on. How the last engine of a machine
+//! ended is kept in memory for the daemon to ask, for as many machines as there can be; a helper that was started later does not know.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use banger_system::helper::EngineEnd;
+use banger_system::id::MachineId;
+use banger_system::net::MAX_SLOT;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::find::hold;
@@ -35,19 +40,75 @@ fn in_a_session(command: &mut Command) {
     }
 }
 
+/// An engine that was started.
+struct Started {
+    machine: MachineId,
+    pidfd: OwnedFd,
+    child: Child,
+}
+
+/// Engines that run, and how others ended.
+#[derive(Default)]
+struct Engines {
+    running: Vec<Started>,
+    /// The latest last.
+    ended: VecDeque<(MachineId, EngineEnd)>,
+}
+
+impl Engines {
+    /// Reaps those that have ended.
+    fn reap(&mut self) {
+        let ended = &mut self.ended;
+        self.running.retain_mut(|started| match started.child.try_wait() {
+            Ok(None) => true,
+            Ok(Some(status)) => {
+                ended.retain(|(machine, _)| *machine != started.machine);
+                ended.push_back((started.machine.clone(), end(status)));
+                false
+            }
+            Err(_) => false,
+        });
+        while self.ended.len() > MAX_SLOT as usize {
+            self.ended.pop_front();
+        }
+    }
+
+    fn end_of(&self, machine: &MachineId) -> Option<EngineEnd> {
+        if self.running.iter().any(|started| started.machine == *machine) {
+            return None;
+        }
+        self.ended
+            .iter()
+            .find(|(ended, _)| ended == machine)
+            .map(|(_, end)| *end)
+    }
+}
+
+fn end(status: ExitStatus) -> EngineEnd {
+    EngineEnd {
+        code: status.code(),
+        signal: status.signal(),
+    }
+}
+
 /// Children that have been started and may end at any time.
 struct Reaper {
-    children: Mutex<Vec<(OwnedFd, Child)>>,
+    engines: Mutex<Engines>,
     more: OwnedFd,
 }
 
 impl Reaper {
+    fn engines(&self) -> MutexGuard<'_, Engines> {
+        self.engines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn run(&self) {
         loop {
-            let mut children = self.children.lock().unwrap_or_else(PoisonError::into_inner);
-            children.retain_mut(|(_, child)| matches!(child.try_wait(), Ok(None)));
-            let held: Vec<OwnedFd> = children.iter().filter_map(|(fd, _)| fd.try_clone().ok()).collect();
-            drop(children);
+            let mut engines = self.engines();
+            engines.reap();
+            let running = engines.running.iter();
+            let held: Vec<OwnedFd> = running.filter_map(|started| started.pidfd.try_clone().ok()).collect();
+            drop(engines);
             let mut waited: Vec<PollFd<'_>> = held.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
             waited.push(PollFd::new(&self.more, PollFlags::IN));
             match poll(&mut waited, None) {
@@ -67,7 +128,7 @@ fn reaper() -> Option<&'static Arc<Reaper>> {
     REAPER
         .get_or_init(|| {
             let reaper = Arc::new(Reaper {
-                children: Mutex::default(),
+                engines: Mutex::default(),
                 more: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok()?,
             });
             let theirs = Arc::clone(&reaper);
@@ -82,13 +143,19 @@ fn reaper() -> Option<&'static Arc<Reaper>> {
 }
 
 /// Hands a child over to be waited for when it ends.
-pub(super) fn adopt(child: Child) {
+pub(super) fn adopt(child: Child, machine: MachineId) {
     let Some(reaper) = reaper() else { return };
     let Some(pidfd) = hold(child.id()) else { return };
-    let mut children = reaper.children.lock().unwrap_or_else(PoisonError::into_inner);
-    children.push((pidfd, child));
-    drop(children);
+    reaper.engines().running.push(Started { machine, pidfd, child });
     let _ = rustix::io::write(reaper.more.as_fd(), &1u64.to_ne_bytes());
+}
+
+/// How the last engine of a machine ended. None while it runs, and where this process has not started it.
+pub(super) fn ended(machine: &MachineId) -> Option<EngineEnd> {
+    let mut engines = reaper()?.engines();
+    // Who asks may have heard of the end before the reaper.
+    engines.reap();
+    engines.end_of(machine)
 }
 
 #[cfg(test)]
@@ -105,7 +172,7 @@ mod tests {
         let child = start(Path::new("/bin/sh"), &["-c".into(), script.into()], &write).unwrap();
         drop(write);
         let pid = child.id();
-        adopt(child);
+        adopt(child, MachineId::from_random([9; 8]));
         let mut text = String::new();
         std::fs::File::from(read).read_to_string(&mut text).unwrap();
         let mut lines = text.lines();
@@ -116,5 +183,42 @@ mod tests {
             assert!(Instant::now() < deadline, "process {pid} was not reaped within 10 s");
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    #[test]
+    fn how_an_engine_ended_is_kept() {
+        let (_read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let begun = |machine: u8, script: &str| {
+            let child = start(Path::new("/bin/sh"), &["-c".into(), script.into()], &write).unwrap();
+            let (id, pidfd) = (MachineId::from_random([machine; 8]), hold(child.id()).unwrap());
+            adopt(child, id.clone());
+            (id, pidfd)
+        };
+        let wait = |pidfd: &OwnedFd| {
+            let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+            let time = rustix::event::Timespec::try_from(Duration::from_secs(10)).unwrap();
+            assert_eq!(
+                poll(&mut fds, Some(&time)),
+                Ok(1),
+                "waited 10 s in vain for a child's end"
+            );
+        };
+        let (code, signal) = ((Some(7), None), (None, Some(9)));
+        for (machine, script, expected) in [
+            (1, "exit 7", code),
+            (2, "kill -9 $$", signal),
+            (1, "kill -9 $$", signal),
+        ] {
+            let (id, pidfd) = begun(machine, script);
+            wait(&pidfd);
+            let end = ended(&id).unwrap();
+            assert_eq!((end.code, end.signal), expected, "{script}");
+        }
+        let (id, pidfd) = begun(3, "sleep 600");
+        assert_eq!(ended(&id), None, "it runs");
+        rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::TERM).unwrap();
+        wait(&pidfd);
+        assert_eq!(ended(&id).unwrap().signal, Some(15));
+        assert_eq!(ended(&MachineId::from_random([4; 8])), None, "of nobody's");
     }
 }

@@ -108,6 +108,27 @@ impl MachineState {
     }
 }
 
+/// What follows when a guest's kernel has panicked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnPanic {
+    /// The machine is stopped.
+    #[default]
+    Stop,
+    /// It is started again, from its disks. One that panics again and again is stopped.
+    Restart,
+}
+
+impl OnPanic {
+    /// The word on the wire and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Restart => "restart",
+        }
+    }
+}
+
 /// How far a start goes before it counts as done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -128,7 +149,7 @@ pub struct Machine {
     pub name: String,
     /// Where it is in its life.
     pub state: MachineState,
-    /// Why it is stopped, stalled or broken, in words.
+    /// Why it is stopped, stalled or broken, or was last started again by itself, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<String>,
     /// What keeps it from running, while it is `stalled`.
@@ -159,6 +180,9 @@ pub struct Machine {
     /// It is suspended after so many milliseconds without use; 0 is never.
     #[serde(default)]
     pub idle_suspend_after_ms: u64,
+    /// What follows when its guest's kernel has panicked.
+    #[serde(default)]
+    pub on_panic: OnPanic,
     /// Its address, with a bridge.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
@@ -312,6 +336,8 @@ pub struct CreateMachine {
     pub cold: bool,
     /// Suspend it after so many milliseconds without use; 0 is never, absent is what the configuration says.
     pub idle_suspend_after_ms: Option<u64>,
+    /// What follows when its guest's kernel has panicked; `stop` when absent.
+    pub on_panic: Option<OnPanic>,
 }
 
 /// Request to change a machine.
@@ -334,6 +360,8 @@ pub struct PatchMachine {
     pub workspace: Option<Workspace>,
     /// Suspend it after so many milliseconds without use; 0 is never.
     pub idle_suspend_after_ms: Option<u64>,
+    /// What follows when its guest's kernel has panicked, at once.
+    pub on_panic: Option<OnPanic>,
 }
 
 /// Request to start or restart a machine.

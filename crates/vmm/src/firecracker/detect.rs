@@ -74,11 +74,28 @@ fn version(said: &str) -> Option<(String, (u32, u32, u32))> {
         let rest = line.trim().strip_prefix("Firecracker ")?;
         let word = rest.split_ascii_whitespace().next()?;
         let word = word.strip_prefix('v').unwrap_or(word);
-        let plain = word.split(['-', '+']).next()?;
-        let mut parts = plain.split('.').map(|part| part.parse().ok());
-        let numbers = (parts.next()??, parts.next()??, parts.next()??);
-        parts.next().is_none().then(|| (word.to_owned(), numbers))
+        Some((word.to_owned(), numbers(word)?))
     })
+}
+
+/// `1.16.1-dirty` → 1, 16, 1.
+fn numbers(word: &str) -> Option<(u32, u32, u32)> {
+    let plain = word.split(['-', '+']).next()?;
+    let mut parts = plain.split('.').map(|part| part.parse().ok());
+    let numbers = (parts.next()??, parts.next()??, parts.next()??);
+    parts.next().is_none().then_some(numbers)
+}
+
+/// The versions of which a plain resume cuts the guest channel off: from the first to before the second. From 1.16.0 on the vsock device
+/// delivers nothing after a resume until the guest has acknowledged a reset, and only saving sends that reset. Mended upstream after
+/// 1.16.1, on the way to 1.17.
+const RESUME_CUTS_CHANNEL: [(u32, u32, u32); 2] = [(1, 16, 0), (1, 17, 0)];
+
+/// Whether an engine of this version needs a reset of its guest channel before it is resumed. An unknown version does: a reset more only
+/// closes the connections that were open.
+pub(super) fn resume_cuts_channel(version: &str) -> bool {
+    let [first, mended] = RESUME_CUTS_CHANNEL;
+    numbers(version).is_none_or(|numbers| (first..mended).contains(&numbers))
 }
 
 /// What speaks against a version, or what is to be said about it.
@@ -125,6 +142,16 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(version(said).map(|v| v.0).as_deref(), expected, "{said}");
+        }
+    }
+
+    #[test]
+    fn versions_that_cut_the_guest_off_are_known() {
+        for flawed in ["1.16.0", "1.16.1", "1.16.1-dirty", "1.16.9", "main", ""] {
+            assert!(resume_cuts_channel(flawed), "{flawed}");
+        }
+        for good in ["1.14.4", "1.15.1", "1.17.0", "2.0.0"] {
+            assert!(!resume_cuts_channel(good), "{good}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use banger_core::plan::{BootPlan, DiskRole};
-use banger_proto::shim::{LogJob, Metrics, ShimJob};
+use banger_proto::shim::{ExitRecord, LogJob, Metrics, ShimJob, ShimReport};
 use banger_system::helper::{JailFile, Signal};
 use banger_system::names::jail;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -19,7 +19,7 @@ use super::api::{Action, ApiError, Client};
 use super::config::{self, Names};
 use super::http::HttpError;
 use super::{BINARY, ENGINE, Firecracker, fault, find, metrics};
-use crate::engine::{EngineError, Handles};
+use crate::engine::{Engine, EngineError, Handles};
 use crate::host;
 use crate::identity::{Expected, Process};
 use crate::jail::{Jail, JailLaunch};
@@ -86,7 +86,13 @@ impl Start for Work {
         let limit = self.firecracker.options.launch_timeout;
         let error = tokio::select! {
             biased;
-            ended = start::report(&mut begun.reports) => return Err(start::ended_early(ENGINE, &self.plan.paths, ended)),
+            ended = start::report(&mut begun.reports) => {
+                let ended = match ended {
+                    Ok(ShimReport::Ended(record)) => Ok(ShimReport::Ended(self.seen(record).await)),
+                    other => other,
+                };
+                return Err(start::ended_early(ENGINE, &self.plan.paths, ended));
+            }
             set_up = self.set_up(&begun.handles, &begun.names, Instant::now() + limit) => match set_up {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
@@ -99,6 +105,7 @@ impl Start for Work {
                 if matches!(&error, ApiError::Http { source, .. } if gone(source))
                     && let Some(record) = end(&mut begun.reports).await
                 {
+                    let record = self.seen(record).await;
                     return Err(died(ENGINE, &self.plan.paths, Some(&record)));
                 }
                 match error {
@@ -159,6 +166,17 @@ impl From<EngineError> for Fault {
 }
 
 impl Work {
+    /// The record of an end with what only root has seen of it.
+    async fn seen(&self, mut record: ExitRecord) -> ExitRecord {
+        if record.code.is_none()
+            && record.signal.is_none()
+            && let Some(end) = self.firecracker.ended(&self.plan.id).await
+        {
+            (record.code, record.signal) = (end.code, end.signal);
+        }
+        record
+    }
+
     /// Starts the engine as this user.
     async fn direct(&self, control: &Path) -> Result<Started, EngineError> {
         let (plan, options) = (&self.plan, &self.firecracker.options);
@@ -226,7 +244,7 @@ impl Work {
             metrics: Some(self.metrics(chroot.join(jail::METRICS))),
         };
         let (output, console) = console(&job).map_err(|e| io_error("make a pipe for the console", e))?;
-        let reports = start::log_shim(ENGINE, &options.shim, &tag(plan), output).await?;
+        let mut reports = start::log_shim(ENGINE, &options.shim, &tag(plan), output).await?;
         let launch = JailLaunch {
             id: plan.id.clone(),
             slot,
@@ -236,7 +254,14 @@ impl Work {
             files,
             disks: plan.disks.iter().map(|disk| disk.serial).collect::<Vec<DiskRole>>(),
         };
-        let (pid, start_time) = jail.launch(launch).await?;
+        let (pid, start_time) = match jail.launch(launch).await {
+            Ok(launched) => launched,
+            Err(error) => {
+                // What it said is in the log when the shim has seen the end of it.
+                let _ = end(&mut reports).await;
+                return Err(error);
+            }
+        };
         let expected = Expected {
             pid,
             start_time,

@@ -6,6 +6,7 @@
 //! * `launch`: starting it, outside of a jail or in one, letting it load what was saved, and undoing a failed start,
 //! * [`find`]: finding it again and being sure that it is the one,
 //! * `save`: memory and devices of a running one,
+//! * `resume`: letting a paused one run, with its guest channel,
 //! * `flatten`: a disk in one file.
 //!
 //! With a [`Jail`] every engine is started in a jail of its own, by whoever is root; without one it is started by the shim, as
@@ -20,6 +21,7 @@ mod flatten;
 pub mod http;
 mod launch;
 mod metrics;
+mod resume;
 mod save;
 
 use std::path::{Path, PathBuf};
@@ -38,7 +40,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 use self::api::{Action, ApiError, State, Vm};
 use crate::dial::{dial, peer};
 use crate::engine::{
-    BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, Steps, VcpuState,
+    BoxFuture, Capabilities, Engine, EngineError, EngineExit, Handles, Liveness, SavePlan, SaveReport, Steps, Still,
+    VcpuState,
 };
 use crate::host::Roots;
 use crate::identity::Mismatch;
@@ -295,6 +298,16 @@ impl Engine for Firecracker {
         Box::pin(self.exited(handles))
     }
 
+    fn ended<'a>(&'a self, id: &'a MachineId) -> BoxFuture<'a, Option<EngineExit>> {
+        Box::pin(async move {
+            let ended = self.options.jail.as_ref()?.ended(id).await;
+            ended.unwrap_or_else(|error| {
+                tracing::warn!(machine = %id, %error, "how the engine ended is not known");
+                None
+            })
+        })
+    }
+
     fn signal<'a>(&'a self, handles: &'a Handles, signal: i32) -> BoxFuture<'a, Result<(), EngineError>> {
         Box::pin(self.send(handles, signal))
     }
@@ -303,8 +316,8 @@ impl Engine for Firecracker {
         Box::pin(self.vm(handles, Vm::Paused))
     }
 
-    fn resume<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>> {
-        Box::pin(self.vm(handles, Vm::Resumed))
+    fn resume<'a>(&'a self, handles: &'a Handles, still: Still) -> BoxFuture<'a, Result<(), EngineError>> {
+        Box::pin(resume::resume(self, handles, still))
     }
 
     fn vcpu_state<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<VcpuState, EngineError>> {

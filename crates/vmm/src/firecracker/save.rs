@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep};
 
 use super::api::{ApiError, Client, CreateSnapshot, SnapshotType, State, Vm};
 use super::config::{text, unsupported};
-use super::{ENGINE, Firecracker, find};
+use super::{ENGINE, Firecracker, find, resume};
 use crate::engine::{AfterSave, EngineError, Handles, SavePlan, SaveReport, Step, Steps};
 use crate::identity::Mismatch;
 use crate::memory;
@@ -101,14 +101,16 @@ impl Saving for Job {
                 // What was begun goes first: the space may be what the guest waits for.
                 drop(files);
                 if ran {
-                    self.continued(None).await;
+                    self.continued(None, true).await;
                 }
                 return Err(error);
             }
         };
+        // What was saved has reset the guest channel.
+        let unsaved = prepared.is_none();
         let goes_on = ran && self.plan.then == AfterSave::AsBefore;
         if goes_on {
-            self.continued(Some(client)).await;
+            self.continued(Some(client), unsaved).await;
         }
         let mut paused = started.elapsed();
         let finished = match &prepared {
@@ -118,7 +120,7 @@ impl Saving for Job {
         if let Err(error) = finished {
             drop(files);
             if ran && !goes_on {
-                self.continued(None).await;
+                self.continued(None, unsaved).await;
             }
             return Err(error);
         }
@@ -143,7 +145,7 @@ impl Saving for Job {
     }
 
     async fn go_on(&self) {
-        self.continued(None).await;
+        self.continued(None, true).await;
     }
 }
 
@@ -264,27 +266,24 @@ impl Job {
     }
 
     /// Lets the guest run. Over other connections, if this one has failed: a host that is short of everything must not leave a
-    /// machine standing.
-    async fn continued(&self, client: Option<Client>) {
+    /// machine standing. `unsaved`: as for [`resume::run`]; one reset too many does no harm.
+    async fn continued(&self, client: Option<Client>, unsaved: bool) {
         let mut fault = None;
         if let Some(client) = client {
-            match self.resume(client).await {
+            match self.resume(client, unsaved).await {
                 Ok(()) => return,
                 Err(error) => fault = Some(error),
             }
         }
-        for _ in 0..GO_ON {
+        for attempt in 0..GO_ON {
+            // An engine that does not take this is let go on all the same.
+            let unsaved = unsaved && attempt == 0;
             match find::command_client(&self.firecracker, &self.handles).await {
-                Ok(mut client) => {
-                    // Where only the answer was lost, or it never stopped.
-                    if client.info().await.is_ok_and(|info| info.state == State::Running) {
-                        return;
-                    }
-                    match self.resume(client).await {
-                        Ok(()) => return,
-                        Err(error) => fault = Some(error),
-                    }
-                }
+                // Nothing is done where only the answer was lost, or where it never stopped.
+                Ok(client) => match self.resume(client, unsaved).await {
+                    Ok(()) => return,
+                    Err(error) => fault = Some(error),
+                },
                 Err(error) => fault = Some(error),
             }
             if matches!(
@@ -300,9 +299,9 @@ impl Job {
         }
     }
 
-    async fn resume(&self, mut client: Client) -> Result<(), EngineError> {
+    async fn resume(&self, mut client: Client, unsaved: bool) -> Result<(), EngineError> {
         client.extend(STEP);
-        client.vm(Vm::Resumed).await.map_err(|e| self.fault(e))
+        resume::run(&mut client, unsaved).await.map_err(|e| self.fault(e))
     }
 
     fn fault(&self, error: ApiError) -> EngineError {

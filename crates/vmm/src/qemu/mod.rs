@@ -30,7 +30,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::dial::{dial, peer};
 use crate::engine::{
-    BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, Stall, Steps, VcpuState,
+    BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, Stall, Steps, Still, VcpuState,
 };
 use crate::host::Roots;
 use crate::identity::Mismatch;
@@ -191,7 +191,7 @@ impl Engine for Qemu {
         Box::pin(self.command(handles, "stop"))
     }
 
-    fn resume<'a>(&'a self, handles: &'a Handles) -> BoxFuture<'a, Result<(), EngineError>> {
+    fn resume<'a>(&'a self, handles: &'a Handles, _: Still) -> BoxFuture<'a, Result<(), EngineError>> {
         Box::pin(self.command(handles, "cont"))
     }
 

@@ -2,14 +2,13 @@
 //!
 //! It is this test program itself, started under the name `firecracker`. What it does differently is in `fake.json` in its working
 //! directory, in [`Script`]. It keeps its states, refuses in the documented words what is out of order, opens the files that it is
-//! told of, maps saved memory privately, makes its sockets, and writes saves in both ways. Its guest is a few bytes of memory and
+//! told of, maps saved memory privately, makes its sockets, and writes saves in both ways. As 1.16 does, it delivers nothing to the
+//! guest after a resume before a reset of the guest channel was acknowledged, which only a save sends. Its guest is a few bytes of memory and
 //! answers on the guest channel: `p` N V fills page N with V, `g` N says what is in page N, everything else is said back.
-#![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -20,7 +19,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-const PAGE: usize = 4096;
+use crate::memory::{Memory, PAGE};
 
 /// What it does differently.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -28,6 +27,8 @@ const PAGE: usize = 4096;
 pub struct Script {
     /// The id that it says it has.
     pub id: Option<String>,
+    /// The version that it says it has, and behaves as; 1.16.1 when absent.
+    pub version: Option<String>,
     /// It dies before it listens, having said this.
     pub stillborn: Option<String>,
     /// How long it takes until it listens, in milliseconds.
@@ -41,6 +42,10 @@ pub struct Script {
 }
 
 impl Script {
+    fn version(&self) -> &str {
+        self.version.as_deref().unwrap_or("1.16.1")
+    }
+
     /// One call meets something.
     pub fn with(call: &str, fault: Fault) -> Self {
         Self {
@@ -88,41 +93,6 @@ enum State {
     Paused,
 }
 
-struct Memory {
-    at: *mut u8,
-    length: usize,
-    /// Which pages were touched.
-    touched: Vec<bool>,
-}
-
-// SAFETY: it is only reached through a lock.
-unsafe impl Send for Memory {}
-
-impl Memory {
-    /// Anonymous, or a private mapping of a file.
-    fn new(length: usize, file: Option<&File>) -> Self {
-        let (flags, fd) = match file {
-            Some(file) => (libc::MAP_PRIVATE, file.as_raw_fd()),
-            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
-        };
-        let rights = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: a new mapping, wherever the kernel has room, that is never unmapped.
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), length, rights, flags, fd, 0) };
-        assert_ne!(at, libc::MAP_FAILED);
-        Self {
-            at: at.cast(),
-            length,
-            touched: vec![false; length / PAGE],
-        }
-    }
-
-    fn page(&mut self, number: usize) -> &mut [u8] {
-        assert!(number < self.length / PAGE);
-        // SAFETY: within the mapping, which is borrowed as a whole.
-        unsafe { std::slice::from_raw_parts_mut(self.at.add(number * PAGE), PAGE) }
-    }
-}
-
 struct Machine {
     id: String,
     script: Script,
@@ -136,6 +106,28 @@ struct Machine {
     uds: Option<String>,
     metrics: Option<File>,
     calls: i64,
+    channel: Channel,
+}
+
+/// What vsock's device keeps of the guest channel.
+#[derive(Default)]
+struct Channel {
+    /// A reset was sent that the guest has not seen yet.
+    reset: bool,
+    /// Nothing is delivered to the guest.
+    muted: bool,
+    /// Resets that the guest has seen: each closes all connections.
+    seen: u64,
+}
+
+impl Channel {
+    fn resumed(&mut self, version: &str) {
+        self.muted = version.starts_with("1.16.");
+        if std::mem::take(&mut self.reset) {
+            self.seen += 1;
+            self.muted = false;
+        }
+    }
 }
 
 type Shared = Arc<Mutex<Machine>>;
@@ -168,6 +160,7 @@ pub fn main(args: &[String]) -> ExitCode {
     };
     let machine = Arc::new(Mutex::new(Machine {
         id: script.id.clone().unwrap_or(id),
+        channel: Channel::default(),
         script,
         state: State::NotStarted,
         configured: false,
@@ -193,6 +186,11 @@ fn serve(mut stream: UnixStream, machine: &Shared) {
         let log = OpenOptions::new().append(true).create(true).open("calls.log");
         let _ = log.and_then(|mut log| writeln!(log, "{call} {body}"));
         let fault = machine.lock().unwrap().script.faults.get(&call).cloned();
+        if call == "PUT /snapshot/create" {
+            // It comes before anything that can fail.
+            let machine = &mut *machine.lock().unwrap();
+            machine.channel.reset |= machine.state == State::Paused;
+        }
         match &fault {
             Some(Fault::Refuse(status, words)) => {
                 answer(&mut stream, *status, Some(&json!({ "fault_message": words })));
@@ -284,7 +282,7 @@ fn perform(shared: &Shared, call: &str, body: &Value) -> Result<Option<Value>, S
                 State::Paused => "Paused",
             };
             return Ok(Some(
-                json!({ "app_name": "Firecracker", "id": machine.id, "state": state, "vmm_version": "1.16.1" }),
+                json!({ "app_name": "Firecracker", "id": machine.id, "state": state, "vmm_version": machine.script.version() }),
             ));
         }
         ("GET", "/vm/config") => {
@@ -345,7 +343,10 @@ fn perform(shared: &Shared, call: &str, body: &Value) -> Result<Option<Value>, S
             after()?;
             machine.state = match text(body, "state")? {
                 "Paused" => State::Paused,
-                _ => State::Running,
+                _ => {
+                    machine.channel.resumed(machine.script.version());
+                    State::Running
+                }
             };
         }
         ("PUT", "/snapshot/create") => {
@@ -426,6 +427,8 @@ fn load(shared: &Shared, machine: &mut Machine, body: &Value) -> Result<(), Stri
     machine.kernel = Some(state["kernel"].clone());
     machine.memory = Some(Memory::new((machine.memory_mib << 20) as usize, Some(&file)));
     (machine.state, machine.restored) = (State::Paused, true);
+    // It was sent when this was saved.
+    machine.channel.reset = true;
     channel(shared, machine, text(&state, "uds")?)
 }
 
@@ -441,6 +444,18 @@ fn channel(shared: &Shared, machine: &mut Machine, path: &str) -> Result<(), Str
         }
     });
     Ok(())
+}
+
+/// Waits until the guest runs and is reached: one that is paused or muted does nothing. Which resets it has seen by then.
+fn reached(shared: &Shared) -> u64 {
+    loop {
+        let machine = shared.lock().unwrap();
+        if machine.state == State::Running && !machine.channel.muted {
+            return machine.channel.seen;
+        }
+        drop(machine);
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// One connection to the guest.
@@ -465,12 +480,12 @@ fn guest(mut stream: UnixStream, shared: &Shared) -> Option<()> {
             return None;
         }
     }
+    let seen = reached(shared);
     stream.write_all(b"OK 1073741824\n").ok()?;
     loop {
         stream.read_exact(&mut byte).ok()?;
-        // A guest that is paused does nothing.
-        while shared.lock().unwrap().state != State::Running {
-            std::thread::sleep(Duration::from_millis(1));
+        if reached(shared) != seen {
+            return None;
         }
         let mut more = |count: usize| {
             let mut bytes = vec![0; count];

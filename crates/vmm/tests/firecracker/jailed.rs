@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -15,7 +16,7 @@ use banger_vmm::engine::BoxFuture;
 use banger_vmm::firecracker::Firecracker;
 use banger_vmm::identity::Stat;
 use banger_vmm::jail::{Jail, JailLaunch};
-use banger_vmm::{Engine, EngineError, Liveness, Steps, VcpuState, console_tail, exit_record};
+use banger_vmm::{Engine, EngineError, EngineExit, Liveness, Steps, Still, VcpuState, console_tail, exit_record};
 use rustix::fs::{CWD, FileType, Mode, mknodat, renameat};
 
 use crate::bed::{Bed, KILL, driver, saved, skip, tests, until};
@@ -93,11 +94,22 @@ impl Jail for Cells {
     fn signal<'a>(&'a self, id: &'a MachineId, signal: Signal) -> BoxFuture<'a, Result<(), EngineError>> {
         Box::pin(async move {
             assert_eq!(signal, Signal::Kill);
-            if let Some(mut child) = self.engines.lock().unwrap().remove(id.as_str()) {
+            if let Some(child) = self.engines.lock().unwrap().get_mut(id.as_str()) {
                 let _ = child.kill();
                 child.wait().unwrap();
             }
             Ok(())
+        })
+    }
+
+    fn ended<'a>(&'a self, id: &'a MachineId) -> BoxFuture<'a, Result<Option<EngineExit>, EngineError>> {
+        Box::pin(async move {
+            let mut engines = self.engines.lock().unwrap();
+            let status = engines.get_mut(id.as_str()).and_then(|child| child.wait().ok());
+            Ok(status.map(|status| EngineExit {
+                code: status.code(),
+                signal: status.signal(),
+            }))
         })
     }
 
@@ -190,7 +202,7 @@ async fn from_launch_to_end() {
     let copy = Bed::of(&first);
     let second = copy.launch(&driver).await;
     assert_eq!(driver.vcpu_state(&second).await.unwrap(), VcpuState::Paused);
-    driver.resume(&second).await.unwrap();
+    driver.resume(&second, Still::Loaded).await.unwrap();
     assert_eq!(ask(&driver, &second, &[b'g', 1]).await, 11);
     ask(&driver, &second, &[b'p', 2, 22]).await;
     let again = saved(dir.path(), "again");
@@ -213,6 +225,11 @@ async fn from_launch_to_end() {
     until("the exit record", || exit_record(paths).is_some()).await;
     let record = exit_record(paths).unwrap();
     assert_eq!((record.code, record.signal), (None, None));
+    let killed = EngineExit {
+        code: None,
+        signal: Some(9),
+    };
+    assert_eq!(driver.ended(id).await, Some(killed));
     assert_eq!(console_tail(paths, 1), ["the guest's console"]);
     for kept in [Some(&handles), None] {
         assert!(matches!(driver.find(id, paths, kept).await, Liveness::Gone(_)));
@@ -248,7 +265,7 @@ async fn what_fails_leaves_nothing() {
         fs::write(chroot.join("fake.json"), serde_json::to_vec(&script).unwrap()).unwrap();
         let error = fails(&bed).await;
         let fits = match fault {
-            Fault::Crash => matches!(error, EngineError::Died { .. }),
+            Fault::Crash => matches!(&error, EngineError::Died { how, .. } if how == "signal 6"),
             Fault::HangUp => matches!(error, EngineError::Io { .. }),
             _ => matches!(error, EngineError::Refused { .. }),
         };

@@ -8,7 +8,7 @@ use banger_core::plan::{DiskFormat, Saved};
 use banger_vmm::firecracker::Firecracker;
 use banger_vmm::identity::Stat;
 use banger_vmm::{
-    AfterSave, Engine, EngineError, Handles, Liveness, SavePlan, Steps, VcpuState, console_tail, exit_record,
+    AfterSave, Engine, EngineError, Handles, Liveness, SavePlan, Steps, Still, VcpuState, console_tail, exit_record,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -20,6 +20,7 @@ tests!(
     what_was_saved_goes_on_elsewhere,
     a_save_has_its_steps_in_order,
     a_caller_who_goes_away,
+    a_guest_is_reached_after_every_resume,
     disks_alone,
     a_disk_in_one_file,
 );
@@ -117,7 +118,7 @@ async fn from_launch_to_end() {
 
     driver.pause(&handles).await.unwrap();
     assert_eq!(driver.vcpu_state(&handles).await.unwrap(), VcpuState::Paused);
-    driver.resume(&handles).await.unwrap();
+    driver.resume(&handles, Still::Paused).await.unwrap();
     driver.press_ctrl_alt_del(&handles).await.unwrap();
     // A second start of the same machine is refused and harms nobody.
     assert!(matches!(
@@ -168,7 +169,7 @@ async fn what_was_saved_goes_on_elsewhere() {
     let copy = Bed::of(&first);
     let second = copy.launch(&driver).await;
     assert_eq!(driver.vcpu_state(&second).await.unwrap(), VcpuState::Paused);
-    driver.resume(&second).await.unwrap();
+    driver.resume(&second, Still::Loaded).await.unwrap();
     assert_eq!(ask(&driver, &second, &[b'g', 1]).await, 11);
     assert_eq!(of(&calls(&copy), "PUT /boot-source"), Vec::<String>::new());
     // What it was told of disks and sockets is its own.
@@ -195,7 +196,7 @@ async fn what_was_saved_goes_on_elsewhere() {
         .unwrap();
     let third = Bed::of(&again);
     let handles = third.launch(&driver).await;
-    driver.resume(&handles).await.unwrap();
+    driver.resume(&handles, Still::Loaded).await.unwrap();
     assert_eq!(ask(&driver, &handles, &[b'g', 1]).await, 11);
     assert_eq!(ask(&driver, &handles, &[b'g', 5]).await, 55);
 }
@@ -238,7 +239,7 @@ async fn a_save_has_its_steps_in_order() {
     let to = saved(dir.path(), "again");
     driver.save(&handles, &plan(&to, None), Steps::none()).await.unwrap();
     assert_eq!(driver.vcpu_state(&handles).await.unwrap(), VcpuState::Paused);
-    driver.resume(&handles).await.unwrap();
+    driver.resume(&handles, Still::Paused).await.unwrap();
 
     // A step that fails ends it, and nothing is left of it.
     for late in [false, true] {
@@ -301,6 +302,62 @@ async fn a_caller_who_goes_away() {
     }
 }
 
+/// Firecracker 1.16 cuts its guest off when it is resumed without having been saved.
+async fn a_guest_is_reached_after_every_resume() {
+    let dir = tempfile::tempdir().unwrap();
+    let driver = driver(&fake::install(dir.path()), |_| {});
+    for (version, resets) in [
+        ("1.14.4", 0),
+        ("1.15.1", 0),
+        ("1.16.0", 1),
+        ("1.16.1", 1),
+        ("1.17.0", 0),
+    ] {
+        let bed = Bed::new();
+        bed.script(fake::Script {
+            version: Some(version.to_owned()),
+            ..Default::default()
+        });
+        let handles = bed.launch(&driver).await;
+        let saves = || of(&calls(&bed), "PUT /snapshot/create").len();
+        for round in 1..=2 {
+            driver.pause(&handles).await.unwrap();
+            driver.resume(&handles, Still::Paused).await.unwrap();
+            assert_eq!(ask(&driver, &handles, b"a").await, b'a', "{version}");
+            assert_eq!(saves(), resets * round, "{version}");
+            // One that runs is not resumed again.
+            driver.resume(&handles, Still::Paused).await.unwrap();
+            assert_eq!(ask(&driver, &handles, b"b").await, b'b', "{version}");
+        }
+        // Disks alone, a step that fails before anything is saved, and a save that fails in the engine.
+        let no_memory = SavePlan {
+            memory: None,
+            base: None,
+            layers: Vec::new(),
+            then: AfterSave::AsBefore,
+        };
+        driver.save(&handles, &no_memory, Steps::none()).await.unwrap();
+        assert_eq!(ask(&driver, &handles, b"c").await, b'c', "{version}");
+        let mut steps = Steps::none();
+        steps.while_still = Box::pin(std::future::ready(Err(EngineError::Silent { engine: "test" })));
+        driver.save(&handles, &no_memory, steps).await.unwrap_err();
+        assert_eq!(ask(&driver, &handles, b"d").await, b'd', "{version}");
+        let to = saved(dir.path(), version);
+        driver.save(&handles, &plan(&to, None), Steps::none()).await.unwrap();
+        assert_eq!(ask(&driver, &handles, b"e").await, b'e', "{version}");
+        // A machine that goes on with it needs no other reset than the saved one.
+        let copy = Bed::of(&to);
+        copy.script(fake::Script {
+            version: Some(version.to_owned()),
+            ..Default::default()
+        });
+        let second = copy.launch(&driver).await;
+        driver.resume(&second, Still::Loaded).await.unwrap();
+        assert_eq!(ask(&driver, &second, b"f").await, b'f', "{version}");
+        assert!(of(&calls(&copy), "PUT /snapshot/create").is_empty());
+    }
+}
+
 async fn disks_alone() {
     let dir = tempfile::tempdir().unwrap();
     let driver = driver(&fake::install(dir.path()), |_| {});
@@ -314,7 +371,12 @@ async fn disks_alone() {
     };
     driver.save(&handles, &save, Steps::none()).await.unwrap();
     let calls = calls(&bed);
-    assert!(of(&calls, "PUT /snapshot").is_empty());
+    // But for the one into nowhere, which resets the guest channel.
+    let saves = of(&calls, "PUT /snapshot");
+    assert!(
+        saves.len() == 1 && saves[0].contains(r#""snapshot_path":"""#),
+        "{saves:?}"
+    );
     assert_eq!(of(&calls, "PATCH /vm").len(), 2);
 }
 

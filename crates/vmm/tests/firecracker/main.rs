@@ -9,6 +9,7 @@ mod faults;
 mod find;
 mod jailed;
 mod life;
+mod memory;
 mod real;
 
 fn main() -> std::process::ExitCode {

@@ -10,7 +10,7 @@ use banger_core::host::Accel;
 use banger_core::plan::{Board, DiskRole, Saved, cmdline};
 use banger_proto::hello::{Greeting, GreetingKind, Scanner};
 use banger_vmm::firecracker::Firecracker;
-use banger_vmm::{AfterSave, Engine, EngineError, Handles, Liveness, SavePlan, Steps, VcpuState, exit_record};
+use banger_vmm::{AfterSave, Engine, EngineError, Handles, Liveness, SavePlan, Steps, Still, VcpuState, exit_record};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::bed::{Bed, KILL, driver, raw, saved, skip, tests, until};
@@ -162,7 +162,7 @@ async fn a_real_machine_from_boot_to_end() {
     let second = copy.launch(&driver).await;
     clock.lap("launched from what was saved");
     assert_eq!(driver.vcpu_state(&second).await.unwrap(), VcpuState::Paused);
-    driver.resume(&second).await.unwrap();
+    driver.resume(&second, Still::Loaded).await.unwrap();
     agent_answers(&driver, &copy, &second, Duration::from_secs(60)).await;
     clock.lap("a copy: the agent answers");
     agent_answers(&driver, &bed, &handles, Duration::from_secs(60)).await;
@@ -194,16 +194,16 @@ async fn a_real_machine_from_boot_to_end() {
     // The same machine, again.
     copy.plan.resume = Some(again);
     let third = copy.launch(&driver).await;
-    driver.resume(&third).await.unwrap();
+    driver.resume(&third, Still::Loaded).await.unwrap();
     agent_answers(&driver, &copy, &third, Duration::from_secs(60)).await;
     clock.lap("woken: the agent answers");
-    // Paused and let go on, without a save. That it runs is what its engine says: the emulated KVM of the lab loses the interrupts of
-    // a guest that was paused, until it is saved.
+    // Paused and let go on, without a save.
     driver.pause(&third).await.unwrap();
     assert_eq!(driver.vcpu_state(&third).await.unwrap(), VcpuState::Paused);
     assert!(driver.connect_agent(&third).await.is_err());
-    driver.resume(&third).await.unwrap();
+    driver.resume(&third, Still::Paused).await.unwrap();
     assert_eq!(driver.vcpu_state(&third).await.unwrap(), VcpuState::Running);
+    agent_answers(&driver, &copy, &third, Duration::from_secs(60)).await;
     clock.lap("paused, called in vain, and let go on");
     driver.press_ctrl_alt_del(&third).await.unwrap();
     for (bed, handles) in [(&copy, &third), (&bed, &handles)] {

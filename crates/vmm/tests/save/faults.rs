@@ -190,7 +190,7 @@ async fn whoever_goes_away_leaves_the_machine_running() {
         let limit = Duration::from_millis(n * 3);
         let outcome = tokio::time::timeout(limit, qemu.save(&handles, &save, Steps::none())).await;
         if outcome.is_ok() && save.then == AfterSave::Stopped {
-            qemu.resume(&handles).await.unwrap();
+            qemu.resume(&handles, Still::Paused).await.unwrap();
         }
         // Asked for as long as it takes: what was begun is still being taken back.
         let end = Instant::now() + Duration::from_secs(20);

@@ -29,7 +29,7 @@ async fn figures() {
         let started = Instant::now();
         let handles = copy.launch(&qemu).await;
         let launched = started.elapsed();
-        qemu.resume(&handles).await.unwrap();
+        qemu.resume(&handles, Still::Loaded).await.unwrap();
         let resumed = started.elapsed();
         ask(&qemu, &handles, b"e", 1).await;
         eprintln!(

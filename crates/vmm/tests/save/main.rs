@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use banger_core::plan::{Disk, DiskFormat, DiskRole, Saved};
 use banger_vmm::qemu::Qemu;
-use banger_vmm::{AfterSave, Engine, EngineError, FreshLayer, Handles, SavePlan, Steps, VcpuState};
+use banger_vmm::{AfterSave, Engine, EngineError, FreshLayer, Handles, SavePlan, Steps, Still, VcpuState};
 use support::{Bed, KILL, answering_kernel, ask, disk, exchange, qemu, until};
 
 const MIB: u64 = 1 << 20;
@@ -46,7 +46,7 @@ async fn go_on(qemu: &Qemu, source: &Bed, saved: &Saved, disks: Vec<Disk>) -> (B
     let bed = waiting(source, saved, disks);
     let handles = bed.launch(qemu).await;
     assert_eq!(qemu.vcpu_state(&handles).await.unwrap(), VcpuState::Paused);
-    qemu.resume(&handles).await.unwrap();
+    qemu.resume(&handles, Still::Loaded).await.unwrap();
     assert_eq!(qemu.vcpu_state(&handles).await.unwrap(), VcpuState::Running);
     (bed, handles)
 }
@@ -286,7 +286,7 @@ async fn a_paused_machine_stays_paused() {
     });
     assert!(qemu.save(&handles, &save, Steps::none()).await.is_err());
     assert_eq!(qemu.vcpu_state(&handles).await.unwrap(), VcpuState::Paused);
-    qemu.resume(&handles).await.unwrap();
+    qemu.resume(&handles, Still::Paused).await.unwrap();
     assert_eq!(filled(&qemu, &handles, 1).await, 5);
 }
 

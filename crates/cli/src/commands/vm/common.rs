@@ -5,7 +5,7 @@ use std::io::BufRead;
 use std::time::Duration;
 
 use banger_core::{forward, name, reference, signal, size, spec};
-use banger_proto::api::{CreateMachine, Forward, Machine, WaitFor};
+use banger_proto::api::{CreateMachine, Forward, Machine, OnPanic, WaitFor};
 use clap::{Args, ValueEnum};
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
@@ -53,9 +53,30 @@ pub(crate) struct SpecArgs {
     /// Suspend the machine when it was not used for this long, like 30m; 0 is never
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) idle_suspend_after: Option<Duration>,
+    /// When the guest's kernel has panicked: stop the machine (the default), or restart it from its disks
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub(crate) on_panic: Option<Panicked>,
     /// Boot, though there is a template to start from
     #[arg(long)]
     pub(crate) cold: bool,
+}
+
+/// See [`OnPanic`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Panicked {
+    /// The machine is stopped
+    Stop,
+    /// It is started again, from its disks
+    Restart,
+}
+
+impl From<Panicked> for OnPanic {
+    fn from(panicked: Panicked) -> Self {
+        match panicked {
+            Panicked::Stop => Self::Stop,
+            Panicked::Restart => Self::Restart,
+        }
+    }
 }
 
 /// Whether machines with a bridge reach what is outside.
@@ -137,6 +158,7 @@ impl SpecArgs {
             timeout_ms: wait.timeout_ms(),
             cold: self.cold,
             idle_suspend_after_ms: self.idle_suspend_after.map(milliseconds),
+            on_panic: self.on_panic.map(OnPanic::from),
             ..CreateMachine::default()
         })
     }
@@ -444,6 +466,7 @@ pub(crate) mod tests {
             boot: None,
             auto_remove: false,
             idle_suspend_after_ms: 0,
+            on_panic: OnPanic::Stop,
             address: None,
             forwards: Vec::new(),
         }

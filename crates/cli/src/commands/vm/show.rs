@@ -1,7 +1,7 @@
 //! `banger vm show`.
 
 use banger_core::size;
-use banger_proto::api::{BootReport, Machine};
+use banger_proto::api::{BootReport, Machine, OnPanic};
 use clap::Args;
 use jiff::Timestamp;
 
@@ -108,6 +108,9 @@ fn render(machine: &Machine, now: Timestamp) -> String {
     if machine.idle_suspend_after_ms > 0 {
         let after = table::span(machine.idle_suspend_after_ms);
         rows.push(("suspended", format!("when it was not used for {after}")));
+    }
+    if machine.on_panic != OnPanic::Stop {
+        rows.push(("on panic", machine.on_panic.as_str().to_owned()));
     }
     if machine.auto_remove {
         rows.push(("removed", "with the command that made it".to_owned()));
