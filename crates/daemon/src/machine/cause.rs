@@ -269,7 +269,11 @@ mod tests {
         let console = lines(&["2026-01-01T00:00:00 [x:main:ERROR] no memory"]);
         let cause = of_exit("firecracker", Some(&record(Some(1), None)), &console).cause();
         assert!(cause.ends_with("[x:main:ERROR] no memory"), "{cause}");
-        assert!(of_exit("qemu", Some(&record(None, Some(7))), &[]).cause().contains("full tmpfs"));
+        assert!(
+            of_exit("qemu", Some(&record(None, Some(7))), &[])
+                .cause()
+                .contains("full tmpfs")
+        );
         assert!(of_exit("qemu", None, &[]).cause().contains("no record"));
     }
 }

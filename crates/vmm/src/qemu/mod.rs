@@ -30,7 +30,8 @@ use tokio::time::{Instant, sleep};
 
 use crate::dial::{dial, peer};
 use crate::engine::{
-    BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, Stall, Steps, Still, VcpuState,
+    BoxFuture, Capabilities, Engine, EngineError, Handles, Liveness, SavePlan, SaveReport, Stall, Steps, Still,
+    VcpuState,
 };
 use crate::host::Roots;
 use crate::identity::Mismatch;
