@@ -74,7 +74,7 @@ fn next(state: MachineState, end: &End, policy: OnPanic, restarts: &mut Restarts
 
 /// The engine of a machine without work has ended. Comes back with the start that follows, if one does.
 pub async fn ended_by_itself(m: &Arc<Machine>) -> Result<Option<Current>, ApiError> {
-    let end = cause::find(m, stop::RECORD).await;
+    let end = Box::pin(cause::find(m, stop::RECORD)).await;
     tracing::warn!(machine = %m.id, cause = end.cause(), "the engine has ended");
     after(m, &end).await
 }

@@ -450,7 +450,8 @@ pub async fn or_exit<T>(
 }
 
 async fn engine_ended(m: &Machine) -> ApiError {
-    let cause = cause::find(m, super::stop::RECORD).await.cause();
+    // On the heap: this is part of everything that waits for a guest.
+    let cause = Box::pin(cause::find(m, super::stop::RECORD)).await.cause();
     ApiError::new(
         ErrorCode::Engine,
         format!("machine {} ended while it was starting: {cause}", m.name()),

@@ -63,7 +63,7 @@ pub async fn run(m: Arc<Machine>, mut asks: mpsc::Receiver<Ask>, first: Option<C
                 }
             }
             () = exited, if idle => {
-                match reboot::ended_by_itself(&m).await {
+                match Box::pin(reboot::ended_by_itself(&m)).await {
                     Ok(again) => current = again,
                     Err(e) => {
                         tracing::error!(machine = %m.id, error = %e.message, "cannot be marked stopped");
