@@ -267,7 +267,9 @@ fn paused_and_rebooted(engine: &str) {
         machine.check(&format!("pause and resume {round}"));
     }
     // The daemon dies in the middle of a suspension: the machine runs on, or is suspended and wakes; its programs go on either way.
-    lab::banger("vm exec -d m -- sleep 3600").ok();
+    lab::banger("vm exec m -- sh -c")
+        .arg("sleep 3600 >/dev/null 2>&1 &")
+        .ok();
     for delay in ["0.05", "0.10", "0.13", "0.15", "0.30"] {
         let daemon = lab::main_pid(DAEMON);
         let mut suspend = lab::banger("vm suspend m").deadline(120).spawn();
