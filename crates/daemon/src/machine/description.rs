@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use banger_core::id::MachineId;
 use banger_core::name::MachineName;
 use banger_core::plan::MachinePaths;
-use banger_proto::api::{Forward, MachineSpec, MachineState, Timestamp, Workspace};
+use banger_proto::api::{Forward, MachineSpec, MachineState, OnPanic, Timestamp, Workspace};
 use serde::{Deserialize, Serialize};
 
 use super::disks::read_json;
@@ -30,6 +30,8 @@ pub struct Description {
     workspace: Option<Workspace>,
     auto_remove: bool,
     idle_suspend_after_ms: u64,
+    #[serde(default)]
+    on_panic: OnPanic,
     slot: Option<u32>,
     forwards: Vec<Forward>,
 }
@@ -52,6 +54,7 @@ impl Description {
             workspace: row.workspace.clone(),
             auto_remove: row.auto_remove,
             idle_suspend_after_ms: row.idle_suspend_after_ms,
+            on_panic: row.on_panic,
             slot: row.slot,
             forwards: row.forwards.clone(),
         }
@@ -71,6 +74,7 @@ impl Description {
             boot: None,
             auto_remove: self.auto_remove,
             idle_suspend_after_ms: self.idle_suspend_after_ms,
+            on_panic: self.on_panic,
             slot: self.slot,
             forwards: self.forwards,
         }
