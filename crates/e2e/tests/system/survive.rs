@@ -248,7 +248,7 @@ fn qemu_is_paused_and_reboots() {
 }
 
 fn firecracker_is_paused_and_reboots() {
-    let Some(options) = firecracker_options() else { return };
+    let options = firecracker_options();
     let installed = Installed::with(&options);
     paused_and_rebooted("firecracker");
     installed.close();
