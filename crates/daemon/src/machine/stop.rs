@@ -9,7 +9,6 @@ use banger_proto::api::MachineState;
 use banger_proto::error::{ApiError, ErrorCode};
 use banger_vmm::Still;
 
-use super::handles;
 use super::live::Live;
 use super::record::Machine;
 use super::start::remove_dir;

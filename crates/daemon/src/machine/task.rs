@@ -23,8 +23,8 @@ use tokio::sync::mpsc::error::TrySendError;
 use super::reboot;
 use super::record::{Machine, Presence};
 use super::request::{Ask, Reply, Request};
+use super::stall;
 use super::work::{Current, Ended, Manner, begin, removal};
-use super::{stall, stop};
 use crate::ops::Op;
 
 /// Requests that may wait for a machine.
