@@ -57,8 +57,12 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "banger-vmm",
         ],
     ),
-    ("banger-cli", &["banger-core", "banger-proto", "banger-system"]),
-    ("banger-agent", &["banger-proto"]),
+    ("banger-copy", &[]),
+    (
+        "banger-cli",
+        &["banger-copy", "banger-core", "banger-proto", "banger-system"],
+    ),
+    ("banger-agent", &["banger-copy", "banger-proto"]),
     ("banger-shim", &["banger-proto"]),
     ("banger-helper", &["banger-system"]),
     ("banger-testkit", &[]),
@@ -79,6 +83,7 @@ const SMALL: &[(&str, &[&str])] = &[
     (
         "banger-agent",
         &[
+            "banger-copy",
             "banger-proto",
             "bytes",
             "futures-util",

@@ -43,7 +43,8 @@ async fn a_tree_goes_out_and_in_again() {
         serde_json::from_slice::<Stat>(&stat).unwrap(),
         Stat {
             kind: "file".into(),
-            size: 4
+            size: 4,
+            target: None
         }
     );
     let (_, stat) = link.get(&format!("/v1/stat?path={path}/none")).await;

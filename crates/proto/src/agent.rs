@@ -17,6 +17,8 @@
 //! | `GET /v1/stat?path=P` | | [`Stat`] |
 //! | `POST /v1/connect?target=T` | raw bytes | raw bytes; `T` is `tcp:PORT` (guest loopback) or `sshd` (`sshd -i`) |
 //! | `GET /v1/stats` | | [`GuestStats`] |
+//! | `GET /v1/clock` | | [`Clock`] |
+//! | `POST /v1/clock` | [`AdjustClock`] | [`Clock`], with the change made or under way |
 //! | `GET /v1/ports` | | list of [`Port`]: what listens for TCP |
 //! | `POST /v1/shutdown` | [`Shutdown`] | 202, then the guest goes down |
 //!
@@ -178,6 +180,18 @@ pub struct Stat {
     pub kind: String,
     /// Size in bytes for a file.
     pub size: u64,
+    /// For a link: what it leads to. Absent where it leads nowhere.
+    #[serde(default)]
+    pub target: Option<Target>,
+}
+
+/// What a link in the guest leads to, all links followed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// `file`, `dir` or `other`.
+    pub kind: String,
+    /// Where it is: an absolute path without links.
+    pub path: String,
 }
 
 /// Figures from inside the guest.
@@ -191,6 +205,22 @@ pub struct GuestStats {
     pub uptime_ms: u64,
     /// Load average over a minute, times 100.
     pub load1_centi: u64,
+}
+
+/// The guest's wall clock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clock {
+    /// Nanoseconds since the epoch.
+    pub time_ns: u64,
+    /// Something in the guest keeps it right, and the kernel knows: a service that asks time servers.
+    pub synchronised: bool,
+}
+
+/// Request to change the guest's wall clock. A small difference is made good slowly, so that no time comes twice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdjustClock {
+    /// By how much, in nanoseconds; positive where the guest is behind.
+    pub by_ns: i64,
 }
 
 /// A TCP port that something in the guest listens on.

@@ -93,6 +93,7 @@ pub(super) fn reader() -> (PieceReader, Feed) {
         PieceReader {
             receive,
             now: Bytes::new(),
+            ended: false,
         },
         Feed(send),
     )
@@ -100,16 +101,23 @@ pub(super) fn reader() -> (PieceReader, Feed) {
 
 /// The blocking end.
 pub(super) struct PieceReader {
-    receive: mpsc::Receiver<Piece>,
+    /// Nothing is the end.
+    receive: mpsc::Receiver<Option<Piece>>,
     now: Bytes,
+    ended: bool,
 }
 
 impl Read for PieceReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         while self.now.is_empty() {
+            if self.ended {
+                return Ok(0);
+            }
             match self.receive.blocking_recv() {
-                Some(piece) => self.now = piece?,
-                None => return Ok(0),
+                Some(Some(piece)) => self.now = piece?,
+                Some(None) => self.ended = true,
+                // The request was given up before its end: what came so far is not the whole.
+                None => return Err(io::Error::new(io::ErrorKind::ConnectionReset, "the stream broke off")),
             }
         }
         let n = buffer.len().min(self.now.len());
@@ -119,7 +127,7 @@ impl Read for PieceReader {
 }
 
 /// The asynchronous end.
-pub(super) struct Feed(mpsc::Sender<Piece>);
+pub(super) struct Feed(mpsc::Sender<Option<Piece>>);
 
 impl Feed {
     /// Hands a body on until its end, or until nobody reads it any more.
@@ -137,9 +145,36 @@ impl Feed {
                     format!("the stream broke off: {e}"),
                 )),
             };
-            if self.0.send(piece).await.is_err() {
+            let broken = piece.is_err();
+            if self.0.send(Some(piece)).await.is_err() || broken {
                 return;
             }
         }
+        let _ = self.0.send(None).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_that_is_given_up_is_no_end() {
+        let (mut reader, feed) = reader();
+        feed.0.blocking_send(Some(Ok(Bytes::from_static(b"half")))).unwrap();
+        drop(feed);
+        let mut read = Vec::new();
+        let error = reader.read_to_end(&mut read).unwrap_err();
+        assert_eq!(
+            (error.kind(), read.as_slice()),
+            (io::ErrorKind::ConnectionReset, &b"half"[..])
+        );
+        let (mut reader, feed) = super::reader();
+        feed.0.blocking_send(Some(Ok(Bytes::from_static(b"whole")))).unwrap();
+        feed.0.blocking_send(None).unwrap();
+        drop(feed);
+        let mut read = Vec::new();
+        reader.read_to_end(&mut read).unwrap();
+        assert_eq!(read, b"whole");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use banger_proto::agent::Stat;
+use banger_proto::agent::{Stat, Target};
 use banger_proto::error::{ApiError, ErrorCode};
 use bytes::Bytes;
 use http_body_util::{BodyExt, StreamBody};
@@ -70,22 +70,38 @@ where
     }
 }
 
-/// What stands at `path`.
+/// What stands at `path`, and where a link leads.
 pub(crate) fn stat(path: &str) -> Result<Stat, ApiError> {
-    let Ok(meta) = std::fs::symlink_metadata(place(path)?) else {
+    let path = place(path)?;
+    let Ok(meta) = std::fs::symlink_metadata(&path) else {
         return Ok(Stat {
             kind: "missing".to_owned(),
             size: 0,
+            target: None,
         });
     };
-    let kind = match meta.file_type() {
+    let target = if meta.is_symlink() { target(&path) } else { None };
+    Ok(Stat {
+        kind: kind(&meta).to_owned(),
+        size: if meta.is_file() { meta.len() } else { 0 },
+        target,
+    })
+}
+
+fn target(link: &Path) -> Option<Target> {
+    let path = link.canonicalize().ok()?;
+    let meta = std::fs::metadata(&path).ok()?;
+    Some(Target {
+        kind: kind(&meta).to_owned(),
+        path: path.into_os_string().into_string().ok()?,
+    })
+}
+
+fn kind(meta: &std::fs::Metadata) -> &'static str {
+    match meta.file_type() {
         t if t.is_file() => "file",
         t if t.is_dir() => "dir",
         t if t.is_symlink() => "symlink",
         _ => "other",
-    };
-    Ok(Stat {
-        kind: kind.to_owned(),
-        size: if meta.is_file() { meta.len() } else { 0 },
-    })
+    }
 }

@@ -1,12 +1,16 @@
 //! A tar stream as a tree. Nothing is written outside the directory it is unpacked below, whatever the stream or the tree that
 //! is there already say: names are checked, and the kernel resolves each parent beneath that directory.
+//!
+//! A file replaces the one that stood there in one step, when it is complete. A directory and something else never replace each
+//! other. Directories that are there already keep their owner, permissions and times.
 
-use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
+use banger_copy::receive::{self, ContentError, Draft};
+use banger_copy::sparse;
 use banger_proto::api::FilesWritten;
 use banger_proto::error::ErrorCode;
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid};
@@ -91,13 +95,11 @@ pub(super) fn unpack<R: Read>(target: &Path, stream: R) -> Result<FilesWritten, 
         directories: Vec::new(),
         written: FilesWritten { entries: 0, bytes: 0 },
     };
-    let mut archive = Archive::new(stream);
-    for entry in archive.entries().map_err(UnpackError::Stream)? {
-        unpacker.entry(entry.map_err(UnpackError::Stream)?)?;
-    }
-    // What follows the end marker belongs to the stream; without reading it the host could not send it.
-    io::copy(&mut archive.into_inner(), &mut io::sink()).map_err(UnpackError::Stream)?;
-    unpacker.finish()
+    let unpacked = unpacker.all(stream);
+    // Also of what came before an error: half a tree is not to be less accessible than the whole.
+    let finished = unpacker.finish();
+    unpacked?;
+    finished
 }
 
 struct Unpacker {
@@ -149,9 +151,58 @@ fn times(mtime: i64) -> Timestamps {
     }
 }
 
+/// A sparse file in GNU's format 1.0, as its extended headers tell it.
+struct Sparse {
+    name: Option<Vec<u8>>,
+    real_size: u64,
+}
+
+impl Sparse {
+    fn read<R: Read>(entry: &mut Entry<'_, R>) -> Result<Option<Self>, UnpackError> {
+        let (mut name, mut real_size, mut format) = (None, None, None);
+        if let Some(pairs) = entry.pax_extensions().map_err(UnpackError::Stream)? {
+            for pair in pairs {
+                let pair = pair.map_err(UnpackError::Stream)?;
+                match pair.key().unwrap_or_default() {
+                    sparse::NAME => name = Some(pair.value_bytes().to_vec()),
+                    sparse::REAL_SIZE => real_size = pair.value().ok().and_then(|v| v.parse().ok()),
+                    sparse::MAJOR => format = Some(pair.value() == Ok("1")),
+                    key if key.starts_with("GNU.sparse.") && key != sparse::MINOR => format = format.or(Some(false)),
+                    _ => {}
+                }
+            }
+        }
+        match (format, real_size) {
+            (None, _) => Ok(None),
+            (Some(true), Some(real_size)) => Ok(Some(Self { name, real_size })),
+            _ => Err(UnpackError::Stream(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a sparse file in a format that is not known; GNU tar writes one that is with --sparse-version=1.0",
+            ))),
+        }
+    }
+}
+
 impl Unpacker {
-    fn entry<R: Read>(&mut self, entry: Entry<'_, R>) -> Result<(), UnpackError> {
-        let name = entry.path_bytes().into_owned();
+    fn all<R: Read>(&mut self, stream: R) -> Result<(), UnpackError> {
+        let mut archive = Archive::new(stream);
+        for entry in archive.entries().map_err(UnpackError::Stream)? {
+            self.entry(entry.map_err(UnpackError::Stream)?)?;
+        }
+        // What follows the end marker belongs to the stream; without reading it the host could not send it.
+        io::copy(&mut archive.into_inner(), &mut io::sink()).map_err(UnpackError::Stream)?;
+        Ok(())
+    }
+
+    fn entry<R: Read>(&mut self, mut entry: Entry<'_, R>) -> Result<(), UnpackError> {
+        if entry.header().entry_type() == EntryType::XGlobalHeader {
+            return Ok(());
+        }
+        let extended = Sparse::read(&mut entry)?;
+        let name = match &extended {
+            Some(Sparse { name: Some(name), .. }) => name.clone(),
+            _ => entry.path_bytes().into_owned(),
+        };
         let shown = String::from_utf8_lossy(&name).into_owned();
         let refuse = |why| {
             Err(UnpackError::Refused {
@@ -176,7 +227,10 @@ impl Unpacker {
             EntryType::Directory => self.directory(path, &marks).map_err(failed),
             _ if path.as_os_str().is_empty() => refuse("it has no name"),
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                self.file(&path, &marks, entry).map_err(failed)
+                self.file(&path, &marks, entry, extended).map_err(|e| match e {
+                    ContentError::File(e) => failed(e),
+                    ContentError::Stream(e) => UnpackError::Stream(e),
+                })
             }
             EntryType::Symlink => {
                 let Some(to) = entry.link_name_bytes() else {
@@ -244,11 +298,12 @@ impl Unpacker {
             Ok(()) => {}
             Err(Errno::EXIST) => {
                 let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-                let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
-                if !kind.is_dir() && !kind.is_symlink() {
-                    rustix::fs::unlinkat(parent, name, AtFlags::empty())?;
-                    rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o700))?;
-                }
+                return match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+                    kind if kind.is_dir() => Ok(()),
+                    // A link to a directory is as good, if it stays inside.
+                    kind if kind.is_symlink() => self.open(&path, false).map(drop),
+                    _ => Err(Errno::NOTDIR.into()),
+                };
             }
             Err(e) => return Err(e.into()),
         }
@@ -258,33 +313,34 @@ impl Unpacker {
         Ok(())
     }
 
-    fn file<R: Read>(&mut self, path: &Path, marks: &Marks, mut entry: Entry<'_, R>) -> io::Result<()> {
-        let (parent, name) = self.parent_of(path)?;
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mode = Mode::from_raw_mode(0o600);
-        let fd = match rustix::fs::openat(parent, name, flags, mode) {
-            Err(Errno::EXIST) => {
-                rustix::fs::unlinkat(parent, name, AtFlags::empty())?;
-                rustix::fs::openat(parent, name, flags, mode)?
-            }
-            other => other?,
-        };
-        let mut file = File::from(fd);
-        self.written.bytes += io::copy(&mut entry, &mut file)?;
-        own(&file, marks)?;
-        rustix::fs::fchmod(&file, Mode::from_raw_mode(marks.mode))?;
-        Ok(rustix::fs::futimens(&file, &marks.times())?)
+    fn file<R: Read>(
+        &mut self,
+        path: &Path,
+        marks: &Marks,
+        mut entry: Entry<'_, R>,
+        extended: Option<Sparse>,
+    ) -> Result<(), ContentError> {
+        let size = entry.size();
+        let expanded = entry.header().entry_type() == EntryType::GNUSparse;
+        let (parent, name) = self.parent_of(path).map_err(ContentError::File)?;
+        let system = |e: Errno| ContentError::File(e.into());
+        let draft = Draft::new(parent.as_fd(), Mode::from_raw_mode(0o600)).map_err(system)?;
+        let written = match extended {
+            Some(Sparse { real_size, .. }) => receive::sparse(&mut entry, size, real_size, draft.file()),
+            None if expanded => receive::expanded(&mut entry, size, draft.file()),
+            None => receive::content(&mut entry, size, draft.file()),
+        }?;
+        own(draft.file(), marks).map_err(ContentError::File)?;
+        rustix::fs::fchmod(draft.file(), Mode::from_raw_mode(marks.mode)).map_err(system)?;
+        rustix::fs::futimens(draft.file(), &marks.times()).map_err(system)?;
+        draft.place(name).map_err(system)?;
+        self.written.bytes += written;
+        Ok(())
     }
 
     fn symlink(&mut self, path: &Path, marks: &Marks, to: &[u8]) -> io::Result<()> {
         let (parent, name) = self.parent_of(path)?;
-        match rustix::fs::symlinkat(to, parent, name) {
-            Err(Errno::EXIST) => {
-                rustix::fs::unlinkat(parent, name, AtFlags::empty())?;
-                rustix::fs::symlinkat(to, parent, name)?;
-            }
-            other => other?,
-        }
+        receive::symbolic_link(parent.as_fd(), name, std::ffi::OsStr::from_bytes(to))?;
         if rustix::process::geteuid().is_root() {
             let (uid, gid) = (Uid::from_raw(marks.uid), Gid::from_raw(marks.gid));
             rustix::fs::chownat(parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
@@ -300,15 +356,11 @@ impl Unpacker {
     fn hard_link(&mut self, path: &Path, to: &Path) -> io::Result<()> {
         let source = self.open(to.parent().unwrap_or(Path::new("")), false)?;
         let from = to.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-        let (parent, name) = self.parent_of(path)?;
-        // Without the flag to follow it, a link at the end of `to` is what is linked.
-        match rustix::fs::linkat(&source, from, parent, name, AtFlags::empty()) {
-            Err(Errno::EXIST) => {
-                rustix::fs::unlinkat(parent, name, AtFlags::empty())?;
-                Ok(rustix::fs::linkat(&source, from, parent, name, AtFlags::empty())?)
-            }
-            other => Ok(other?),
+        if path == to {
+            return Ok(());
         }
+        let (parent, name) = self.parent_of(path)?;
+        Ok(receive::hard_link(source.as_fd(), from, parent.as_fd(), name)?)
     }
 
     fn finish(self) -> Result<FilesWritten, UnpackError> {
@@ -435,6 +487,127 @@ mod tests {
         unpack(&dir.path().join("to/deep"), bytes.as_slice()).unwrap();
         std::fs::set_permissions(from.join("sub"), std::fs::Permissions::from_mode(0o755)).unwrap();
         std::fs::set_permissions(to.join("sub"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_is_there_keeps_what_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("d")).unwrap();
+        std::fs::set_permissions(dir.path().join("d"), std::fs::Permissions::from_mode(0o711)).unwrap();
+        let stream = archive(&[
+            ("d", EntryType::Directory, "", ""),
+            ("d/new", EntryType::Directory, "", ""),
+        ]);
+        unpack(dir.path(), stream.as_slice()).unwrap();
+        let meta = |name: &str| std::fs::metadata(dir.path().join(name)).unwrap();
+        assert_eq!(meta("d").mode() & 0o777, 0o711);
+        assert_eq!(
+            (meta("d/new").mode() & 0o777, meta("d/new").mtime()),
+            (0o750, 1_000_000_000)
+        );
+    }
+
+    #[test]
+    fn directories_and_files_do_not_replace_each_other() {
+        use EntryType as T;
+        for kind in [T::Regular, T::Symlink, T::Link] {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::create_dir(dir.path().join("d")).unwrap();
+            std::fs::write(dir.path().join("f"), "old").unwrap();
+            let error = unpack(dir.path(), archive(&[("d", kind, "f", "")]).as_slice()).unwrap_err();
+            assert!(error.to_string().contains("`d`"), "{error}");
+            let error = unpack(dir.path(), archive(&[("f", T::Directory, "", "")]).as_slice()).unwrap_err();
+            assert!(error.to_string().contains("`f`"), "{error}");
+            assert_eq!(std::fs::read_to_string(dir.path().join("f")).unwrap(), "old");
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+        }
+    }
+
+    #[test]
+    fn a_file_stays_as_it_is_until_the_new_one_is_complete() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a"), "old").unwrap();
+        let whole = archive(&[
+            ("new/", EntryType::Directory, "", ""),
+            ("a", EntryType::Regular, "", &"x".repeat(5000)),
+        ]);
+        for cut in [1024 + 1, 1024 + 4999] {
+            assert!(unpack(dir.path(), &whole[..cut]).is_err());
+            assert_eq!(std::fs::read_to_string(dir.path().join("a")).unwrap(), "old");
+            assert_eq!(
+                std::fs::read_dir(dir.path()).unwrap().count(),
+                2,
+                "something was left behind"
+            );
+            assert_eq!(std::fs::metadata(dir.path().join("new")).unwrap().mode() & 0o777, 0o750);
+        }
+        unpack(dir.path(), whole.as_slice()).unwrap();
+        assert_eq!(std::fs::read(dir.path().join("a")).unwrap().len(), 5000);
+    }
+
+    #[test]
+    fn sparse_files_of_every_format_of_tar() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = dir.path().join("from");
+        std::fs::create_dir(&from).unwrap();
+        let file = std::fs::File::create(from.join("sparse")).unwrap();
+        for at in [0, 5, 1 << 20, 3 << 20, 9 << 20, 11 << 20, 100 << 20] {
+            std::os::unix::fs::FileExt::write_all_at(&file, b"data", at).unwrap();
+        }
+        file.set_len(200 << 20).unwrap();
+        let mut own = Vec::new();
+        let meta = std::fs::symlink_metadata(&from).unwrap();
+        pack::pack(&from, Path::new("from"), &meta, &mut own).unwrap();
+        assert!(own.len() < 1 << 20, "{}", own.len());
+        let tar = |format: &[&str]| {
+            let made = std::process::Command::new("tar")
+                .args(["-cS", "-C"])
+                .arg(dir.path())
+                .args(format)
+                .arg("from")
+                .output();
+            made.unwrap().stdout
+        };
+        for (nr, stream) in [own, tar(&["--format=gnu"]), tar(&["--format=posix"])]
+            .iter()
+            .enumerate()
+        {
+            let to = dir.path().join(format!("to{nr}"));
+            unpack(&to, stream.as_slice()).unwrap();
+            let copy = std::fs::File::open(to.join("from/sparse")).unwrap();
+            assert!(copy.metadata().unwrap().blocks() * 512 < 4 << 20, "{nr}");
+            let same = std::process::Command::new("cmp")
+                .arg(from.join("sparse"))
+                .arg(to.join("from/sparse"))
+                .status();
+            assert!(same.unwrap().success(), "{nr}");
+        }
+        let old = tar(&["--format=posix", "--sparse-version=0.1"]);
+        assert!(
+            unpack(&dir.path().join("old"), old.as_slice())
+                .unwrap_err()
+                .to_string()
+                .contains("can't be read")
+        );
+    }
+
+    #[test]
+    fn what_is_left_out_is_noted() {
+        let dir = tempfile::tempdir().unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            dir.path().join("pipe"),
+            rustix::fs::FileType::Fifo,
+            Mode::RUSR,
+            0,
+        )
+        .unwrap();
+        let mut bytes = Vec::new();
+        let meta = std::fs::symlink_metadata(dir.path()).unwrap();
+        pack::pack(dir.path(), Path::new("d"), &meta, &mut bytes).unwrap();
+        assert!(String::from_utf8_lossy(&bytes).contains("pipe (a special file)"));
+        // And our own end does not take the note for a file.
+        assert_eq!(unpack(&dir.path().join("to"), bytes.as_slice()).unwrap().entries, 1);
     }
 
     #[test]

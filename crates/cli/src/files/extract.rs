@@ -2,18 +2,21 @@
 //!
 //! * Names are relative, without `..`, and all below one top entry; anything else ends the copy.
 //! * Nothing is followed: directories are entered one element at a time, files are made anew, never written through.
+//! * A file replaces the one of its name in one step, when it is complete. Directories that are there keep what they have.
+//! * A sparse file costs what its data takes, and its map has a bound.
 //! * Links to elsewhere (absolute, or leading out of what is copied), devices, pipes and sockets are left out and counted.
 //! * Hard links only to regular files of the same copy. No set-user-id bits, no owner, the umask holds.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::BorrowedFd;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
+use banger_copy::receive::{self, ContentError, Draft};
+use banger_copy::{send, sparse};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT};
-use rustix::fs::{futimens, linkat, mkdirat, openat, statat, symlinkat, unlinkat};
+use rustix::fs::{fchmod, futimens, mkdirat, openat, statat};
 use rustix::io::Errno;
 use tar::{Archive, Entry, EntryType, PaxExtensions};
 
@@ -26,6 +29,9 @@ const MAX_NAME: u64 = 4096;
 /// Longest block of extended attributes.
 const MAX_PAX: u64 = 64 * 1024;
 
+/// Most entries of one stream.
+const MAX_ENTRIES: u64 = 20_000_000;
+
 /// What came out.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Report {
@@ -37,8 +43,6 @@ pub(crate) struct Report {
     pub(crate) skipped: Vec<String>,
     /// How much was left out.
     pub(crate) skipped_count: u64,
-    /// The whole stream was this one link, which was not made: the copy of a link means what it points to.
-    pub(crate) only_link: Option<Vec<u8>>,
 }
 
 /// What the top entry of the stream becomes.
@@ -59,21 +63,12 @@ pub(crate) fn extract(target: &Path, top: Top, stream: impl Read) -> Result<Repo
         seen_top: None,
         report: Report::default(),
         count: 0,
+        directories: Vec::new(),
     };
-    let mut archive = Archive::new(stream);
-    let entries = archive.entries().map_err(|e| broken(&e))?.raw(true);
-    let mut next = Extended::default();
-    for entry in entries {
-        let mut entry = entry.map_err(|e| broken(&e))?;
-        match entry.header().entry_type() {
-            EntryType::GNULongName => next.name = Some(extension(&mut entry, MAX_NAME)?),
-            EntryType::GNULongLink => next.link = Some(extension(&mut entry, MAX_NAME)?),
-            EntryType::XHeader => next.read_pax(&mut entry)?,
-            EntryType::XGlobalHeader => {}
-            _ => extraction.entry(entry, std::mem::take(&mut next))?,
-        }
-    }
-    extraction.finish()
+    let extracted = extraction.all(stream);
+    // Also of what came before an error.
+    extraction.finish_directories();
+    extracted.and_then(|()| extraction.finish())
 }
 
 fn broken(error: &io::Error) -> Error {
@@ -93,6 +88,39 @@ fn refused(path: &[u8], why: &str) -> Error {
 struct Extended {
     name: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
+    sparse: SparseKeys,
+}
+
+/// What they say about a sparse file.
+#[derive(Debug, Default)]
+struct SparseKeys {
+    known: bool,
+    unknown: bool,
+    name: Option<Vec<u8>>,
+    real_size: Option<u64>,
+}
+
+impl SparseKeys {
+    fn read(&mut self, key: &[u8], value: &[u8]) {
+        match std::str::from_utf8(key).unwrap_or_default() {
+            sparse::MAJOR => self.known = value == b"1",
+            sparse::MINOR => {}
+            sparse::NAME => self.name = Some(value.to_vec()),
+            sparse::REAL_SIZE => self.real_size = std::str::from_utf8(value).ok().and_then(|v| v.parse().ok()),
+            _ => self.unknown = true,
+        }
+    }
+
+    /// The size of the file with its holes; nothing for a file that is not sparse.
+    fn size(&self) -> Result<Option<u64>> {
+        match self.real_size {
+            Some(size) if self.known && !self.unknown => Ok(Some(size)),
+            None if !self.known && !self.unknown && self.name.is_none() => Ok(None),
+            _ => Err(Error::failed(
+                "the machine sent a sparse file in a format that is not known",
+            )),
+        }
+    }
 }
 
 fn extension(entry: &mut Entry<'_, impl Read>, most: u64) -> Result<Vec<u8>> {
@@ -120,6 +148,7 @@ impl Extended {
                 b"linkpath" => self.link = Some(pair.value_bytes().to_vec()),
                 // The length of what follows would be another one than the header says.
                 b"size" => return Err(Error::failed("the machine sent a file with two lengths")),
+                key if key.starts_with(b"GNU.sparse.") => self.sparse.read(key, pair.value_bytes()),
                 _ => {}
             }
         }
@@ -134,15 +163,51 @@ struct Extraction {
     seen_top: Option<OsString>,
     report: Report,
     count: u64,
+    /// Directories that were made, with permissions and time of change, which they get when nothing is written into them any more.
+    directories: Vec<(PathBuf, u32, u64)>,
 }
 
 impl Extraction {
+    fn all(&mut self, stream: impl Read) -> Result<()> {
+        let mut archive = Archive::new(stream);
+        let entries = archive.entries().map_err(|e| broken(&e))?.raw(true);
+        let mut next = Extended::default();
+        for entry in entries {
+            let mut entry = entry.map_err(|e| broken(&e))?;
+            match entry.header().entry_type() {
+                EntryType::GNULongName => next.name = Some(extension(&mut entry, MAX_NAME)?),
+                EntryType::GNULongLink => next.link = Some(extension(&mut entry, MAX_NAME)?),
+                EntryType::XHeader => next.read_pax(&mut entry)?,
+                EntryType::XGlobalHeader => self.notes(&mut entry)?,
+                _ => self.entry(entry, std::mem::take(&mut next))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// What the machine left out already.
+    fn notes(&mut self, entry: &mut Entry<'_, impl Read>) -> Result<()> {
+        let bytes = extension(entry, MAX_PAX)?;
+        for pair in PaxExtensions::new(&bytes) {
+            let pair = pair.map_err(|e| broken(&e))?;
+            if let Some(note) = send::read_note(pair.key_bytes(), pair.value_bytes()) {
+                self.left_out(String::from_utf8_lossy(note).escape_debug().to_string());
+            }
+        }
+        Ok(())
+    }
+
     fn entry(&mut self, mut entry: Entry<'_, impl Read>, extended: Extended) -> Result<()> {
+        let real_size = extended.sparse.size()?;
         let name = extended
+            .sparse
             .name
+            .or(extended.name)
             .unwrap_or_else(|| entry.header().path_bytes().into_owned());
-        let first = self.count == 0;
         self.count += 1;
+        if self.count > MAX_ENTRIES {
+            return Err(refused(&name, "is one entry too many"));
+        }
         let path = self.place(&name)?;
         let mode = entry.header().mode().unwrap_or(0o644);
         let mtime = entry.header().mtime().unwrap_or(0);
@@ -158,20 +223,15 @@ impl Extraction {
             })
         };
         let made = match kind {
-            EntryType::Directory => self.directory(&path, mode),
+            EntryType::Directory => self.directory(&path, mode, mtime),
             EntryType::Regular | EntryType::Continuous => {
                 let Some(path) = path else {
                     return Err(refused(&name, "is a file where a directory was asked for"));
                 };
-                self.file(&path, mode, mtime, &mut entry)
+                self.file(&path, mode, mtime, &mut entry, real_size)
             }
             EntryType::Symlink => {
                 let target = link();
-                if first {
-                    // Only known to be the whole stream at its end.
-                    self.report.only_link = Some(target);
-                    return Ok(());
-                }
                 let Some(path) = path else {
                     return Err(refused(&name, "is a link where a directory was asked for"));
                 };
@@ -190,14 +250,25 @@ impl Extraction {
             }
             _ => return Err(refused(&name, "is of an unknown kind")),
         };
-        if self.report.only_link.is_some() {
-            return Err(refused(&name, "is below a link"));
-        }
         match made {
             Ok(()) => Ok(()),
             Err(Failure::Done(error)) => Err(error),
             Err(Failure::System(Errno::LOOP | Errno::NOTDIR)) => Err(refused(&name, "leads through a link or a file")),
             Err(Failure::System(errno)) => Err(Error::io("make", &shown(&name), errno)),
+        }
+    }
+
+    fn finish_directories(&mut self) {
+        for (path, mode, mtime) in std::mem::take(&mut self.directories).into_iter().rev() {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let opened = self
+                .root
+                .at(&path, false, |dir, name| openat(dir, name, flags, Mode::empty()));
+            // One that is gone meanwhile needs neither, and a file system may have neither.
+            if let Ok(fd) = opened {
+                let _ = futimens(&fd, &changed(mtime));
+                let _ = fchmod(&fd, Mode::from_raw_mode(mode));
+            }
         }
     }
 
@@ -244,50 +315,58 @@ impl Extraction {
         Ok((!place.as_os_str().is_empty()).then_some(place))
     }
 
-    fn directory(&mut self, path: &Option<PathBuf>, mode: u32) -> Result<(), Failure> {
+    fn directory(&mut self, path: &Option<PathBuf>, mode: u32, mtime: u64) -> Result<(), Failure> {
         let Some(path) = path else { return Ok(()) };
-        // Ours to write into, whatever the machine says.
-        let mode = Mode::from_raw_mode((mode & 0o777) | 0o700);
-        self.root.at(path, true, |dir, name| match mkdirat(dir, name, mode) {
-            Err(Errno::EXIST) => {
-                let found = statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
-                match FileType::from_raw_mode(found.st_mode) {
-                    FileType::Directory => Ok(()),
-                    _ => Err(Errno::NOTDIR),
-                }
+        // Ours to write into until its end.
+        let first = Mode::from_raw_mode((mode & 0o777) | 0o700);
+        let made = self.root.at(path, true, |dir, name| {
+            let made = mkdirat(dir, name, first);
+            if !matches!(made, Ok(()) | Err(Errno::EXIST)) {
+                made?;
             }
-            other => other,
+            let found = statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            match FileType::from_raw_mode(found.st_mode) {
+                // What the umask took away stays away.
+                FileType::Directory => Ok(made.is_ok().then_some(mode & 0o777 & (found.st_mode | 0o700))),
+                _ => Err(Errno::NOTDIR),
+            }
         })?;
+        if let Some(mode) = made {
+            self.directories.push((path.clone(), mode, mtime));
+        }
         self.report.entries += 1;
         Ok(())
     }
 
-    fn file(&mut self, path: &Path, mode: u32, mtime: u64, content: &mut impl Read) -> Result<(), Failure> {
-        let mode = Mode::from_raw_mode(mode & 0o777);
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = self.root.at(path, true, |dir, name| {
-            make_way(dir, name)?;
-            openat(dir, name, flags, mode)
+    fn file(
+        &mut self,
+        path: &Path,
+        mode: u32,
+        mtime: u64,
+        entry: &mut Entry<'_, impl Read>,
+        real_size: Option<u64>,
+    ) -> Result<(), Failure> {
+        let size = entry.size();
+        let bytes = self.root.at(path, true, |dir, name| {
+            let draft = Draft::new(dir, Mode::from_raw_mode(mode & 0o777))?;
+            let written = match real_size {
+                Some(real_size) => receive::sparse(entry, size, real_size, draft.file()),
+                None => receive::content(entry, size, draft.file()),
+            };
+            let written = match written {
+                Ok(written) => written,
+                Err(e) => return Ok(Err(e)),
+            };
+            // A time that the file system cannot hold is no reason to fail.
+            let _ = futimens(draft.file(), &changed(mtime));
+            draft.place(name)?;
+            Ok(Ok(written))
         })?;
-        let mut file = File::from(file);
-        let bytes = copy(content, &mut file).map_err(|e| match e {
-            Side::From(e) => Failure::Done(broken(&e)),
-            Side::To(e) => Failure::Done(Error::io("write", path, e)),
+        self.report.bytes += bytes.map_err(|e| match e {
+            ContentError::Stream(e) => Failure::Done(broken(&e)),
+            ContentError::File(e) => Failure::Done(Error::io("write", path, e)),
         })?;
-        let times = Timestamps {
-            last_access: Timespec {
-                tv_sec: 0,
-                tv_nsec: UTIME_OMIT,
-            },
-            last_modification: Timespec {
-                tv_sec: i64::try_from(mtime).unwrap_or(0),
-                tv_nsec: 0,
-            },
-        };
-        // A time that the file system cannot hold is no reason to fail.
-        let _ = futimens(&file, &times);
         self.report.entries += 1;
-        self.report.bytes += bytes;
         Ok(())
     }
 
@@ -297,8 +376,7 @@ impl Extraction {
             return Ok(());
         }
         self.root.at(path, true, |dir, name| {
-            make_way(dir, name)?;
-            symlinkat(OsStr::from_bytes(target), dir, name)
+            receive::symbolic_link(dir, name, OsStr::from_bytes(target))
         })?;
         self.report.entries += 1;
         Ok(())
@@ -324,20 +402,21 @@ impl Extraction {
             Ok((again, name.to_owned()))
         })?;
         self.root.at(path, true, |dir, name| {
-            make_way(dir, name)?;
-            linkat(&from.0, &from.1, dir, name, AtFlags::empty())
+            receive::hard_link(from.0.as_fd(), &from.1, dir, name)
         })?;
         self.report.entries += 1;
         Ok(())
     }
 
     fn skip(&mut self, name: &[u8], why: &str) {
+        self.left_out(format!("{} ({why})", String::from_utf8_lossy(name).escape_debug()));
+    }
+
+    fn left_out(&mut self, what: String) {
         const SHOWN: usize = 10;
         self.report.skipped_count += 1;
         if self.report.skipped.len() < SHOWN {
-            self.report
-                .skipped
-                .push(format!("{} ({why})", String::from_utf8_lossy(name).escape_debug()));
+            self.report.skipped.push(what);
         }
     }
 }
@@ -357,11 +436,16 @@ fn shown(name: &[u8]) -> PathBuf {
     PathBuf::from(OsString::from_vec(name.to_vec()))
 }
 
-/// Removes what stands where a file is to be made, unless it is a directory.
-fn make_way(dir: BorrowedFd<'_>, name: &OsStr) -> rustix::io::Result<()> {
-    match unlinkat(dir, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(errno) => Err(errno),
+fn changed(mtime: u64) -> Timestamps {
+    Timestamps {
+        last_access: Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_OMIT,
+        },
+        last_modification: Timespec {
+            tv_sec: i64::try_from(mtime).unwrap_or(0),
+            tv_nsec: 0,
+        },
     }
 }
 
@@ -384,26 +468,6 @@ fn stays_inside(path: &Path, top: &Top, target: &[u8]) -> bool {
         }
     }
     true
-}
-
-enum Side {
-    From(io::Error),
-    To(io::Error),
-}
-
-fn copy(from: &mut impl Read, to: &mut impl Write) -> Result<u64, Side> {
-    let mut buffer = vec![0; 128 * 1024];
-    let mut total = 0;
-    loop {
-        let read = match from.read(&mut buffer) {
-            Ok(0) => return Ok(total),
-            Ok(n) => n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Err(e) => return Err(Side::From(e)),
-        };
-        to.write_all(&buffer[..read]).map_err(Side::To)?;
-        total += read as u64;
-    }
 }
 
 #[cfg(test)]

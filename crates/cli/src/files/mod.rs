@@ -4,5 +4,6 @@
 pub(crate) mod beneath;
 pub(crate) mod extract;
 pub(crate) mod pack;
+pub(crate) mod place;
 pub(crate) mod tree;
 pub(crate) mod upload;

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use banger_copy::send;
 use tar::{Builder, EntryType, Header};
 
 use crate::error::{Error, Result};
@@ -99,8 +100,7 @@ impl<W: Write> Packer<W> {
             .map_err(|e| unpackable(path, &e))
     }
 
-    /// An open file as it is now. One that grows meanwhile is cut, one that shrinks is filled with zeros: the stream has
-    /// promised its length.
+    /// An open file as it is now, without its holes.
     pub(crate) fn open_file(&mut self, path: &Path, file: File, permissions: Permissions) -> Result<()> {
         let found = file.metadata().map_err(|e| Error::io("look at", path, e))?;
         let mode = match permissions {
@@ -108,17 +108,16 @@ impl<W: Write> Packer<W> {
             Permissions::AsGit if found.mode() & 0o100 == 0 => 0o644,
             Permissions::AsGit => 0o755,
         };
-        let mtime = u64::try_from(found.mtime()).unwrap_or(0);
-        self.file(
-            path,
-            mode,
-            mtime,
-            found.len(),
-            Padded {
-                inner: file,
-                left: found.len(),
-            },
-        )
+        let header = header(EntryType::Regular, mode, 0, 0);
+        send::file(&mut self.builder, path, &header, &file).map_err(|e| unpackable(path, &e))
+    }
+
+    /// One more name of a file that the stream has already.
+    pub(crate) fn hard_link(&mut self, path: &Path, first: &Path) -> Result<()> {
+        let mut header = header(EntryType::Link, 0o644, 0, 0);
+        self.builder
+            .append_link(&mut header, path, first)
+            .map_err(|e| unpackable(path, &e))
     }
 
     /// Ends the stream.
@@ -152,45 +151,9 @@ fn unpackable(path: &Path, error: &io::Error) -> Error {
     ))
 }
 
-/// Exactly `left` bytes of a reader, zeros once it has no more.
-struct Padded<R> {
-    inner: R,
-    left: u64,
-}
-
-impl<R: Read> Read for Padded<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
-        if most == 0 {
-            return Ok(0);
-        }
-        let read = match self.inner.read(&mut buffer[..most])? {
-            0 => {
-                buffer[..most].fill(0);
-                most
-            }
-            n => n,
-        };
-        self.left -= read as u64;
-        Ok(read)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_file_that_changes_keeps_its_promised_length() {
-        let read = |content: &[u8], left| {
-            let mut out = Vec::new();
-            Padded { inner: content, left }.read_to_end(&mut out).unwrap();
-            out
-        };
-        assert_eq!(read(b"abcdef", 3), b"abc");
-        assert_eq!(read(b"ab", 4), b"ab\0\0");
-        assert_eq!(read(b"", 0), b"");
-    }
 
     #[test]
     fn directories_are_written_once_in_a_row() {

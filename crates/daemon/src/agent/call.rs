@@ -82,6 +82,10 @@ calls! {
     Connect: POST "/v1/connect?target=",
     /// Figures from inside.
     Stats: GET "/v1/stats",
+    /// What the guest's clock says.
+    Clock: GET "/v1/clock",
+    /// Changes the guest's clock.
+    AdjustClock: POST "/v1/clock",
     /// What listens for TCP.
     Ports: GET "/v1/ports",
     /// Goes down.

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use banger_proto::agent::{Freeze, GuestStats, Health, MAX_JSON, MAX_PORTS, Personalize, Port, Renew, Shutdown, Stat};
+use banger_proto::agent::{
+    AdjustClock, Clock, Freeze, GuestStats, Health, MAX_JSON, MAX_PORTS, Personalize, Port, Renew, Shutdown, Stat,
+    Target,
+};
 use banger_proto::api::{FilesWritten, Session};
 use banger_proto::error::ErrorBody;
 use bytes::Bytes;
@@ -83,6 +86,12 @@ impl Link {
     pub async fn stat(&self, path: &str) -> Result<Stat, LinkError> {
         let mut stat: Stat = self.get(Call::Stat, path).await?;
         stat.kind = sanitize::text(&stat.kind, 16);
+        // A path is used or dropped, never altered.
+        let usable = |path: &str| path.starts_with('/') && path.len() < 4096 && !path.contains(char::is_control);
+        stat.target = stat.target.take().filter(|t| usable(&t.path)).map(|t| Target {
+            kind: sanitize::text(&t.kind, 16),
+            path: t.path,
+        });
         Ok(stat)
     }
 
@@ -90,6 +99,17 @@ impl Link {
     pub async fn stats(&self, within: Duration) -> Result<GuestStats, LinkError> {
         self.call(Call::Stats, "", empty(), Instant::now() + within, within)
             .await
+    }
+
+    /// The guest's wall clock.
+    pub async fn clock(&self, within: Duration) -> Result<Clock, LinkError> {
+        self.call(Call::Clock, "", empty(), Instant::now() + within, within)
+            .await
+    }
+
+    /// Changes the guest's wall clock.
+    pub async fn adjust_clock(&self, by_ns: i64, within: Duration) -> Result<Clock, LinkError> {
+        self.post(Call::AdjustClock, &AdjustClock { by_ns }, within).await
     }
 
     /// What listens for TCP in the guest, sanitised.

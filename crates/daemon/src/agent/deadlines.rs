@@ -69,6 +69,8 @@ async fn perform(call: Call, link: Arc<Link>) -> Vec<Result<(), ApiError>> {
         Call::Sessions => link.sessions().await.map(drop),
         Call::Stat => link.stat("/x").await.map(drop),
         Call::Stats => link.stats(SHORT).await.map(drop),
+        Call::Clock => link.clock(SHORT).await.map(drop),
+        Call::AdjustClock => link.adjust_clock(1, SHORT).await.map(drop),
         Call::Ports => link.ports().await.map(drop),
         Call::Shutdown => link.shutdown(true, SHORT).await,
         Call::ReadFiles => match link.read_files("/x").await {

@@ -8,7 +8,7 @@ use axum::extract::ws::{Message, WebSocketUpgrade};
 use axum::extract::{Path, Request, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use banger_proto::agent::Stat;
+use banger_proto::agent::{Stat, Target};
 use banger_proto::api::{FilesWritten, Session};
 use banger_proto::error::{ApiError, ErrorBody, ErrorCode};
 use banger_proto::frame::MAX_PAYLOAD;
@@ -160,6 +160,17 @@ pub(super) struct PathStat {
     kind: String,
     /// Size in bytes for a file.
     size: u64,
+    /// For a link: what it leads to. Null where it leads nowhere.
+    target: Option<PathTarget>,
+}
+
+/// What a link in the guest leads to, all links followed.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct PathTarget {
+    /// `file`, `dir` or `other`.
+    kind: String,
+    /// Where it is: an absolute path without links.
+    path: String,
 }
 
 /// Looks at a path in the guest.
@@ -172,8 +183,9 @@ pub(super) async fn stat(
 ) -> Answer<Json<PathStat>> {
     params.check()?;
     let (_used, link) = link(&app, &reference).await?;
-    let Stat { kind, size } = link.stat(&params.path).await?;
-    Ok(Json(PathStat { kind, size }))
+    let Stat { kind, size, target } = link.stat(&params.path).await?;
+    let target = target.map(|Target { kind, path }| PathTarget { kind, path });
+    Ok(Json(PathStat { kind, size, target }))
 }
 
 /// Where to connect to.

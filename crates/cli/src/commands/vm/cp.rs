@@ -1,33 +1,28 @@
 //! `banger vm cp`.
 
-use std::ffi::OsString;
-use std::io::Read;
-use std::path::{Path, PathBuf};
-
 use banger_proto::agent::Stat;
-use banger_proto::api::{FilesWritten, Machine};
-use bytes::{Buf, Bytes};
+use banger_proto::api::FilesWritten;
 use clap::Args;
-use http_body_util::BodyExt;
 use serde::Serialize;
-use tokio::sync::mpsc;
 
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::{Client, encode, machine_path};
-use crate::error::{Error, Kind, Result};
-use crate::files::extract::{Report, Top, extract};
-use crate::files::tree;
-use crate::files::upload::put;
+use crate::error::{self, Error, Result};
+use crate::files::place::{Found, Kind, Refusal};
 use crate::printer::clean;
 
-/// How many links in a row are followed for a source in the machine.
-const MAX_LINKS: usize = 16;
+mod into;
+mod out;
 
 /// Copy files between this host and a machine
 ///
-/// One side is MACHINE:PATH; a relative path there starts at /root. A directory is copied with everything in it. Where the
-/// destination is a directory the copy goes into it, else it gets that name; DIR/. means the content of a directory. `-` is a tar
-/// stream on standard input or output.
+/// One side is MACHINE:PATH; a relative path there starts at /root. Destinations are treated as `cp -r` treats them: where the
+/// destination is a directory, or a link to one, the copy goes into it, else it gets that name. A name that ends in a slash is a
+/// directory. DIR/. means the content of a directory. A source that is a link means what it leads to. `-` is a tar stream on
+/// standard input or output.
+///
+/// Permissions, times of change, holes of sparse files and hard links are kept. A file replaces an old one in one step when it is
+/// complete: a copy that fails leaves the old file as it was. Directories that are there keep their permissions and times.
 ///
 /// What comes from a machine never leaves its destination: links to elsewhere, devices and sockets are left out, with a notice.
 #[derive(Debug, Args)]
@@ -94,22 +89,21 @@ impl CpArgs {
             match sides {
                 (Side::Host(from), Side::Machine { machine, path }) => {
                     let from = context.places.expand(&from)?;
-                    to_machine(context, &client, &from, &machine, &path).await.map(Some)
+                    into::copy(context, &client, &from, &machine, &path).await.map(Some)
                 }
                 (Side::Stream, Side::Machine { machine, path }) => {
-                    stream_in(context, &client, &machine, &guest_path(&path)?)
+                    into::stream(context, &client, &machine, &guest_path(&path)?)
                         .await
                         .map(Some)
                 }
                 (Side::Machine { machine, path }, Side::Host(to)) => {
-                    let to_path = context.places.expand(&to)?;
-                    from_machine(context, &client, &machine, &path, &to_path, to.ends_with('/'))
-                        .await
-                        .map(Some)
+                    let to = context.places.expand(&to)?;
+                    out::copy(context, &client, &machine, &path, &to).await.map(Some)
                 }
                 (Side::Machine { machine, path }, Side::Stream) => {
-                    let (_, body) = open(&client, &machine, &guest_path(&path)?).await?;
-                    stream_out(context, body).await.map(|()| None)
+                    out::stream(context, &client, &machine, &guest_path(&path)?)
+                        .await
+                        .map(|()| None)
                 }
                 (Side::Machine { .. }, Side::Machine { .. }) => Err(Error::usage("both sides are in machines")
                     .hint("copy through here: `banger vm cp A:/x - | banger vm cp - B:/y`")),
@@ -125,7 +119,7 @@ impl CpArgs {
     }
 }
 
-/// A path in the guest, absolute and without `..`; a trailing `/.` or `/` is gone too.
+/// An absolute path in the guest. A trailing `/.` or `/` is gone; `..` stays, as only the guest knows where that leads.
 fn guest_path(path: &str) -> Result<String> {
     if path.contains('\0') {
         return Err(Error::usage("the path holds a zero byte"));
@@ -139,20 +133,19 @@ fn guest_path(path: &str) -> Result<String> {
     } else {
         format!("/root/{below}")
     };
-    let mut parts: Vec<&str> = Vec::new();
-    for part in whole.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => drop(parts.pop()),
-            part => parts.push(part),
-        }
-    }
+    let parts: Vec<&str> = whole.split('/').filter(|part| !matches!(*part, "" | ".")).collect();
     Ok(format!("/{}", parts.join("/")))
 }
 
-/// The content of the directory is meant, not the directory.
+/// The content of the directory is meant, not the directory: one that is named `.` or `..` has no name for a copy.
 fn means_content(path: &str) -> bool {
-    path.ends_with("/.") || path == "."
+    let path = path.trim_end_matches('/');
+    matches!(path, "." | "..") || path.ends_with("/.") || path.ends_with("/..")
+}
+
+/// A directory is meant.
+fn means_directory(path: &str) -> bool {
+    path.ends_with('/') || means_content(path)
 }
 
 /// Parent and last name of a normalised path in the guest.
@@ -170,259 +163,34 @@ async fn stat(client: &Client, machine: &str, path: &str) -> Result<Stat> {
         .await
 }
 
-async fn to_machine(context: &Context, client: &Client, from: &Path, machine: &str, path: &str) -> Result<Copied> {
-    let found = std::fs::metadata(from).map_err(|e| {
-        let kind = if e.kind() == std::io::ErrorKind::NotFound {
-            Kind::NotFound
-        } else {
-            Kind::Failed
-        };
-        Error {
-            kind,
-            ..Error::io("copy", from, e)
-        }
-    })?;
-    if !found.is_dir() && !found.is_file() {
-        return Err(Error::usage(format!(
-            "{} is neither file nor directory",
-            from.display()
-        )));
-    }
-    let machine = client.get::<Machine>(&machine_path(machine)).await?.id;
-    let to = guest_path(path)?;
-    let there = stat(client, &machine, &to).await?;
-    let content = found.is_dir() && from.as_os_str().as_encoded_bytes().ends_with(b"/.") || from == Path::new(".");
-    let (directory, top) = match there.kind.as_str() {
-        "dir" if content => (to.clone(), PathBuf::new()),
-        "dir" => (to.clone(), PathBuf::from(own_name(from)?)),
-        "missing" => {
-            if path.ends_with('/') && !found.is_dir() {
-                return Err(Error::new(
-                    Kind::NotFound,
-                    format!("there is no directory {to} in the machine"),
-                ));
-            }
-            let (parent, name) = split(&to);
-            if stat(client, &machine, parent).await?.kind != "dir" {
-                return Err(
-                    Error::new(Kind::NotFound, format!("there is no directory {parent} in the machine"))
-                        .hint("make it first with `banger vm exec … -- mkdir -p`"),
-                );
-            }
-            (parent.to_owned(), PathBuf::from(name))
-        }
-        kind if found.is_dir() => {
-            return Err(Error::new(
-                Kind::Conflict,
-                format!("{to} in the machine is a {kind}, not a directory"),
-            ));
-        }
-        _ => {
-            let (parent, name) = split(&to);
-            (parent.to_owned(), PathBuf::from(name))
-        }
+/// What was found in the guest.
+fn found(stat: &Stat) -> Found {
+    let kind = |kind: &str| match kind {
+        "file" => Kind::File,
+        "dir" => Kind::Directory,
+        _ => Kind::Special,
     };
-    let mut activity = context.printer.short_activity("vm cp");
-    activity.stage("looking at the files");
-    let list = tree::list(from, found.is_dir())?;
-    let total = list.total();
-    activity.stage("copying");
-    let skipped = list.skipped.clone();
-    let written = put(client, &machine, &directory, total, &mut activity, move |sink| {
-        list.pack(&top, sink)
-    })
-    .await?;
-    drop(activity);
-    notice(context, &skipped, skipped.len() as u64);
-    Ok(Copied {
-        skipped: skipped.len() as u64,
-        ..written.into()
-    })
-}
-
-/// The name that a copy of this path has.
-fn own_name(path: &Path) -> Result<OsString> {
-    if let Some(name) = path.file_name() {
-        return Ok(name.to_owned());
+    match (stat.kind.as_str(), &stat.target) {
+        ("missing", _) => Found::Nothing,
+        ("symlink", Some(target)) => Found::Link(kind(&target.kind)),
+        ("symlink", None) => Found::Dangling,
+        (itself, _) => Found::Itself(kind(itself)),
     }
-    let real = path.canonicalize().map_err(|e| Error::io("find", path, e))?;
-    real.file_name()
-        .map(ToOwned::to_owned)
-        .ok_or_else(|| Error::usage("the root directory cannot be copied under a name"))
 }
 
-async fn stream_in(context: &Context, client: &Client, machine: &str, directory: &str) -> Result<Copied> {
-    let machine = client.get::<Machine>(&machine_path(machine)).await?.id;
-    let mut activity = context.printer.short_activity("vm cp");
-    activity.stage("copying");
-    let copy = |sink: &mut crate::files::upload::Sink| {
-        std::io::copy(&mut std::io::stdin().lock(), sink)
-            .map(|_| ())
-            .map_err(|e| {
-                if e.kind() == std::io::ErrorKind::BrokenPipe {
-                    crate::files::upload::aborted()
-                } else {
-                    Error::failed(format!("cannot read standard input: {}", crate::error::reason(&e)))
-                }
-            })
+/// The error for a destination that does not fit.
+fn refused(what: &str, refusal: Refusal) -> Error {
+    let kind = match refusal {
+        Refusal::NoDirectory => error::Kind::NotFound,
+        _ => error::Kind::Conflict,
     };
-    Ok(put(client, &machine, directory, 0, &mut activity, copy).await?.into())
-}
-
-/// Opens a source in a machine, with the id of that.
-async fn open(client: &Client, machine: &str, path: &str) -> Result<(String, hyper::body::Incoming)> {
-    let machine = client.get::<Machine>(&machine_path(machine)).await?.id;
-    let body = client
-        .stream(&format!("{}/files?path={}", machine_path(&machine), encode(path)))
-        .await?;
-    Ok((machine, body))
-}
-
-async fn from_machine(
-    context: &Context,
-    client: &Client,
-    machine: &str,
-    path: &str,
-    to: &Path,
-    slash: bool,
-) -> Result<Copied> {
-    let source = guest_path(path)?;
-    let (_, name) = split(&source);
-    let content = means_content(path) || name.is_empty();
-    let (directory, top) = if to.is_dir() {
-        (
-            to.to_owned(),
-            if content { Top::Content } else { Top::Named(name.into()) },
-        )
-    } else if to.symlink_metadata().is_ok() || !slash {
-        // A name for the copy; its directory has to be there.
-        let name = to
-            .file_name()
-            .ok_or_else(|| Error::usage(format!("{} is no name for a copy", to.display())))?;
-        let parent = to
-            .parent()
-            .filter(|p| !p.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        (parent.to_owned(), Top::Named(name.to_owned()))
-    } else {
-        return Err(Error::new(
-            Kind::NotFound,
-            format!("there is no directory {}", to.display()),
-        ));
-    };
-    if !directory.is_dir() {
-        return Err(Error::new(
-            Kind::NotFound,
-            format!("there is no directory {}", directory.display()),
-        ));
+    let error = Error::new(kind, format!("{what} {}", refusal.why()));
+    match refusal {
+        Refusal::NoDirectory | Refusal::NotADirectory => error.hint("a name that ends in a slash means a directory"),
+        Refusal::IsADirectory => error.hint("nothing replaces a directory; remove it first"),
+        Refusal::Dangling => error.hint("remove the link, or make what it leads to"),
+        Refusal::Special => error.hint("`-` as the destination writes a tar stream to standard output"),
     }
-    let mut source = source;
-    let mut activity = context.printer.short_activity("vm cp");
-    activity.stage("copying");
-    for _ in 0..MAX_LINKS {
-        let (_, body) = open(client, machine, &source).await?;
-        let report = receive(body, directory.clone(), top.clone(), &mut activity).await?;
-        let Some(link) = &report.only_link else {
-            drop(activity);
-            notice(context, &report.skipped, report.skipped_count);
-            return Ok(Copied {
-                entries: report.entries,
-                bytes: report.bytes,
-                skipped: report.skipped_count,
-            });
-        };
-        // What is meant is what the link points to, in the machine.
-        let link = String::from_utf8(link.clone())
-            .map_err(|_| Error::failed(format!("{source} is a link to no UTF-8 name")))?;
-        let (parent, _) = split(&source);
-        source = guest_path(&if link.starts_with('/') {
-            link
-        } else {
-            format!("{parent}/{link}")
-        })?;
-    }
-    Err(Error::failed(format!("{path} in the machine is behind too many links")))
-}
-
-async fn receive(
-    mut body: hyper::body::Incoming,
-    directory: PathBuf,
-    top: Top,
-    activity: &mut crate::printer::Activity<'_>,
-) -> Result<Report> {
-    let (sender, pieces) = mpsc::channel(8);
-    let work = tokio::task::spawn_blocking(move || {
-        extract(
-            &directory,
-            top,
-            Pieces {
-                pieces,
-                current: Bytes::new(),
-            },
-        )
-    });
-    let mut done = 0;
-    let mut failed = None;
-    while let Some(frame) = body.frame().await {
-        let piece = match frame {
-            Ok(frame) => frame.into_data().unwrap_or_default(),
-            Err(error) => {
-                failed = Some(Error::unavailable(format!(
-                    "the stream from the machine broke off: {error}"
-                )));
-                let _ = sender.send(Err(std::io::ErrorKind::UnexpectedEof.into())).await;
-                break;
-            }
-        };
-        done += piece.len() as u64;
-        activity.bytes(done, 0);
-        if sender.send(Ok(piece)).await.is_err() {
-            // Extraction has ended: at the end mark, or badly, which it will say.
-            break;
-        }
-    }
-    drop(sender);
-    let report = work
-        .await
-        .map_err(|e| Error::failed(format!("extraction broke off: {e}")))?;
-    match failed {
-        Some(error) => Err(error),
-        None => report,
-    }
-}
-
-/// The pieces of a body as a reader.
-struct Pieces {
-    pieces: mpsc::Receiver<std::io::Result<Bytes>>,
-    current: Bytes,
-}
-
-impl Read for Pieces {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        while self.current.is_empty() {
-            match self.pieces.blocking_recv() {
-                Some(piece) => self.current = piece?,
-                None => return Ok(0),
-            }
-        }
-        let n = self.current.len().min(buffer.len());
-        self.current.copy_to_slice(&mut buffer[..n]);
-        Ok(n)
-    }
-}
-
-async fn stream_out(context: &Context, mut body: hyper::body::Incoming) -> Result<()> {
-    if context.printer.stdout_is_terminal() {
-        return Err(Error::usage("a tar stream does not belong on a terminal")
-            .hint("redirect standard output, or pipe it into tar"));
-    }
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|e| Error::unavailable(format!("the stream from the machine broke off: {e}")))?;
-        if let Ok(piece) = frame.into_data() {
-            context.printer.data(piece)?;
-        }
-    }
-    Ok(())
 }
 
 fn notice(context: &Context, skipped: &[String], count: u64) {
@@ -477,7 +245,7 @@ mod tests {
             ("out/.", "/root/out"),
             ("", "/root"),
             ("~/x", "/root/x"),
-            ("../../../etc", "/etc"),
+            ("../etc/./x", "/root/../etc/x"),
             ("/", "/"),
             ("/a//b/./c", "/a/b/c"),
         ] {
@@ -485,6 +253,7 @@ mod tests {
         }
         assert_eq!(split("/etc"), ("/", "etc"));
         assert_eq!(split("/a/b"), ("/a", "b"));
-        assert!(means_content("out/.") && means_content(".") && !means_content("out"));
+        assert!(means_content("out/.") && means_content(".") && means_content("a/../") && !means_content("out"));
+        assert!(means_directory("out/") && means_directory("..") && !means_directory("a..") && !means_directory("out"));
     }
 }

@@ -256,14 +256,13 @@ fn special_files_are_left_out() {
 }
 
 #[test]
-fn a_lone_link_is_told_and_not_made() {
+fn a_lone_link_is_left_out() {
     let (_dir, target, _) = place();
     let report = Hostile::default()
         .link("os-release", "../usr/lib/os-release")
         .into(&target, named("x"))
         .unwrap();
-    assert_eq!(report.only_link.as_deref(), Some(&b"../usr/lib/os-release"[..]));
-    assert_eq!(std::fs::read_dir(&target).unwrap().count(), 0);
+    assert_eq!((report.entries, report.skipped_count), (0, 1));
     assert!(
         Hostile::default()
             .link("l", "d")
@@ -271,6 +270,141 @@ fn a_lone_link_is_told_and_not_made() {
             .into(&target, named("x"))
             .is_err()
     );
+    assert_eq!(std::fs::read_dir(&target).unwrap().count(), 0);
+}
+
+#[test]
+fn directories_have_their_permissions_and_times_at_the_end() {
+    let (_dir, target, _) = place();
+    std::fs::create_dir(target.join("old")).unwrap();
+    std::fs::set_permissions(target.join("old"), std::fs::Permissions::from_mode(0o711)).unwrap();
+    Hostile::default()
+        .dir("s")
+        .add(EntryType::Directory, "s/old", "", 0o755, b"")
+        .add(EntryType::Directory, "s/private", "", 0o700, b"")
+        .add(EntryType::Directory, "s/closed", "", 0o500, b"")
+        .file("s/closed/f", "x")
+        .add(EntryType::Directory, "s/open", "", 0o7777, b"")
+        .into(&target, Top::Content)
+        .unwrap();
+    let found = |name: &str| {
+        let meta = std::fs::metadata(target.join(name)).unwrap();
+        (meta.mode() & 0o7777, meta.mtime() == 1_000_000_000)
+    };
+    assert_eq!(found("old"), (0o711, false), "it was there before");
+    assert_eq!(found("private"), (0o700, true));
+    assert_eq!(found("closed"), (0o500, true));
+    let umask = {
+        let probe = target.join("probe");
+        std::fs::create_dir(&probe).unwrap();
+        !std::fs::metadata(probe).unwrap().mode() & 0o777
+    };
+    assert_eq!(found("open"), (0o777 & !umask, true));
+    std::fs::set_permissions(target.join("closed"), std::fs::Permissions::from_mode(0o700)).unwrap();
+}
+
+#[test]
+fn a_file_stays_as_it_is_until_the_new_one_is_complete() {
+    let (_dir, target, _) = place();
+    std::fs::write(target.join("f"), "old").unwrap();
+    let mut whole = Hostile::default()
+        .add(EntryType::Directory, "s", "", 0o750, b"")
+        .file("s/f", &"x".repeat(3000))
+        .bytes;
+    whole.truncate(1024 + 2999);
+    let error = extract(&target, Top::Content, whole.as_slice()).unwrap_err();
+    assert!(error.message.contains("damaged"), "{error}");
+    assert_eq!(std::fs::read_to_string(target.join("f")).unwrap(), "old");
+    assert_eq!(
+        std::fs::read_dir(&target).unwrap().count(),
+        1,
+        "something was left behind"
+    );
+}
+
+/// A sparse entry: its extended headers, then the map and data.
+fn sparse(size: &str, map: &str, data: &[u8]) -> Hostile {
+    let record = |text: &str| {
+        let mut length = text.len() + 3;
+        while format!("{length} {text}\n").len() != length {
+            length += 1;
+        }
+        format!("{length} {text}\n")
+    };
+    let headers = [
+        "GNU.sparse.major=1",
+        "GNU.sparse.minor=0",
+        "GNU.sparse.name=s/big",
+        &format!("GNU.sparse.realsize={size}"),
+    ];
+    let headers: String = headers.iter().map(|h| record(h)).collect();
+    let mut content = map.as_bytes().to_vec();
+    content.resize(content.len().next_multiple_of(512), 0);
+    content.extend_from_slice(data);
+    Hostile::default()
+        .dir("s")
+        .add(EntryType::XHeader, "x", "", 0o644, headers.as_bytes())
+        .add(EntryType::Regular, "GNUSparseFile.0/big", "", 0o640, &content)
+}
+
+#[test]
+fn sparse_files_stay_sparse_and_cost_what_they_hold() {
+    let (_dir, target, _) = place();
+    let report = sparse("1073741824", "2\n4096\n3\n1073741824\n0\n", b"abc")
+        .into(&target, named("dst"))
+        .unwrap();
+    assert_eq!(report.bytes, 3);
+    let big = std::fs::metadata(target.join("dst/big")).unwrap();
+    assert_eq!((big.len(), big.mode() & 0o777), (1 << 30, 0o640));
+    assert!(big.blocks() < 64);
+    for (size, map, data) in [
+        ("18446744073709551615", "1\n0\n3\n", "abc"),
+        ("9223372036854775807", "1\n0\n3\n", "abc"),
+        ("99999999999999999999", "1\n0\n3\n", "abc"),
+        ("100", "1\n0\n4\n", "abc"),
+        ("100", "1\n0\n2\n", "abc"),
+        ("100", "1\n98\n3\n", "abc"),
+        ("100", "2\n50\n1\n0\n2\n", "abc"),
+        ("100", "2000000\n", "abc"),
+        ("100", "1000000\n", "abc"),
+        ("100", "", ""),
+        ("x", "1\n0\n3\n", "abc"),
+    ] {
+        let (_dir, target, _) = place();
+        let result = sparse(size, map, data.as_bytes()).into(&target, named("dst"));
+        assert!(result.is_err(), "{size} {map:?}");
+        assert!(!target.join("dst/big").exists());
+        assert_eq!(
+            std::fs::read_dir(target.join("dst")).unwrap().count(),
+            0,
+            "{size} {map:?}"
+        );
+    }
+}
+
+#[test]
+fn what_the_machine_left_out_is_told() {
+    let (_dir, target, _) = place();
+    let mut builder = Builder::new(Vec::new());
+    let mut header = Header::new_gnu();
+    header.set_entry_type(EntryType::Directory);
+    header.set_mode(0o755);
+    header.set_size(0);
+    builder.append_data(&mut header, "s", io::empty()).unwrap();
+    for n in 0..20 {
+        send::note(
+            &mut builder,
+            Path::new(&format!("/run/pipe{n}\x1b[31m")),
+            "a special file",
+        )
+        .unwrap();
+    }
+    let report = extract(&target, named("d"), builder.into_inner().unwrap().as_slice()).unwrap();
+    assert_eq!(
+        (report.entries, report.skipped_count, report.skipped.len()),
+        (1, 20, 10)
+    );
+    assert_eq!(report.skipped[0], "/run/pipe0\\u{1b}[31m (a special file)");
 }
 
 #[test]
