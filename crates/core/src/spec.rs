@@ -181,6 +181,8 @@ pub struct Resolved {
     pub memory_mib: u64,
     /// Root disk in bytes.
     pub disk_bytes: u64,
+    /// That size was asked for. A default grows to the size of the image.
+    pub disk_asked: bool,
     /// It reaches what is outside.
     pub nat: bool,
     /// Its group.
@@ -236,6 +238,7 @@ pub fn resolve(request: &CreateMachine, config: &Config, place: Place) -> Result
             .disk_bytes
             .or(defaults.disk_size.map(|s| s.0))
             .unwrap_or(DEFAULT_DISK),
+        disk_asked: request.disk_bytes.is_some(),
         nat: request.nat.unwrap_or(true),
         net_group: request.net_group.clone(),
     };
@@ -248,6 +251,21 @@ pub fn resolve(request: &CreateMachine, config: &Config, place: Place) -> Result
     check_sizes(resolved.vcpu, resolved.memory_mib, host)?;
     check_disk(resolved.disk_bytes)?;
     Ok(resolved)
+}
+
+/// The size of a root disk for an image of `image` bytes: the larger one, unless the disk's size was asked for.
+pub fn disk_for(disk_bytes: u64, asked: bool, image: u64) -> Result<u64, SpecError> {
+    if disk_bytes >= image {
+        return Ok(disk_bytes);
+    }
+    if asked {
+        return Err(SpecError::DiskBelowImage {
+            wanted: disk_bytes,
+            image,
+        });
+    }
+    check_disk(image)?;
+    Ok(image)
 }
 
 /// Checks virtual CPUs and memory, also against the host.
@@ -358,6 +376,24 @@ mod tests {
             (plain.vcpu, plain.memory_mib, plain.image.as_str()),
             (4, 8192, "debian")
         );
+    }
+
+    #[test]
+    fn a_default_disk_is_as_large_as_its_image() {
+        assert_eq!(disk_for(8 * GIB, false, 2 * GIB), Ok(8 * GIB));
+        assert_eq!(disk_for(8 * GIB, false, 9 * GIB), Ok(9 * GIB));
+        assert_eq!(disk_for(9 * GIB, true, 9 * GIB), Ok(9 * GIB));
+        assert_eq!(
+            disk_for(8 * GIB, true, 9 * GIB),
+            Err(SpecError::DiskBelowImage {
+                wanted: 8 * GIB,
+                image: 9 * GIB
+            })
+        );
+        assert_eq!(disk_for(8 * GIB, false, u64::MAX), Err(SpecError::Disk(u64::MAX)));
+        let config = Config::parse("[vm_defaults]\ndisk_size = '4G'\n").unwrap();
+        let resolved = resolve(&CreateMachine::default(), &config, place(HOST, false)).unwrap();
+        assert_eq!((resolved.disk_bytes, resolved.disk_asked), (4 * GIB, false));
     }
 
     #[test]

@@ -56,6 +56,7 @@ pub async fn create(services: &Arc<Services>, request: CreateMachine) -> Result<
         },
         timeout: request.timeout_ms.map_or(start::TIMEOUT, Duration::from_millis),
         copy: None,
+        disk_asked: request.disk_bytes.is_some(),
     };
     let serves = creation.start.then_some(ports);
     Ok(begin(services, row, creation, serves.unwrap_or_default()))
@@ -66,15 +67,8 @@ pub async fn resolve(services: &Services, request: &CreateMachine) -> Result<Mac
     let resolved = spec::resolve(request, &services.config, services.place().await).map_err(IntoApi::into_api)?;
     let image_size = services.stock.check_image(&resolved.image).await?;
     services.stock.check_kernel(&resolved.kernel).await?;
-    if let Some(size) = image_size
-        && resolved.disk_bytes < size
-    {
-        return Err(spec::SpecError::DiskBelowImage {
-            wanted: resolved.disk_bytes,
-            image: size,
-        }
-        .into_api());
-    }
+    let disk_bytes =
+        spec::disk_for(resolved.disk_bytes, resolved.disk_asked, image_size.unwrap_or(0)).map_err(IntoApi::into_api)?;
     let engine = engines::resolve(services, &resolved.engine, &resolved.network).await?;
     Ok(MachineSpec {
         image: resolved.image,
@@ -85,7 +79,7 @@ pub async fn resolve(services: &Services, request: &CreateMachine) -> Result<Mac
         accel: services.host().await.accel.accel.as_str().to_owned(),
         vcpu: resolved.vcpu,
         memory_mib: resolved.memory_mib,
-        disk_bytes: resolved.disk_bytes,
+        disk_bytes,
         network: resolved.network,
         nat: resolved.nat,
         net_group: resolved.net_group,
@@ -131,6 +125,7 @@ pub async fn fork(
             source: row.name.clone(),
             saved,
         }),
+        disk_asked: true,
     };
     let place = Arc::new(fork::Place::new(services)?);
     let mut rows = Vec::new();

@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 use super::App;
 use super::extract::Body;
 use super::machines::accept;
-use crate::error::Failure;
+use crate::error::{Failure, IntoApi};
 use crate::machine::{Request, snapshot};
 use crate::{commit, provision};
 
@@ -190,6 +190,7 @@ pub(super) async fn build_template(
 ) -> Answer<(StatusCode, Json<Accepted>)> {
     app.reconciled().await?;
     let force = request.force;
+    let asked = request.disk_bytes.is_some();
     let like = CreateMachine {
         image: request.image,
         kernel: request.kernel,
@@ -206,6 +207,8 @@ pub(super) async fn build_template(
         let work = async {
             let image = app.stock.image(&spec.image, &op).await?;
             let kernel = app.stock.kernel(&spec.kernel, &op).await?;
+            spec.disk_bytes =
+                banger_core::spec::disk_for(spec.disk_bytes, asked, image.size_bytes).map_err(IntoApi::into_api)?;
             (spec.image_digest, spec.kernel_digest) = (image.digest, kernel.digest);
             app.templates.build(&app, &spec, force, &op).await.map(drop)
         };

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use banger_core::spec::SpecError;
+use banger_core::spec;
 use banger_core::state::Event;
 use banger_proto::api::MachineState;
 use banger_proto::error::{ApiError, ErrorCode};
@@ -29,6 +29,8 @@ pub struct Creation {
     pub timeout: Duration,
     /// It is a copy of a running machine.
     pub copy: Option<CopyOf>,
+    /// The size of its disk was asked for; a default grows to that of the image.
+    pub disk_asked: bool,
 }
 
 /// What a copy is made of.
@@ -88,14 +90,10 @@ async fn make(m: &Arc<Machine>, stages: &mut Stages, creation: &Creation) -> Res
             Ok((image, kernel))
         })
         .await?;
-    if spec.disk_bytes < image.size_bytes {
-        return Err(SpecError::DiskBelowImage {
-            wanted: spec.disk_bytes,
-            image: image.size_bytes,
-        }
-        .into_api());
-    }
+    let disk_bytes =
+        spec::disk_for(spec.disk_bytes, creation.disk_asked, image.size_bytes).map_err(IntoApi::into_api)?;
     m.change(|row| {
+        row.spec.disk_bytes = disk_bytes;
         row.spec.image_digest.clone_from(&image.digest);
         row.spec.kernel_digest.clone_from(&kernel.digest);
         Ok(())

@@ -33,7 +33,7 @@ pub(crate) struct SpecArgs {
     /// Memory, like 512M or 2G
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     pub(crate) memory: Option<u64>,
-    /// Size of the root disk, like 8G
+    /// Size of the root disk, like 8G; the default is 8G, or the size of the image where that is larger
     #[arg(long, value_name = "SIZE", value_parser = disk)]
     pub(crate) disk_size: Option<u64>,
     /// Engine: auto, qemu or firecracker
