@@ -126,6 +126,8 @@ fn start_sshd(agent: &Agent) -> io::Result<UnixStream> {
         "PasswordAuthentication=no",
         "KbdInteractiveAuthentication=no",
         "UseDNS=no",
+        // The client sends the default; the image's own locale, which PAM sets, comes after it.
+        "AcceptEnv=LANG LC_*",
     ] {
         command.args(["-o", option]);
     }

@@ -57,6 +57,12 @@ fn plain_ssh_through_the_users_configuration() {
         .deadline(60)
         .run();
     assert_eq!(done.code(0).out(), format!("{m}\n"));
+    // UTF-8 is the default, also for who comes this way; what the user sets wins.
+    for (options, lang) in [(&[][..], "C.UTF-8"), (&["-o", "SetEnv=LANG=C"][..], "C")] {
+        let ssh = env.program("ssh").arg("-F").arg(user.config()).args(options);
+        let done = ssh.args([&format!("{m}.vm"), "echo $LANG"]).deadline(60).run();
+        assert_eq!(done.code(0).out(), format!("{lang}\n"));
+    }
     let done = env
         .program("ssh")
         .arg("-F")

@@ -122,6 +122,8 @@ pub struct Open {
     pub env: Env,
     /// Directory to run in; the user's home when absent.
     pub workdir: Option<String>,
+    /// Where that directory does not exist, the user's home will do, with a line on standard error: no one asked for it by name.
+    pub workdir_or_home: bool,
     /// User name or number, `root` when absent.
     pub user: Option<String>,
     /// Standard input will be sent; without it the program reads end of file at once.

@@ -52,6 +52,9 @@ impl Session {
         open.size = lock(&self.inner).size;
         match spawn::spawn(sessions.etc(), &open) {
             Ok(spawned) => {
+                if let Some(note) = &spawned.note {
+                    self.say(note);
+                }
                 {
                     let mut inner = lock(&self.inner);
                     inner.pty = spawned.pty.clone();
@@ -61,16 +64,20 @@ impl Session {
             }
             Err(SpawnFailure::Refused(error)) => self.finish(sessions, Outcome::Failed(error)),
             Err(SpawnFailure::Exit(line, code)) => {
-                let stream = if self.open.tty { Stream::Out } else { Stream::Err };
-                let line = if self.open.tty {
-                    line.replace('\n', "\r\n")
-                } else {
-                    line
-                };
-                lock(&self.inner).log.append(stream, line.as_bytes());
+                self.say(&line);
                 self.finish(sessions, Outcome::Exit(code));
             }
         }
+    }
+
+    /// A line of our own among the program's output.
+    fn say(&self, line: &str) {
+        let (stream, line) = if self.open.tty {
+            (Stream::Out, line.replace('\n', "\r\n"))
+        } else {
+            (Stream::Err, line.to_owned())
+        };
+        lock(&self.inner).log.append(stream, line.as_bytes());
     }
 
     fn finish(&self, sessions: &Sessions, outcome: Outcome) {
@@ -155,6 +162,7 @@ async fn run(session: Arc<Session>, sessions: Arc<Sessions>, spawned: Spawned) {
         stdin,
         stdout,
         stderr,
+        note: _,
     } = spawned;
     let mut outputs = Vec::new();
     let mut pumps = JoinSet::new();

@@ -1,7 +1,7 @@
 //! Starting the program of a session: what to run is decided in pure code, the rest is pipes or a terminal.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -29,6 +29,8 @@ const PIPE: usize = 256 * 1024;
 
 /// A program that was started.
 pub(super) struct Spawned {
+    /// What its user has to know beforehand, as a line.
+    pub(super) note: Option<String>,
     pub(super) child: tokio::process::Child,
     /// The terminal's master, where there is one. It is standard input and output at once.
     pub(super) pty: Option<std::sync::Arc<AsyncFd<OwnedFd>>>,
@@ -54,16 +56,50 @@ pub(super) struct Target {
     args: Vec<String>,
 }
 
+/// The locale where image and user name none. Every C library has it.
+const LOCALE: &str = "C.UTF-8";
+
+/// Where an image names its locale: Debian's file, systemd's, and that of PAM. All hold lines like `LANG="de_DE.UTF-8"`.
+const LOCALES: [&str; 3] = ["default/locale", "locale.conf", "environment"];
+
+/// The locale that the image names.
+fn locale(etc: &Path) -> Option<String> {
+    let read = |name: &&str| {
+        let mut text = String::new();
+        let file = std::fs::File::open(etc.join(name)).ok()?;
+        file.take(64 * 1024).read_to_string(&mut text).ok()?;
+        named_locale(&text)
+    };
+    LOCALES.iter().find_map(read)
+}
+
+/// The last value of `LANG` in a file of assignments.
+fn named_locale(text: &str) -> Option<String> {
+    let value = |line: &str| {
+        let line = line.trim();
+        let value = line
+            .strip_prefix("export ")
+            .unwrap_or(line)
+            .trim_start()
+            .strip_prefix("LANG=")?;
+        Some(value.trim().trim_matches(['"', '\'']).to_owned())
+    };
+    let value = text.lines().filter_map(value).next_back()?;
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '@');
+    ((1..=64).contains(&value.len()) && value.chars().all(fits)).then_some(value)
+}
+
 /// The environment of a session.
 pub(super) fn environment(
     user: &User,
     shell: &str,
+    lang: &str,
     tty: bool,
     own: &BTreeMap<String, String>,
 ) -> BTreeMap<String, String> {
     let mut env: BTreeMap<String, String> = [
         ("HOME", user.home.as_str()),
-        ("LANG", "C.UTF-8"),
+        ("LANG", lang),
         ("LOGNAME", &user.name),
         ("PATH", PATH),
         ("SHELL", shell),
@@ -141,8 +177,10 @@ pub(super) fn spawn(etc: &Path, open: &Open) -> Result<Spawned, SpawnFailure> {
         .filter(|s| !s.is_empty())
         .find(|s| is_program(Path::new(s)) == Some(true))
         .unwrap_or("/bin/sh");
-    let env = environment(&user, shell, open.tty, &open.env);
-    let workdir = workdir(&user, open.workdir.as_deref())?;
+    let lang = locale(etc);
+    let lang = lang.as_deref().unwrap_or(LOCALE);
+    let env = environment(&user, shell, lang, open.tty, &open.env);
+    let (workdir, note) = workdir(&user, open.workdir.as_deref(), open.workdir_or_home)?;
     let path = env.get("PATH").map_or(PATH, String::as_str);
     let target = resolve(&open.command, shell, path, &workdir, is_program)?;
 
@@ -174,7 +212,8 @@ pub(super) fn spawn(etc: &Path, open: &Open) -> Result<Spawned, SpawnFailure> {
     } else {
         on_pipes(command, open.stdin)
     };
-    spawned.map_err(|e| {
+    let noted = spawned.map(|spawned| Spawned { note, ..spawned });
+    noted.map_err(|e| {
         let name = open.command.first().map_or(shell, String::as_str);
         match e.raw_os_error().map(Errno::from_raw_os_error) {
             // The program is there, so what is missing is its interpreter or loader.
@@ -190,18 +229,31 @@ fn message(e: &io::Error) -> String {
     text.split(" (os error").next().unwrap_or(&text).to_lowercase()
 }
 
-fn workdir(user: &User, asked: Option<&str>) -> Result<PathBuf, SpawnFailure> {
-    let Some(asked) = asked else {
+/// The directory to run in, and what to say about it.
+fn workdir(user: &User, asked: Option<&str>, or_home: bool) -> Result<(PathBuf, Option<String>), SpawnFailure> {
+    let home = || {
         let home = Path::new(&user.home);
-        return Ok(if home.is_dir() {
+        if home.is_dir() {
             home.to_path_buf()
         } else {
             PathBuf::from("/")
-        });
+        }
+    };
+    let Some(asked) = asked else {
+        return Ok((home(), None));
     };
     let directory = Path::new(&user.home).join(asked);
     match std::fs::metadata(&directory) {
-        Ok(meta) if meta.is_dir() => Ok(directory),
+        Ok(meta) if meta.is_dir() => Ok((directory, None)),
+        _ if or_home => {
+            let home = home();
+            let note = format!(
+                "banger: there is no directory {} any more; this runs in {}\n",
+                directory.display(),
+                home.display()
+            );
+            Ok((home, Some(note)))
+        }
         Ok(_) => Err(SpawnFailure::Refused(ApiError::new(
             ErrorCode::InvalidSpec,
             format!("working directory `{asked}` is not a directory"),
@@ -231,6 +283,7 @@ fn on_pipes(mut command: Command, with_stdin: bool) -> io::Result<Spawned> {
     };
     let child = tokio::process::Command::from(command).spawn()?;
     Ok(Spawned {
+        note: None,
         child,
         pty: None,
         stdin,
@@ -259,6 +312,7 @@ fn on_terminal(mut command: Command, open: &Open, user: &User) -> io::Result<Spa
         .stderr(slave);
     let child = tokio::process::Command::from(command).spawn()?;
     Ok(Spawned {
+        note: None,
         child,
         pty: Some(std::sync::Arc::new(master)),
         stdin: None,
@@ -340,7 +394,7 @@ mod tests {
         let own = [("TERM", "vt100"), ("A", "b"), ("", "x"), ("B=", "x")]
             .map(|(k, v)| (k.to_owned(), v.to_owned()))
             .into();
-        let env = environment(&user, "/bin/sh", true, &own);
+        let env = environment(&user, "/bin/sh", LOCALE, true, &own);
         assert_eq!(env["TERM"], "vt100");
         assert_eq!(
             (env["HOME"].as_str(), env["USER"].as_str(), env["SHELL"].as_str()),
@@ -348,6 +402,54 @@ mod tests {
         );
         assert_eq!(env["A"], "b");
         assert!(!env.contains_key("") && !env.contains_key("B="));
-        assert!(!environment(&user, "/bin/sh", false, &BTreeMap::new()).contains_key("TERM"));
+        let plain = environment(&user, "/bin/sh", "de_DE.UTF-8", false, &BTreeMap::new());
+        assert!(!plain.contains_key("TERM"));
+        assert_eq!(plain["LANG"], "de_DE.UTF-8");
+    }
+
+    #[test]
+    fn the_image_may_name_its_locale() {
+        for (text, locale) in [
+            ("LANG=de_DE.UTF-8\n", Some("de_DE.UTF-8")),
+            ("# x\nLC_ALL=C\n export LANG=\"C\"\nLANGUAGE=de\n", Some("C")),
+            ("LANG=a\nLANG='fr_FR@euro'\n", Some("fr_FR@euro")),
+            ("LANG=\n", None),
+            ("LANG=$(reboot)\n", None),
+            ("#LANG=C\n", None),
+            ("", None),
+        ] {
+            assert_eq!(named_locale(text).as_deref(), locale, "{text:?}");
+        }
+        let etc = tempfile::tempdir().unwrap();
+        assert_eq!(locale(etc.path()), None);
+        std::fs::write(etc.path().join("environment"), "PATH=/bin\nLANG=en_US.UTF-8\n").unwrap();
+        assert_eq!(locale(etc.path()).as_deref(), Some("en_US.UTF-8"));
+        std::fs::write(etc.path().join("locale.conf"), "LANG=pl_PL.UTF-8\n").unwrap();
+        assert_eq!(locale(etc.path()).as_deref(), Some("pl_PL.UTF-8"));
+    }
+
+    #[test]
+    fn a_directory_that_is_gone_is_the_home_where_no_one_named_it() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().display().to_string();
+        let user = User {
+            home: path.clone(),
+            ..users::find("", "", "root").unwrap()
+        };
+        let (directory, note) = workdir(&user, Some("gone"), true).unwrap_or_else(|e| panic!("{e:?}"));
+        assert_eq!(directory, home.path());
+        assert_eq!(
+            note,
+            Some(format!(
+                "banger: there is no directory {path}/gone any more; this runs in {path}\n"
+            ))
+        );
+        assert!(matches!(
+            workdir(&user, Some("gone"), false),
+            Err(SpawnFailure::Refused(_))
+        ));
+        std::fs::create_dir(home.path().join("there")).unwrap();
+        let (directory, note) = workdir(&user, Some("there"), true).unwrap_or_else(|e| panic!("{e:?}"));
+        assert_eq!((directory, note), (home.path().join("there"), None));
     }
 }

@@ -145,6 +145,7 @@ pub(crate) async fn run_in(
 ) -> Result<u8> {
     if open.workdir.is_none() {
         open.workdir = machine.workspace.as_ref().map(|w| w.guest_path.clone());
+        open.workdir_or_home = true;
     }
     let session = fresh_id()?;
     let job = Job {
