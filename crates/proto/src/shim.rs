@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+/// The line of a console log behind which the engine was started once more, by a boot or with saved memory.
+pub const STARTED: &str = "[banger: the engine starts]";
+
 /// What to start and where to write.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShimJob {

@@ -53,7 +53,7 @@ pub(crate) fn keep() -> Result<(), String> {
 fn begin() -> Result<(LogJob, Record, Log, Source), String> {
     let line = first_line().map_err(|e| format!("cannot read the job: {e}"))?;
     let job: LogJob = serde_json::from_slice(&line).map_err(|e| format!("cannot understand the job: {e}"))?;
-    let log = Log::create(&job.console_log, job.log_limit)
+    let log = Log::open(&job.console_log, job.log_limit)
         .map_err(|e| format!("cannot write {}: {e}", job.console_log.display()))?;
     let place =
         Record::hold(&job.exit_record).map_err(|e| format!("cannot write {}: {e}", job.exit_record.display()))?;

@@ -3,8 +3,13 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use banger_proto::shim::STARTED;
+
+/// A link in the log's place is not followed.
+const NO_LINK: i32 = libc::O_NOFOLLOW;
 
 /// The log.
 #[derive(Debug)]
@@ -19,11 +24,33 @@ pub(crate) struct Log {
 }
 
 impl Log {
+    /// Opens the log, and goes on behind what is there: with a line that says so.
+    pub(crate) fn open(path: &Path, limit: u64) -> io::Result<Self> {
+        let mut log = Self::unopened(path, limit);
+        let opened = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .custom_flags(NO_LINK)
+            .open(path);
+        match opened {
+            Ok(file) => log.go_on(file)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => log.rotate()?,
+            Err(e) => return Err(e),
+        }
+        Ok(log)
+    }
+
     /// Opens a fresh log; what is there becomes the old one.
-    pub(crate) fn create(path: &Path, limit: u64) -> io::Result<Self> {
+    pub(crate) fn fresh(path: &Path, limit: u64) -> io::Result<Self> {
+        let mut log = Self::unopened(path, limit);
+        log.rotate()?;
+        Ok(log)
+    }
+
+    fn unopened(path: &Path, limit: u64) -> Self {
         let mut old: OsString = path.into();
         old.push(".1");
-        let mut log = Self {
+        Self {
             path: path.to_owned(),
             old: old.into(),
             file: None,
@@ -31,9 +58,22 @@ impl Log {
             limit: limit.max(1024),
             lost: 0,
             mid_line: false,
-        };
-        log.rotate()?;
-        Ok(log)
+        }
+    }
+
+    fn go_on(&mut self, file: File) -> io::Result<()> {
+        let size = file.metadata()?.len();
+        if size > 0 {
+            let mut last = [0];
+            file.read_exact_at(&mut last, size - 1)?;
+            self.mid_line = last != *b"\n";
+        }
+        (self.file, self.size) = (Some(file), size);
+        if size > 0 {
+            let newline = if self.mid_line { "\n" } else { "" };
+            self.write(format!("{newline}{STARTED}\n").as_bytes());
+        }
+        Ok(())
     }
 
     /// Appends bytes as they are.
@@ -145,7 +185,7 @@ mod tests {
     fn a_flood_stays_within_two_files_of_the_limit() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.log");
-        let mut log = Log::create(&path, 4096).unwrap();
+        let mut log = Log::open(&path, 4096).unwrap();
         for n in 0..1000 {
             log.write(format!("line {n:04} of the flood\n").as_bytes());
         }
@@ -161,20 +201,29 @@ mod tests {
     }
 
     #[test]
-    fn the_log_of_the_boot_before_becomes_the_old_one() {
+    fn the_log_goes_on_behind_the_start_before() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.log");
-        Log::create(&path, 4096).unwrap().write(b"first\n");
-        Log::create(&path, 4096).unwrap().write(b"second\n");
-        assert_eq!(read(&path), "second\n");
-        assert_eq!(read(&dir.path().join("console.log.1")), "first\n");
+        Log::open(&path, 4096).unwrap().write(b"first");
+        Log::open(&path, 4096).unwrap().write(b"second\n");
+        Log::open(&path, 4096).unwrap().write(b"third\n");
+        assert_eq!(read(&path), format!("first\n{STARTED}\nsecond\n{STARTED}\nthird\n"));
+        assert!(!dir.path().join("console.log.1").exists());
+        // However often: within two files of the limit.
+        for _ in 0..100 {
+            Log::open(&path, 4096).unwrap().write(&[b'x'; 500]);
+        }
+        let size = |name: &str| fs::metadata(dir.path().join(name)).unwrap().len();
+        assert!(size("console.log") <= 4096 && size("console.log.1") <= 4096);
+        std::os::unix::fs::symlink("elsewhere", dir.path().join("link")).unwrap();
+        assert!(Log::open(&dir.path().join("link"), 4096).is_err());
     }
 
     #[test]
     fn what_the_disk_does_not_take_is_counted_and_said() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.log");
-        let mut log = Log::create(&path, 4096).unwrap();
+        let mut log = Log::open(&path, 4096).unwrap();
         let good = log.file.replace(File::options().write(true).open("/dev/full").unwrap());
         log.write(b"0123456789");
         log.write(b"0123456789");
@@ -185,11 +234,11 @@ mod tests {
 
     #[test]
     fn a_log_that_cannot_be_opened_is_an_error_at_first_and_a_loss_later() {
-        assert!(Log::create(Path::new("/nonexistent/console.log"), 4096).is_err());
+        assert!(Log::open(Path::new("/nonexistent/console.log"), 4096).is_err());
         let dir = tempfile::tempdir().unwrap();
         let sub = dir.path().join("sub");
         fs::create_dir(&sub).unwrap();
-        let mut log = Log::create(&sub.join("console.log"), 1024).unwrap();
+        let mut log = Log::open(&sub.join("console.log"), 1024).unwrap();
         fs::remove_dir_all(&sub).unwrap();
         log.write(&[b'x'; 1000]);
         log.write(&[b'y'; 1000]);
@@ -203,7 +252,7 @@ mod tests {
     fn engine_lines_stand_on_their_own() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("console.log");
-        let mut log = Log::create(&path, 4096).unwrap();
+        let mut log = Log::open(&path, 4096).unwrap();
         log.write(b"no newline");
         log.write_engine_line(b"qemu: oh");
         log.write(b"next\n");

@@ -62,7 +62,7 @@ fn begin() -> Result<(Child, ShimJob, Record, Log), String> {
         .map_err(|e| format!("cannot read the job: {e}"))?;
     let job: ShimJob = serde_json::from_slice(&text).map_err(|e| format!("cannot understand the job: {e}"))?;
     drop(text);
-    let log = Log::create(&job.console_log, job.log_limit)
+    let log = Log::open(&job.console_log, job.log_limit)
         .map_err(|e| format!("cannot write {}: {e}", job.console_log.display()))?;
     let place =
         Record::hold(&job.exit_record).map_err(|e| format!("cannot write {}: {e}", job.exit_record.display()))?;

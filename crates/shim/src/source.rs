@@ -67,7 +67,7 @@ pub(crate) struct Metrics {
 
 impl Metrics {
     pub(crate) fn new(job: banger_proto::shim::Metrics) -> Self {
-        let log = Log::create(&job.file, job.limit).ok();
+        let log = Log::fresh(&job.file, job.limit).ok();
         let mut metrics = Self { job, pipe: None, log };
         metrics.open();
         metrics

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use banger_core::plan::MachinePaths;
 pub use banger_proto::shim::ExitRecord;
+use banger_proto::shim::STARTED;
 
 use crate::engine::EngineExit;
 
@@ -53,19 +54,31 @@ pub fn old_console_log(paths: &MachinePaths) -> PathBuf {
 }
 
 /// The last lines of the console, made harmless for terminals: no control characters, no byte that is not UTF-8, no line
-/// without end. Where this boot's log is full and was just begun anew, the older part fills up.
+/// without end, and nothing from before the engine's last start. Where the log is full and was just begun anew, the older part
+/// fills up.
 pub fn console_tail(paths: &MachinePaths, lines: usize) -> Vec<String> {
     let new = tail_bytes(&paths.console_log()).unwrap_or_default();
-    let mut tail = clean_tail(&new, lines);
+    let (new, begins) = since_start(&new);
+    let mut tail = clean_tail(new, lines);
     let full = File::open(old_console_log(paths)).and_then(|f| f.metadata());
-    // Only a full one is of the same boot: at each start the log of the boot before becomes the old one as it is.
-    if tail.len() < lines && full.is_ok_and(|m| m.len() > CONSOLE_LIMIT - 8192) {
+    // One that is not full was written by an older banger, which began a log at every start.
+    if !begins && tail.len() < lines && full.is_ok_and(|m| m.len() > CONSOLE_LIMIT - 8192) {
         let old = tail_bytes(&old_console_log(paths)).unwrap_or_default();
-        let mut both = clean_tail(&old, lines - tail.len());
+        let mut both = clean_tail(since_start(&old).0, lines - tail.len());
         both.append(&mut tail);
         return both;
     }
     tail
+}
+
+/// What was written since the engine's last start, and whether that is in there.
+fn since_start(log: &[u8]) -> (&[u8], bool) {
+    let mark = STARTED.as_bytes();
+    let line = |at: &usize| log[*at..].starts_with(mark) && (*at == 0 || log[at - 1] == b'\n');
+    match (0..log.len()).rev().find(line) {
+        Some(at) => (&log[at + mark.len()..], true),
+        None => (log, false),
+    }
 }
 
 fn tail_bytes(path: &Path) -> io::Result<Vec<u8>> {
@@ -178,6 +191,20 @@ mod tests {
         fs::write(old_console_log(&paths), full).unwrap();
         assert_eq!(console_tail(&paths, 3), ["earlier", "one", "two"]);
         assert_eq!(console_tail(&paths, 1), ["two"]);
+    }
+
+    #[test]
+    fn the_tail_is_of_the_last_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = paths(dir.path());
+        let log = format!("before\n{STARTED}\nkernel\nnot at a line's begin: {STARTED}\n");
+        fs::write(paths.console_log(), &log).unwrap();
+        assert_eq!(
+            console_tail(&paths, 5),
+            ["kernel", &format!("not at a line's begin: {STARTED}")]
+        );
+        fs::write(paths.console_log(), format!("{log}{STARTED}\n")).unwrap();
+        assert!(console_tail(&paths, 5).is_empty());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::restore::{self, Becomes};
 use super::save::{self, Take};
 use super::stages::Stages;
 use super::start::{self, remove_dir};
-use super::{disks, snapshot};
+use super::{console, disks, snapshot};
 use crate::failpoint;
 use crate::services::Services;
 
@@ -74,6 +74,7 @@ pub async fn save_source(m: &Arc<Machine>, dir: &Path) -> Result<Checkpoint, Api
         then: AfterSave::AsBefore,
     };
     let paused = save::take(m, take).await?;
+    console::keep(&m.paths.console_log(), dir);
     failpoint::hit("fork.saved").await?;
     snapshot::finish(m, dir, true, paused).await
 }
@@ -104,6 +105,8 @@ pub async fn start_copy(
     stages.check()?;
     m.happen(banger_core::state::Event::DisksReady, |_| {}).await?;
     start::begin(m).await?;
+    let of = format!("the console of {source}, up to the copy");
+    console::inherit(&checkpoint.dir, &m.paths.console_log(), &of);
     restore::launch(m, stages, &checkpoint).await?;
     restore::go_on(m, stages, &checkpoint, Becomes::ThisMachine).await?;
     let mut report = stages.report("fork", Some(source.to_owned()));

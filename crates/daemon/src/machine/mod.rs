@@ -17,6 +17,7 @@
 pub mod adopt;
 pub mod cause;
 pub mod checkpoint;
+pub mod console;
 pub mod create;
 pub mod delete;
 pub mod description;

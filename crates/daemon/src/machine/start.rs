@@ -22,7 +22,7 @@ use super::live::Live;
 use super::record::Machine;
 use super::restore::{self, Becomes};
 use super::stages::Stages;
-use super::{cause, disks, handles, save, stall, stop, suspend};
+use super::{cause, console, disks, handles, save, stall, stop, suspend};
 use crate::agent::{LinkError, sanitize};
 use crate::blocking::blocking;
 use crate::engines;
@@ -132,6 +132,11 @@ async fn from_template(m: &Arc<Machine>, stages: &mut Stages) -> Result<Option<S
         })
         .await?;
         failpoint::hit("restore.disks").await?;
+        console::inherit(
+            &template.dir,
+            &m.paths.console_log(),
+            "the boot of the template that this machine starts from",
+        );
         restore::launch(m, stages, &template).await?;
         restore::go_on(m, stages, &template, Becomes::ThisMachine).await
     };

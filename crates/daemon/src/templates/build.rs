@@ -23,7 +23,7 @@ use crate::failpoint;
 use crate::machine::checkpoint::{self, Checkpoint};
 use crate::machine::live::Live;
 use crate::machine::start::{self, remove_dir};
-use crate::machine::{adopt, disks, handles, save, stop};
+use crate::machine::{adopt, console, disks, handles, save, stop};
 use crate::ops::{Op, canceled};
 use crate::services::Services;
 
@@ -173,6 +173,7 @@ impl Builder {
             .await
             .map_err(IntoApi::into_api)?;
         failpoint::hit("template.saved").await?;
+        console::keep(&self.paths.console_log(), &target);
         // It has written out its disks when it stopped.
         stop::kill_now(live).await?;
         self.services.hosting.release(&self.id).await?;
