@@ -11,6 +11,7 @@ pub mod agent;
 pub mod boot;
 mod boot_id;
 pub mod channel;
+mod clock;
 mod connect;
 mod console;
 mod files;

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
 
-use banger_proto::agent::{MAX_JSON, Shutdown};
+use banger_proto::agent::{AdjustClock, MAX_JSON, Shutdown};
 use banger_proto::error::{ApiError, ErrorCode};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
@@ -20,7 +20,7 @@ use crate::agent::Agent;
 use crate::reply::{self, Body};
 use crate::session::attach;
 use crate::session::table::Sessions;
-use crate::{connect, files, ports, system};
+use crate::{clock, connect, files, ports, system};
 
 /// What the host may send on one stream before it is read.
 const STREAM_WINDOW: u32 = 1024 * 1024;
@@ -131,6 +131,13 @@ async fn dispatch(agent: Arc<Agent>, request: Request<Incoming>) -> Result<Respo
             connect::serve(&agent, &query.need("target")?, request.into_body()).await
         }
         (Method::GET, ["v1", "stats"]) => Ok(reply::json(&system::stats()?)),
+        (Method::GET, ["v1", "clock"]) => Ok(reply::json(&clock::read())),
+        (Method::POST, ["v1", "clock"]) => {
+            let wanted: AdjustClock = body(request).await?;
+            agent.require_thawed()?;
+            agent.require_guest()?;
+            Ok(reply::json(&clock::adjust(wanted.by_ns)?))
+        }
         (Method::GET, ["v1", "ports"]) => {
             agent.running().await?;
             Ok(reply::json(&ports::list().await?))

@@ -101,6 +101,43 @@ fn signal(number: i32) -> io::Result<Signal> {
     Ok(unsafe { Signal::from_raw_unchecked(number) })
 }
 
+/// Whether the kernel takes its clock for one that is kept right.
+pub(crate) fn clock_is_synchronised() -> bool {
+    // SAFETY: any bytes are a `struct timex`, zeros too: they ask for no change.
+    let mut asked: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: `adjtimex` reads and writes the one structure, which lives until it returns.
+    let state = unsafe { libc::adjtimex(&mut asked) };
+    (0..libc::TIME_ERROR).contains(&state) && asked.status & libc::STA_UNSYNC == 0
+}
+
+/// Has the kernel make good so many microseconds bit by bit.
+pub(crate) fn slew_clock(by_us: i64) -> io::Result<()> {
+    // SAFETY: as above.
+    let mut wanted: libc::timex = unsafe { std::mem::zeroed() };
+    wanted.modes = libc::ADJ_OFFSET_SINGLESHOT;
+    wanted.offset = by_us;
+    adjust(&mut wanted)
+}
+
+/// Sets the clock by so many nanoseconds in one step.
+pub(crate) fn step_clock(by_ns: i64) -> io::Result<()> {
+    // SAFETY: as above.
+    let mut wanted: libc::timex = unsafe { std::mem::zeroed() };
+    wanted.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
+    wanted.time.tv_sec = by_ns.div_euclid(1_000_000_000);
+    // With that mode these are nanoseconds.
+    wanted.time.tv_usec = by_ns.rem_euclid(1_000_000_000);
+    adjust(&mut wanted)
+}
+
+fn adjust(wanted: &mut libc::timex) -> io::Result<()> {
+    // SAFETY: `adjtimex` reads and writes the one structure, which lives until it returns.
+    match unsafe { libc::adjtimex(wanted) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 #[repr(C)]
 struct PoolInfo {
     entropy_bits: i32,

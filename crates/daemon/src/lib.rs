@@ -20,6 +20,7 @@ pub mod agent;
 pub mod api;
 pub mod audit;
 pub mod blocking;
+pub mod clock;
 pub mod commit;
 pub mod db;
 pub mod dns;

@@ -349,6 +349,7 @@ pub async fn run(prepared: Prepared, listening: impl FnOnce()) -> Result<(), Sta
     tokio::spawn(signals(services.clone()));
     tokio::spawn(crate::idle::watch(services.clone()));
     tokio::spawn(crate::space::watch(services.clone()));
+    tokio::spawn(crate::clock::watch(services.clone()));
     // Every machine that may run has its tap before the rules are made.
     provision::seat(&services, &services.machines());
     tokio::spawn(crate::host::watch(services.clone()));

@@ -19,6 +19,7 @@ mod adoption;
 mod combinations;
 mod copies;
 mod copy;
+mod copy_like_cp;
 mod daemon;
 mod debian;
 mod ends;
@@ -30,6 +31,7 @@ mod isolation;
 mod job;
 mod lifecycle;
 mod losses;
+mod ordinary;
 mod output;
 mod ports;
 mod remove;
@@ -67,6 +69,8 @@ fn main() -> ExitCode {
         daemon::trials(),
         isolation::trials(),
         copy::trials(),
+        copy_like_cp::trials(),
+        ordinary::trials(),
         terminal::trials(),
         exec::trials(),
         combinations::trials(),
