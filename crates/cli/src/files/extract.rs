@@ -371,7 +371,9 @@ impl Extraction {
     }
 
     fn symlink(&mut self, path: &Path, target: &[u8]) -> Result<(), Failure> {
-        if target.is_empty() || target.len() as u64 > MAX_NAME || !stays_inside(path, &self.top, target) {
+        // The top of the copy would lead to what stands beside it.
+        let top = matches!(self.top, Top::Named(_)) && path.components().count() == 1;
+        if top || target.is_empty() || target.len() as u64 > MAX_NAME || !stays_inside(path, &self.top, target) {
             self.skip(path.as_os_str().as_bytes(), "a link to elsewhere");
             return Ok(());
         }
