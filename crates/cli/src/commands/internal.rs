@@ -23,6 +23,8 @@ enum InternalCommand {
         /// Machine by name, id or prefix, or NAME.vm
         machine: String,
     },
+    /// Succeed if ssh, which calls this, takes no RemoteForward from its configuration
+    SshForwards,
     /// Write the reference of the command line
     CliReference {
         /// File; standard output otherwise
@@ -34,6 +36,7 @@ impl InternalArgs {
     pub(crate) fn run(self, context: &Context) -> Result<u8> {
         match self.command {
             InternalCommand::SshProxy { machine } => ssh::proxy::run(context, &machine),
+            InternalCommand::SshForwards => ssh::forwards::run(context),
             InternalCommand::CliReference { file: None } => {
                 context.printer.data(reference::markdown())?;
                 Ok(0)

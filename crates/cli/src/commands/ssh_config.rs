@@ -13,8 +13,9 @@ use crate::ssh::{Files, config, own_program};
 /// --install puts two marked blocks into ~/.ssh/config: the first includes a file of banger's own, the last one clears lists that
 /// ssh only adds to. --uninstall takes them out again. Without either, shows what would be done.
 ///
-/// For machines no forwarding, variable or command of your other settings is in force. To allow one, name the machine above the
-/// first block: `Host build.vm` and below it `ForwardAgent yes`. Editors and `ssh -L` need `ClearAllForwardings no` there.
+/// For machines no agent, display, RemoteForward, variable or command of your other settings is in force. To allow one, name the
+/// machine above the first block: `Host build.vm` and below it `ForwardAgent yes`. If your settings for all hosts have a RemoteForward,
+/// editors and `ssh -L` need `ClearAllForwardings no` there.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  banger ssh-config --install && ssh build.vm\n  banger ssh-config --uninstall")]
 pub(crate) struct SshConfigArgs {

@@ -5,7 +5,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
-use crate::ssh::{Files, config_word, shell_word};
+use crate::ssh::forwards::remote_forwards;
+use crate::ssh::{Files, config_word, match_word, shell_word};
 
 /// A marked block in the user's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,13 +116,12 @@ pub(crate) fn uninstall(text: &str) -> Result<String, Unfinished> {
     FIRST.removed(&LAST.removed(text)?)
 }
 
-/// What is pinned for machines, whatever `Host *` says. A machine is hostile: it gets no agent, no display, no port of this host
-/// or of its network, no variable, and no other way to authenticate to pretend to.
+/// What is pinned for machines, whatever `Host *` says. A machine is hostile: it gets no agent, no display, no variable, and no
+/// other way to authenticate to pretend to. A `RemoteForward` cannot be pinned: see [`super::forwards`].
 pub(crate) const PINNED: &[(&str, &str)] = &[
     ("ForwardAgent", "no"),
     ("ForwardX11", "no"),
     ("ForwardX11Trusted", "no"),
-    ("ClearAllForwardings", "yes"),
     ("Tunnel", "no"),
     ("SetEnv", "LANG=C.UTF-8"),
     ("PermitLocalCommand", "no"),
@@ -142,6 +142,9 @@ pub(crate) fn own_file(program: &Path, files: &Files) -> Result<String> {
         .collect();
     Ok(format!(
         "# Written by `banger ssh-config --install`; changes are lost.\n\
+         # No machine has such a name, and ssh before 9.6 would hand it to a shell.\n\
+         Host \"*'*.vm\"\n\
+         \x20   ProxyCommand false\n\
          Host *.vm\n\
          \x20   User root\n\
          \x20   ProxyCommand {} internal ssh-proxy '%n'\n\
@@ -152,10 +155,14 @@ pub(crate) fn own_file(program: &Path, files: &Files) -> Result<String> {
          \x20   StrictHostKeyChecking yes\n\
          \x20   UpdateHostKeys no\n\
          \x20   CheckHostIP no\n\
-         {pinned}",
+         {pinned}\
+         # ssh cannot drop a RemoteForward of `Host *` alone. Cleared unless the program says that there is none.\n\
+         Match originalhost *.vm !exec \"exec {} internal ssh-forwards\"\n\
+         \x20   ClearAllForwardings yes\n",
         shell_word(program)?,
         config_word(&files.identity)?,
         config_word(&files.known_hosts)?,
+        match_word(program)?,
     ))
 }
 
@@ -182,6 +189,9 @@ pub(crate) fn loosened(shown: &str) -> Vec<String> {
             .filter(|name| !harmless(name))
             .map(|name| format!("SendEnv {name}")),
     );
+    if remote_forwards(shown) {
+        loose.push("RemoteForward".to_owned());
+    }
     loose
 }
 
@@ -317,9 +327,12 @@ mod tests {
 
     #[test]
     fn what_wins_over_a_pin_is_told() {
-        let shown = "forwardagent no\nforwardx11 yes\ntunnel false\nclearallforwardings yes\nsetenv LANG=C.UTF-8\n\
+        let shown = "forwardagent no\nforwardx11 yes\ntunnel false\nremoteforward 9000 [socks]:0\nsetenv LANG=C.UTF-8\n\
                      controlmaster auto\nsendenv LANG\nsendenv LC_*\nsendenv SECRET_*\npreferredauthentications publickey\n";
-        assert_eq!(loosened(shown), ["ForwardX11", "ControlMaster", "SendEnv SECRET_*"]);
+        assert_eq!(
+            loosened(shown),
+            ["ForwardX11", "ControlMaster", "SendEnv SECRET_*", "RemoteForward"]
+        );
     }
 
     #[test]
@@ -369,6 +382,11 @@ mod tests {
         let text = own_file(Path::new("/opt/b in/banger"), &files).unwrap();
         assert!(text.contains("Host *.vm\n"));
         assert!(text.contains("ProxyCommand '/opt/b in/banger' internal ssh-proxy '%n'\n"));
+        assert!(text.contains("!exec \"exec '/opt/b in/banger' internal ssh-forwards\"\n"));
+        assert!(
+            text.find("Host \"*'*.vm\"\n    ProxyCommand false\n") < text.find("Host *.vm\n"),
+            "a quote in a name gets no shell"
+        );
         assert!(text.contains("UserKnownHostsFile \"/s/k h\"\n"));
         assert!(text.contains("StrictHostKeyChecking yes\n"));
     }

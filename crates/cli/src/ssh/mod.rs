@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::paths::Places;
 
 pub(crate) mod config;
+pub(crate) mod forwards;
 pub(crate) mod proxy;
 
 /// The files that ssh needs.
@@ -40,14 +41,20 @@ pub(crate) fn shell_word(path: &Path) -> Result<String> {
     Ok(format!("'{}'", text.replace('\'', r"'\''").replace('%', "%%")))
 }
 
+/// A word for the shell of a `Match exec`, within double quotes. OpenSSH 9.9 reads quotes and backslashes there otherwise than
+/// versions before it, so a path has none of them.
+pub(crate) fn match_word(path: &Path) -> Result<String> {
+    if plain(path)?.contains(['\'', '"', '\\']) {
+        return Err(unfit(path));
+    }
+    shell_word(path)
+}
+
 /// A value of ssh's configuration in quotes; percent signs are doubled where ssh expands them.
 pub(crate) fn config_word(path: &Path) -> Result<String> {
     let text = plain(path)?;
     if text.contains(['"', '\\']) {
-        return Err(Error::failed(format!(
-            "ssh's configuration cannot hold the path {}",
-            path.display()
-        )));
+        return Err(unfit(path));
     }
     Ok(format!("\"{}\"", text.replace('%', "%%")))
 }
@@ -55,7 +62,12 @@ pub(crate) fn config_word(path: &Path) -> Result<String> {
 fn plain(path: &Path) -> Result<&str> {
     path.to_str()
         .filter(|p| !p.contains(char::is_control))
-        .ok_or_else(|| Error::failed(format!("ssh's configuration cannot hold the path {}", path.display())))
+        .ok_or_else(|| unfit(path))
+}
+
+fn unfit(path: &Path) -> Error {
+    Error::failed(format!("ssh's configuration cannot hold the path {}", path.display()))
+        .hint("a path with quotes, backslashes or control characters cannot be used here: move what it names")
 }
 
 /// Options for the connection to one machine, as `-o` takes them. Nothing of the user's own configuration takes part.
@@ -89,5 +101,9 @@ mod tests {
         assert_eq!(config_word(Path::new("/a b/50%")).unwrap(), "\"/a b/50%%\"");
         assert!(config_word(Path::new("/a\"b")).is_err());
         assert!(shell_word(Path::new("/a\nb")).is_err());
+        assert_eq!(match_word(Path::new("/a b/50%")).unwrap(), "'/a b/50%%'");
+        for path in ["/a'b", "/a\"b", "/a\\b"] {
+            assert!(match_word(Path::new(path)).is_err(), "{path}");
+        }
     }
 }
