@@ -6,6 +6,8 @@ use crate::harness::{MACHINES, create, debian, shared, tests};
 
 tests! { MACHINES;
     the_system_comes_up,
+    what_a_developer_expects_is_there,
+    freed_space_returns_to_the_host,
     machines_are_individuals,
     the_main_job_on_the_default_image,
     git_in_the_guest_agrees_with_the_host,
@@ -49,6 +51,84 @@ fn the_system_comes_up() {
         sh("systemctl start ssh.service && systemctl is-active ssh.service").trim(),
         "active"
     );
+}
+
+fn what_a_developer_expects_is_there() {
+    let (env, m) = debian();
+    let sh = |script: &str| env.sh(m, script).code(0).out();
+    let tools = "bzip2 cron crontab curl file g++ git jq less locale-gen make nano patch pip3 pkg-config ps python3 rsync ssh sudo unzip vi \
+                 wget xz zip";
+    assert_eq!(
+        sh(&format!(
+            "for p in {tools}; do command -v $p >/dev/null || echo no $p; done"
+        )),
+        ""
+    );
+    // Python with its whole library: a server, and an environment with a pip of its own.
+    sh("cd /tmp && python3 -c 'import http.server, ssl, sqlite3, lzma, ctypes, venv'");
+    sh(
+        "python3 -m ensurepip --version && python3 -m venv --without-pip /tmp/venv && /tmp/venv/bin/python -V && rm -rf /tmp/venv",
+    );
+    let locales = sh("locale -a");
+    assert!(
+        ["C.utf8", "en_US.utf8"]
+            .iter()
+            .all(|l| locales.lines().any(|have| have == *l)),
+        "{locales}"
+    );
+    assert_eq!(sh("LC_ALL=en_US.UTF-8 locale charmap").trim(), "UTF-8");
+    for terminal in ["xterm-256color", "tmux-256color", "alacritty", "xterm-kitty"] {
+        sh(&format!("infocmp {terminal} >/dev/null"));
+    }
+    assert_eq!(sh("systemctl is-active cron.service").trim(), "active");
+    // Manual pages are left out; whoever asks for one is told how to get them.
+    assert!(env.sh(m, "man ls").err().contains("unminimize"));
+    sh("command -v unminimize && sh -n $(command -v unminimize)");
+    assert_eq!(sh("ls /root"), "", "the home directory is empty");
+}
+
+/// What the guest deletes is given up by the disk's file, on the root disk and on the work disk, without a command.
+fn freed_space_returns_to_the_host() {
+    let (env, m) = debian();
+    let id = env.machine(m)["id"].as_str().unwrap().to_owned();
+    let directory = env.state().join("machines").join(id);
+    for place in ["/var/tmp/freed", "/root/freed"] {
+        let before = allocated(&directory);
+        env.sh(m, &format!("head -c 100000000 /dev/urandom >{place} && sync"))
+            .code(0);
+        let full = allocated(&directory);
+        assert!(full > before + 90_000_000, "{place}: {before}, {full}");
+        env.sh(m, &format!("rm {place} && sync")).code(0);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        loop {
+            let now = allocated(&directory);
+            if now + 80_000_000 < full {
+                break;
+            }
+            assert!(
+                std::time::Instant::now() < deadline,
+                "{place}: {now} of {full} bytes are still allocated 60 s after the file was deleted"
+            );
+            // The kernel discards after it has written its journal, which `sync` asks for.
+            env.sh(m, "sync").code(0);
+        }
+    }
+}
+
+/// Bytes that the files in a directory occupy.
+fn allocated(directory: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let entries = std::fs::read_dir(directory).unwrap().flatten();
+    entries
+        .filter_map(|entry| Some((entry.path(), std::fs::symlink_metadata(entry.path()).ok()?)))
+        .map(|(path, meta)| {
+            if meta.is_dir() {
+                allocated(&path)
+            } else {
+                meta.blocks() * 512
+            }
+        })
+        .sum()
 }
 
 fn machines_are_individuals() {

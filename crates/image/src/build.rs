@@ -45,6 +45,8 @@ const APT_CONFIG: Program = Program {
     package: "apt",
     purpose: "build an image",
 };
+/// Variable that tells the tool's hooks where the scratch directory is.
+const SCRATCH: &str = "BANGER_SCRATCH";
 const BUILD_DEADLINE: Duration = Duration::from_secs(1800);
 const LOOKUP: Duration = Duration::from_secs(30);
 
@@ -108,11 +110,39 @@ pub(crate) async fn prepare(recipe: &'static Recipe, scratch: &Scratch) -> Resul
         .arg(format!("--variant={}", recipe.variant))
         .arg(format!("--include={}", recipe.packages.join(",")))
         .args(recipe.dpkg_options.iter().map(|filter| format!("--dpkgopt={filter}")))
-        .env("TMPDIR", &scratch.path);
+        .env("TMPDIR", &scratch.path)
+        .env(SCRATCH, &scratch.path);
+    for hook in hooks(recipe, scratch.path())? {
+        run = run.arg(hook);
+    }
     for (kind, proxy) in proxies().await {
         run = run.arg(format!("--aptopt=Acquire::{kind}::Proxy \"{proxy}\""));
     }
     Ok(run.arg(recipe.suite).arg("-").args(mirrors(recipe.suite).await))
+}
+
+/// The bootstrap tool's options for what a recipe has besides packages. Scripts are written to `scratch`, from where the tool takes them.
+fn hooks(recipe: &Recipe, scratch: &Path) -> Result<Vec<String>> {
+    let mut hooks = Vec::new();
+    if !recipe.locales.is_empty() {
+        let generated = recipe.locales.join(", ");
+        // Before `locales` is configured, which generates what it is told here.
+        hooks.push(format!(
+            "--essential-hook=printf '%s\\n' 'locales locales/locales_to_be_generated multiselect {generated}' \
+             'locales locales/default_environment_locale select C.UTF-8' | chroot \"$1\" debconf-set-selections"
+        ));
+    }
+    for (at, script) in recipe.scripts.iter().enumerate() {
+        let file = scratch.join(format!("script-{at}"));
+        std::fs::write(&file, script.text).on("write", &file)?;
+        // The tool may read it as another user.
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).on("open up", &file)?;
+        hooks.push(format!(
+            "--customize-hook=install -m 0755 \"${SCRATCH}/script-{at}\" \"$1{}\"",
+            script.path
+        ));
+    }
+    Ok(hooks)
 }
 
 /// Where the bootstrap tool works: inside the store for root; for others in the system's place for temporary files, as the tool's other

@@ -17,7 +17,32 @@ pub struct Recipe {
     pub packages: &'static [&'static str],
     /// Options of dpkg, for the installation and for those made in the machine later.
     pub dpkg_options: &'static [&'static str],
+    /// Locales to generate, as `locales` names them in its configuration. `C.UTF-8` is always there.
+    pub locales: &'static [&'static str],
+    /// Programs of ours that the image holds.
+    pub scripts: &'static [Script],
 }
+
+/// A program of ours in an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Script {
+    /// Absolute path in the image; its directory is there already.
+    pub path: &'static str,
+    /// What it consists of.
+    pub text: &'static str,
+}
+
+/// What replaces the manual pages that [`DPKG_OPTIONS`] leave out: the way to get them.
+const MANUALS: &[Script] = &[
+    Script {
+        path: "/usr/local/sbin/unminimize",
+        text: include_str!("recipe/unminimize"),
+    },
+    Script {
+        path: "/usr/local/bin/man",
+        text: include_str!("recipe/man"),
+    },
+];
 
 /// Manual pages, translations and documents that nobody reads in a short-lived machine. Licences stay, and so do the
 /// directories of manual pages, whose absence breaks some packages' scripts. And no file is brought to the disk one by one: an
@@ -37,39 +62,53 @@ const DPKG_OPTIONS: &[&str] = &[
 pub const RECIPES: &[Recipe] = &[
     Recipe {
         name: "debian",
-        version: 1,
-        summary: "Debian 12 with systemd, sshd, git, a compiler and the usual tools",
+        version: 2,
+        summary: "Debian 12 with systemd, sshd, git, a compiler, Python and the usual tools",
         suite: "bookworm",
         variant: "minbase",
         packages: &[
-            "systemd",
-            "systemd-sysv",
-            "dbus",
-            "libpam-systemd",
-            "openssh-server",
-            "sudo",
+            "bzip2",
             "ca-certificates",
+            "cron",
             "curl",
-            "git",
-            "gcc",
+            "dbus",
+            "file",
             "g++",
-            "make",
-            "libc6-dev",
-            "patch",
-            "pkg-config",
-            "python3-minimal",
+            "gcc",
+            "git",
             "iproute2",
             "iputils-ping",
-            "procps",
-            "less",
-            "vim-tiny",
-            "xz-utils",
-            "bzip2",
-            "file",
+            "jq",
+            "kitty-terminfo",
             "kmod",
+            "less",
+            "libc6-dev",
+            "libpam-systemd",
+            "locales",
+            "make",
+            "nano",
+            "ncurses-term",
             "netbase",
+            "openssh-server",
+            "patch",
+            "pkg-config",
+            "procps",
+            "python3",
+            "python3-pip",
+            "python3-venv",
+            "rsync",
+            "sudo",
+            "systemd",
+            "systemd-sysv",
+            "unzip",
+            "vim-tiny",
+            "wget",
+            "xz-utils",
+            "zip",
         ],
         dpkg_options: DPKG_OPTIONS,
+        locales: &["en_US.UTF-8 UTF-8"],
+        scripts: MANUALS,
     },
     Recipe {
         name: "debian-slim",
@@ -79,6 +118,8 @@ pub const RECIPES: &[Recipe] = &[
         variant: "minbase",
         packages: &["ca-certificates"],
         dpkg_options: DPKG_OPTIONS,
+        locales: &[],
+        scripts: &[],
     },
 ];
 
@@ -107,6 +148,13 @@ mod tests {
                 "{}",
                 recipe.name
             );
+            assert!(recipe.locales.iter().all(|l| !l.contains(['\'', ',', '\n'])));
+            assert!(recipe.locales.is_empty() || recipe.packages.contains(&"locales"));
+            for script in recipe.scripts {
+                let (dir, name) = script.path.rsplit_once('/').unwrap();
+                assert!(dir.starts_with("/usr/local/") && !name.is_empty(), "{}", script.path);
+                assert!(script.text.starts_with("#!/bin/sh\n"), "{}", script.path);
+            }
             assert!(
                 recipe
                     .dpkg_options

@@ -107,6 +107,7 @@ fn key() -> String {
     let mut files = Vec::new();
     for part in [
         "recipe.rs",
+        "recipe",
         "build.rs",
         "build",
         "ext4.rs",

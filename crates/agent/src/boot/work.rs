@@ -28,6 +28,8 @@ pub(super) fn mount(device: &Path, root: &Path) -> Result<(), BootError> {
     {
         say(&format!("can't copy the image's /root to the work disk: {e}"));
     }
+    // A home directory has none. Should a check of the file system need it, the check makes it.
+    let _ = fs::remove_dir(aside.join("lost+found"));
     doing(
         "set the owner of the work disk",
         std::os::unix::fs::chown(aside, Some(0), Some(0)),
