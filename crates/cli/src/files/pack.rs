@@ -108,15 +108,15 @@ impl<W: Write> Packer<W> {
             Permissions::AsGit if found.mode() & 0o100 == 0 => 0o644,
             Permissions::AsGit => 0o755,
         };
-        let header = header(EntryType::Regular, mode, 0, 0);
-        send::file(&mut self.builder, path, &header, &file).map_err(|e| unpackable(path, &e))
+        let header = self.header(EntryType::Regular, mode, 0, 0);
+        send::file(&mut self.builder, &self.top.join(path), &header, &file).map_err(|e| unpackable(path, &e))
     }
 
     /// One more name of a file that the stream has already.
     pub(crate) fn hard_link(&mut self, path: &Path, first: &Path) -> Result<()> {
-        let mut header = header(EntryType::Link, 0o644, 0, 0);
+        let mut header = self.header(EntryType::Link, 0o644, 0, 0);
         self.builder
-            .append_link(&mut header, path, first)
+            .append_link(&mut header, self.top.join(path), self.top.join(first))
             .map_err(|e| unpackable(path, &e))
     }
 
