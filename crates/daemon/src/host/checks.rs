@@ -326,7 +326,7 @@ fn forwarding(proc: &Path, bridge: &str) -> Check {
     }
     let all = || std::iter::once(bridge).chain(uplinks.iter().map(String::as_str));
     let not: Vec<&str> = all().filter(|name| !forwards(name)).collect();
-    if not.is_empty() {
+    if !not.is_empty() {
         let text = format!("{} does not forward: machines reach nothing outside", not.join(", "));
         let hint = "the daemon has it do so within seconds, unless the whole host forwards (net.ipv4.ip_forward): then it is a setting of yours";
         return check("forwarding", CheckLevel::Fail, text, Some(hint.to_owned()));
