@@ -13,7 +13,7 @@
 //! * [`dns`]: names of machines on the bridge,
 //! * [`doctor`], [`stats`]: looking only; [`audit`]: what is left on the host that nobody owns,
 //! * [`space`]: what waits for space on the host's disk,
-//! * [`memory`]: keeps the process small,
+//! * [`memory`]: keeps the process small; [`tsc`]: the host's counter for guests' clocks,
 //! * [`error`]: from the errors below to what clients see.
 
 pub mod agent;
@@ -49,4 +49,5 @@ pub mod stats;
 pub mod stock;
 pub mod templates;
 pub mod time;
+pub mod tsc;
 pub mod version;

@@ -123,6 +123,11 @@ impl Paths {
         self.state.join("banger.db")
     }
 
+    /// Frequency of the host's time stamp counter, in kHz.
+    pub fn tsc(&self) -> PathBuf {
+        self.state.join("tsc-khz")
+    }
+
     /// Images and kernels.
     pub fn store(&self) -> PathBuf {
         self.state.join("store")

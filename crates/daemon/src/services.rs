@@ -28,6 +28,7 @@ use crate::recover;
 use crate::ssh::Ssh;
 use crate::stock::Stock;
 use crate::templates::Templates;
+use crate::tsc;
 
 /// How long a request that only reads waits for the machines to be reconciled.
 const SETTLE: std::time::Duration = std::time::Duration::from_secs(2);
@@ -114,7 +115,13 @@ impl Services {
     pub async fn host(&self) -> &HostFacts {
         self.host
             .get_or_init(|| async {
-                match tokio::task::spawn_blocking(|| HostFacts::read(&Roots::default())).await {
+                let kept = self.paths.tsc();
+                let read = move || {
+                    let mut facts = HostFacts::read(&Roots::default());
+                    facts.tsc = facts.tsc.map(|found| tsc::steadied(&kept, found));
+                    facts
+                };
+                match tokio::task::spawn_blocking(read).await {
                     Ok(facts) => facts,
                     // The runtime is going down; nothing is started any more.
                     Err(_) => std::future::pending().await,

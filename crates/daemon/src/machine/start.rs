@@ -117,9 +117,17 @@ async fn from_template(m: &Arc<Machine>, stages: &mut Stages) -> Result<Option<S
             return Ok(None);
         }
     };
-    if let Err(e) = restore::settle(&template).await {
-        tracing::warn!(machine = %m.id, error = %e.message, "it boots instead of starting from its template");
-        return Ok(None);
+    match restore::settle(&template).await {
+        Ok(()) => {}
+        // The template is whole; only now there is no room to start from it.
+        Err(e) if e.code == ErrorCode::NoSpace => {
+            tracing::warn!(machine = %m.id, error = %e.message, "it boots instead of starting from its template");
+            return Ok(None);
+        }
+        Err(e) => {
+            services.templates.drop_failed(services, &id, &e).await;
+            return Ok(None);
+        }
     }
     // Making a template is not the start's time.
     stages.restart_clock();
