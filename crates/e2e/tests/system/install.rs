@@ -57,7 +57,7 @@ fn units_are_sound() {
         }
     }
     let capabilities = lab::unit("bangerd-root.service", "CapabilityBoundingSet");
-    assert_eq!(capabilities.split_whitespace().count(), 11, "{capabilities}");
+    assert_eq!(capabilities.split_whitespace().count(), 12, "{capabilities}");
     installed.close();
 }
 
