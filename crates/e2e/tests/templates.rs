@@ -22,6 +22,7 @@ tests! { MACHINES;
     a_cold_start_boots,
     deleting_one_in_use_hurts_nobody,
     removed_under_the_daemon,
+    another_measurement_of_the_same_counter_needs_no_other,
     switched_off,
     what_is_cancelled_leaves_nothing,
 }
@@ -290,6 +291,26 @@ fn removed_under_the_daemon() {
     // Nor does it need the directory of all of them.
     std::fs::remove_dir_all(env.state().join("templates")).unwrap();
     env.banger(["vm", "run", "--rm", "--", "true"]).deadline(120).ok();
+    env.close();
+}
+
+/// The kernel line holds the frequency of the host's counter, of which each daemon makes a measurement of its own.
+fn another_measurement_of_the_same_counter_needs_no_other() {
+    let env = TestEnv::new("tpl-counter");
+    let (id, _) = slim_template(&env);
+    let file = env.state().join("tsc-khz");
+    let kept = || std::fs::read_to_string(&file).unwrap().trim().parse::<u64>().unwrap();
+    env.ok("daemon stop");
+    // Far enough from any measurement now, near enough to be the same counter.
+    let other = kept() + 20;
+    std::fs::write(&file, format!("{other}\n")).unwrap();
+    let by_other = slim_template(&env).0;
+    assert_ne!(by_other, id, "the figure that is kept is not used");
+    env.ok("daemon stop");
+    assert_eq!(slim_template(&env).0, by_other, "a restart needs another template");
+    assert_eq!(kept(), other);
+    create(&env, "m", "debian-slim");
+    assert_eq!(env.machine("m")["boot"]["from"].as_str(), Some(by_other.as_str()));
     env.close();
 }
 
