@@ -15,9 +15,9 @@ pub struct Need {
     pub found: Result<String>,
 }
 
-/// What building an image needs.
+/// What building an image needs. In system mode root's unit builds it.
 pub fn of_images() -> Vec<Need> {
-    let root = rustix::process::geteuid().is_root();
+    let root = rustix::process::geteuid().is_root() || crate::builder::socket().is_some();
     let ids = || check_subordinate_ids().map(|()| "65536 or more".to_owned());
     let namespaces = || user_namespaces(setting).map(|()| "allowed to ordinary users".to_owned());
     image_needs(root, Program::find, ids, namespaces)
