@@ -31,7 +31,12 @@ fn a_workspace_belongs_to_its_user() {
     let script = "id -u; stat -c %u . .git README .git/config; git status --porcelain; git config user.name; \
                   echo more >README; git commit -qam more; git log -1 --format=%ae";
     let run = |options: &[&str]| {
-        let args = [&["vm", "run", "--rm", "./owned"], options, &["--", "sh", "-c", script]].concat();
+        let args = [
+            &["vm", "run", "--rm", "debian", "./owned"],
+            options,
+            &["--", "sh", "-c", script],
+        ]
+        .concat();
         let identity = env.work().join("identity");
         env.banger(args)
             .env("GIT_CONFIG_GLOBAL", identity)
@@ -48,6 +53,7 @@ fn a_workspace_belongs_to_its_user() {
             "vm",
             "run",
             "--rm",
+            "debian",
             "./owned",
             "--user",
             "www-data",

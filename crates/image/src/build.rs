@@ -129,8 +129,8 @@ fn hooks(recipe: &Recipe, scratch: &Path) -> Result<Vec<String>> {
         // Before `locales` is configured, which generates what it is told here. None of them is the system's default: that one would win
         // over the locale that somebody brings along by SSH.
         hooks.push(format!(
-            "--essential-hook=echo 'locales locales/locales_to_be_generated multiselect {generated}' \
-             | chroot \"$1\" debconf-set-selections"
+            "--essential-hook=printf '%s\\n' 'locales locales/locales_to_be_generated multiselect {generated}' \
+             'locales locales/default_environment_locale select None' | chroot \"$1\" debconf-set-selections"
         ));
     }
     for (at, script) in recipe.scripts.iter().enumerate() {
