@@ -31,6 +31,8 @@ pub(crate) enum Manner {
     Good,
     /// Never answers the handshake.
     Silent,
+    /// Never answers on the first channel, and as it should on the next.
+    Deaf,
     /// Sends garbage and stale answers first.
     Noisy,
     /// Says that it is another machine.
@@ -112,7 +114,8 @@ async fn serve(mut stream: UnixStream, manner: Manner, id: String, seen: Arc<See
 }
 
 async fn serve_inner(stream: &mut UnixStream, manner: Manner, id: String, seen: Arc<Seen>) -> std::io::Result<()> {
-    if manner == Manner::Silent {
+    let first = seen.dials.load(Ordering::SeqCst) == 1;
+    if manner == Manner::Silent || manner == Manner::Deaf && first {
         let mut sink = [0; 64];
         while stream.read(&mut sink).await? > 0 {}
         return Ok(());

@@ -44,6 +44,9 @@ const CONNECT: Duration = Duration::from_secs(5);
 const RESETS: u32 = 5;
 /// How soon a guest that did not take the call is called again.
 const REDIAL: Duration = Duration::from_millis(25);
+/// How long the agent may take to answer on a channel before the channel is opened again, and twice as long each time: where a channel
+/// was opened and closed while the processors stood still, QEMU may deliver nothing on the next one.
+const UNANSWERED: Duration = Duration::from_secs(2);
 
 /// Any error of a body.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -248,11 +251,16 @@ impl Link {
             old.driver.abort();
             drop(old);
         }
-        let mut resets = 0;
+        let (mut resets, mut answers) = (0, UNANSWERED);
         let channel = loop {
             let stream = self.dialled(deadline).await?;
-            match shake(stream, nonce()?, deadline).await {
+            let by = deadline.min(Instant::now() + answers);
+            match shake(stream, nonce()?, by).await {
                 Err(HandshakeError::Closed) if resets < RESETS => resets += 1,
+                Err(HandshakeError::Silent(_)) if by < deadline => answers *= 2,
+                Err(HandshakeError::Silent(_)) => {
+                    return Err(HandshakeError::Silent(rounded(deadline.duration_since(began))).into());
+                }
                 shaken => break shaken?,
             }
             sleep(REDIAL).await;

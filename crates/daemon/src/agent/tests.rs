@@ -55,6 +55,15 @@ async fn a_silent_guest_is_given_up_in_time() {
 }
 
 #[tokio::test]
+async fn a_channel_without_an_answer_is_opened_again() {
+    let (link, seen) = link(Manner::Deaf);
+    let began = Instant::now();
+    link.health(began + Duration::from_secs(10)).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5));
+    assert_eq!(seen.dials.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
 async fn a_mute_guest_is_given_up_in_time() {
     let (link, _) = link(Manner::Mute);
     let error = link.shutdown(true, Duration::from_millis(300)).await.unwrap_err();

@@ -297,10 +297,13 @@ fn abandoned(m: &Machine) -> bool {
 }
 
 /// What was cut off in the middle of a machine whose engine lives: a save that left it standing still, its disks half frozen or its
-/// guest frozen.
+/// guest frozen. A machine that is stalled is known as such afterwards, before a request opens the guest channel in vain.
 async fn settle(m: &Arc<Machine>, live: &Live) -> Result<(), ApiError> {
     let paused = m.state() == State::Paused;
     let vcpus = live.engine.vcpu_state(&live.handles).await.map_err(IntoApi::into_api)?;
+    if vcpus == VcpuState::Stalled && tokio::time::timeout(SOON, live.stalled()).await.is_err() {
+        tracing::warn!(machine = %m.id, "why it is stalled is not known yet");
+    }
     let dir = m.paths.disks();
     if dir.is_dir() {
         let written = live.engine.writes_to(&live.handles).await.map_err(IntoApi::into_api)?;
