@@ -45,7 +45,7 @@ const RESETS: u32 = 5;
 /// How soon a guest that did not take the call is called again.
 const REDIAL: Duration = Duration::from_millis(25);
 /// How long the agent may take to answer on a channel before the channel is opened again, and twice as long each time: where a channel
-/// was opened and closed while the processors stood still, QEMU may deliver nothing on the next one.
+/// was closed while the processors of QEMU stood still, the guest does not answer on the next one.
 const UNANSWERED: Duration = Duration::from_secs(2);
 
 /// Any error of a body.
