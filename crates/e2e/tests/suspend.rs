@@ -366,9 +366,11 @@ fn a_disk_that_is_full() {
     need::require(&[Need::MountNamespace]);
     let env = TestEnv::new("suspend-full");
     // The whole state is on a file system of its own, which is then filled; templates on another one would not do.
+    // The larger image leaves no room in it for two memories, each of which has all of its pages on tmpfs.
     let script = "
         mkdir -p $W/state && mount -t tmpfs -o size=1400m,mode=700 none $W/state && cp -a $S $W/state/ || exit 90
         export XDG_STATE_HOME=$W/state
+        $B image delete debian >/dev/null || exit 92
         $B vm create --name m >/dev/null || exit 91
         boot=$($B vm exec m -- cat /proc/sys/kernel/random/boot_id)
         head -c 1400m /dev/zero >$W/state/fill 2>/dev/null; truncate -s -8M $W/state/fill
