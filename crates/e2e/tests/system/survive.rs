@@ -152,7 +152,8 @@ fn consoles_outlive_the_daemons_unit() {
         .filter(|line| line.contains("left-over process") || line.contains("remains running"));
     let ours: Vec<&str> = left.filter(|line| !line.contains("(kvm-")).collect();
     assert_eq!(ours, [""; 0], "left in the daemon's unit");
-    lab::banger("vm exec m -- sh -c 'echo the console goes on >/dev/console'").ok();
+    let script = "echo the console goes on >/dev/console";
+    lab::dev(["banger", "vm", "exec", "m", "--", "sh", "-c", script]).ok();
     let heard = || lab::banger("vm logs m").run().out().contains("the console goes on");
     assert!(
         banger_testkit::processes::reached(std::time::Duration::from_secs(30), heard),
