@@ -505,6 +505,8 @@ fn a_terminal_is_asked_before_a_machine_at_work_is_removed() {
     );
     assert!(shown.contains("nothing removed"), "{shown}");
     assert!(on_terminal("vm rm build", "y\n").1);
+    let (shown, deleted) = on_terminal("--quiet vm rm build", "n\n");
+    assert!(shown.contains("[y/N]") && !deleted, "asked in silence: {shown}");
     for flag in ["-f", "-y", "--force", "--yes"] {
         let (shown, deleted) = on_terminal(&format!("vm rm {flag} build"), "");
         assert!(deleted && !shown.contains("[y/N]"), "{flag}: {shown}");

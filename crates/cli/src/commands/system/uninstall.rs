@@ -1,6 +1,6 @@
 //! `banger system uninstall`.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::IsTerminal;
 
 use banger_proto::api::{Accepted, Machine, MachineState};
 use clap::Args;
@@ -10,7 +10,7 @@ use super::{ground, installed, need_root, systemd};
 use crate::cli::{Context, OutputArgs, versioned};
 use crate::client::operation::{Leaving, carry_out};
 use crate::client::{Client, machine_path};
-use crate::commands::vm::common::machines;
+use crate::commands::vm::common::{self, machines};
 use crate::error::{Error, Kind, Result};
 use crate::paths::Installation;
 use crate::system::manager::Manager;
@@ -144,13 +144,7 @@ fn confirmed(context: &Context, purge: bool, running: &[String]) -> Result<bool>
     if purge {
         question.push_str(", and delete all machines, images and kernels");
     }
-    context.printer.report(format!("{question}? [y/N]"))?;
-    let mut answer = String::new();
-    std::io::stdin()
-        .lock()
-        .read_line(&mut answer)
-        .map_err(|e| Error::failed(format!("cannot read the answer: {e}")))?;
-    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+    common::confirmed(context, &format!("{question}?"))
 }
 
 fn show(context: &Context, output: OutputArgs, outcome: &Outcome) -> Result<()> {

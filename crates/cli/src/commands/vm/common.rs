@@ -305,9 +305,9 @@ fn unresolved(error: &reference::ReferenceError) -> Error {
     }
 }
 
-/// Asks before something is lost. Nothing but a yes is one.
+/// Asks before something is lost, with `--quiet` too. Nothing but a yes is one.
 pub(crate) fn confirmed(context: &Context, question: &str) -> Result<bool> {
-    context.printer.note(format!("{question} [y/N]"));
+    context.printer.report(format!("{question} [y/N]"))?;
     let mut answer = String::new();
     std::io::stdin()
         .lock()
